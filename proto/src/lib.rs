@@ -1,0 +1,1 @@
+//! Ashlar's gRPC interfaces.

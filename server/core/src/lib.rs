@@ -1,0 +1,6 @@
+//! The deciding half of Ashlar.
+//!
+//! Nothing here does I/O, reads a clock, draws a random number or waits: every machine takes events and returns
+//! actions, so one seed replays one run. The shell in `ashlar-server` carries the actions out.
+
+pub mod units;

@@ -1,0 +1,1 @@
+//! The doing half of Ashlar: sockets, disks, metadata and the interfaces people use.
