@@ -1,1 +1,18 @@
 //! Ashlar's gRPC interfaces.
+//!
+//! [`admin`] is generated at build time from `proto/ashlar/admin/v1/admin.proto`, where every field's unit and meaning
+//! is written down. [`request`] turns what a client sent into types that can be relied upon, or names the field that
+//! is wrong. [`FILE_DESCRIPTOR_SET`] is what the reflection service serves.
+
+pub mod name;
+pub mod request;
+
+/// `ashlar.admin.v1`: messages, the client and the server trait.
+pub mod admin {
+    #![allow(clippy::all, unreachable_pub)]
+    tonic::include_proto!("ashlar.admin.v1");
+}
+
+/// The compiled descriptors of every interface, a serialised `google.protobuf.FileDescriptorSet`.
+pub const FILE_DESCRIPTOR_SET: &[u8] =
+    include_bytes!(concat!(env!("OUT_DIR"), "/ashlar.descriptors.bin"));
