@@ -1,0 +1,23 @@
+//! The records of the metadata store and the decisions that change them.
+//!
+//! A decision is a pure function: it takes what was read (with the revision it was read at) and answers either a
+//! [`Transaction`], which names everything it relied on, or a closed error. Carrying the transaction out, and reading
+//! again when it meets a conflict, is the shell's part. No decision looks at a clock or draws an id: both come in.
+
+mod change;
+mod name;
+mod record;
+mod size;
+mod transaction;
+
+pub use change::{
+    ClaimError, CreateError, Creation, DeleteError, NewVolume, RenameError, ResizeError,
+    begin_delete, claim, create, finish_delete, rename, resize,
+};
+pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
+pub use record::{
+    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, Placement, Record, StoreRecord,
+    VolumeRecord, VolumeState, keys,
+};
+pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
+pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};

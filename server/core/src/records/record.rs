@@ -1,0 +1,344 @@
+//! What the metadata store holds: one JSON object a key.
+//!
+//! JSON because records are few, changed seldom, read by people in a bad hour, and gain fields over the years: a field
+//! added later has a default, and an unknown field is refused, so that an older daemon never drops what a newer one
+//! wrote by writing the record back without it.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use uuid::Uuid;
+
+use super::VolumeName;
+use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, VolumeId};
+
+/// The keys of the metadata store.
+pub mod keys {
+    use super::{StoreId, VolumeId, VolumeName};
+
+    /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
+    pub const VOLUMES: &str = "volumes/";
+    /// Every [`NameRecord`](super::NameRecord) has this prefix.
+    pub const NAMES: &str = "names/";
+    /// Every [`StoreRecord`](super::StoreRecord) has this prefix.
+    pub const STORES: &str = "stores/";
+    /// The [`LayerCounter`](super::LayerCounter).
+    pub const NEXT_LAYER: &str = "layers/next";
+    /// The [`NodeRecord`](super::NodeRecord) of a single node.
+    pub const NODE: &str = "node";
+
+    /// The key of a volume's record.
+    pub fn volume(id: VolumeId) -> String {
+        format!("{VOLUMES}{}", id.0)
+    }
+
+    /// The key that holds a name for one volume.
+    pub fn name(name: &VolumeName) -> String {
+        format!("{NAMES}{name}")
+    }
+
+    /// The key of a store's record.
+    pub fn store(id: StoreId) -> String {
+        format!("{STORES}{}", id.0)
+    }
+}
+
+/// Something kept in the metadata store.
+pub trait Record: Serialize + DeserializeOwned {
+    /// The bytes to store.
+    fn encode(&self) -> Vec<u8> {
+        // A record is made of numbers, strings, lists and options: serialising it into memory has no way to fail.
+        serde_json::to_vec(self).expect("records serialise")
+    }
+
+    /// Reads stored bytes; never panics on any of them.
+    fn decode(key: &str, bytes: &[u8]) -> Result<Self, DecodeError> {
+        serde_json::from_slice(bytes).map_err(|error| DecodeError {
+            key: key.to_owned(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// A record that this version cannot read: damaged, or written by a newer version.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "the metadata record {key:?} cannot be read by this version ({reason}); it is damaged or was written by a newer version"
+)]
+pub struct DecodeError {
+    /// Whose record.
+    pub key: String,
+    /// What the decoder met.
+    pub reason: String,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRecord {
+    /// Its identity, for ever.
+    pub id: VolumeId,
+    /// Its name; the record `names/<name>` holds the name for it.
+    pub name: VolumeName,
+    /// Bytes, a multiple of a block.
+    pub size_bytes: u64,
+    /// The live layer first, then its parents. Never empty.
+    pub layers: Vec<LayerId>,
+    /// Copies of each chunk.
+    pub replicas: u32,
+    /// Served read-only.
+    pub read_only: bool,
+    /// Every acknowledgement waits for durability.
+    pub write_through: bool,
+    /// The last claimed epoch; zero before the first claim.
+    pub epoch: Epoch,
+    /// Who claimed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadClaim>,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_at_unix_ms: u64,
+    /// Whether it is being deleted.
+    pub state: VolumeState,
+    /// Where its chunks lie.
+    pub placement: Placement,
+}
+
+impl Record for VolumeRecord {}
+
+impl VolumeRecord {
+    /// The layer that writes go to.
+    pub fn live_layer(&self) -> LayerId {
+        self.layers[0]
+    }
+
+    /// What must hold for every record that was ever written; `Err` names what does not.
+    pub fn check_invariants(&self) -> Result<(), &'static str> {
+        if self.size_bytes == 0
+            || !self
+                .size_bytes
+                .is_multiple_of(crate::units::BLOCK_BYTES as u64)
+        {
+            return Err("size is not a positive multiple of a block");
+        }
+        if self.layers.is_empty() {
+            return Err("no layer");
+        }
+        if self
+            .layers
+            .iter()
+            .enumerate()
+            .any(|(index, layer)| self.layers[..index].contains(layer))
+        {
+            return Err("a layer twice");
+        }
+        if self.replicas == 0 {
+            return Err("no replica");
+        }
+        if self.epoch > Epoch::MAX {
+            return Err("epoch past its largest value");
+        }
+        if self.placement.stores.is_empty() {
+            return Err("no store");
+        }
+        Ok(())
+    }
+}
+
+/// Which daemon claimed a volume. The incarnation tells this run of the daemon from its earlier ones, so that a claim
+/// whose outcome was unknown can be recognised when the record is read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadClaim {
+    /// The daemon.
+    pub node: NodeId,
+    /// Drawn afresh at each start of the daemon.
+    pub incarnation: Uuid,
+}
+
+/// A volume's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeState {
+    /// Served.
+    Active,
+    /// No longer served; its layers are being dropped, then the record goes. Never becomes active again.
+    Deleting,
+}
+
+/// Where the chunks of a volume lie: chunk `c` on store number `c mod n` of the list. The list never changes in a
+/// volume's life on one node, so a chunk is always found where it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Placement {
+    /// At least one store, in the order chunks are dealt out.
+    pub stores: Vec<StoreId>,
+}
+
+impl Placement {
+    /// The store that holds a chunk.
+    pub fn store_of(&self, chunk: ChunkIndex) -> StoreId {
+        self.stores[chunk.0 as usize % self.stores.len()]
+    }
+}
+
+/// Holds a name for a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NameRecord {
+    /// The volume with this name.
+    pub volume: VolumeId,
+}
+
+impl Record for NameRecord {}
+
+/// The next layer id to give out. Only ever grows, so that a layer id is never used twice: blocks of a dropped layer
+/// that a store still holds can never be mistaken for a new volume's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerCounter {
+    /// Smaller ids have been given out.
+    pub next: LayerId,
+}
+
+impl LayerCounter {
+    /// Before any layer was given out; zero is no layer.
+    pub const FIRST: LayerCounter = LayerCounter { next: LayerId(1) };
+}
+
+impl Record for LayerCounter {}
+
+/// The daemon that owns this metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRecord {
+    /// Its identity; its stores carry it in their superblocks.
+    pub id: NodeId,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_at_unix_ms: u64,
+}
+
+impl Record for NodeRecord {}
+
+/// A store that was opened at least once; tells a store that is missing from one that never was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreRecord {
+    /// As in its superblock.
+    pub id: StoreId,
+    /// Where it was last opened.
+    pub path: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub first_seen_unix_ms: u64,
+}
+
+impl Record for StoreRecord {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{any, proptest};
+
+    use super::*;
+
+    fn sample() -> VolumeRecord {
+        VolumeRecord {
+            id: VolumeId(Uuid::from_u128(1)),
+            name: VolumeName::parse("db").expect("name"),
+            size_bytes: 8192,
+            layers: vec![LayerId(3)],
+            replicas: 1,
+            read_only: false,
+            write_through: false,
+            epoch: Epoch(2),
+            head: None,
+            created_at_unix_ms: 1_700_000_000_000,
+            state: VolumeState::Active,
+            placement: Placement {
+                stores: vec![StoreId(Uuid::from_u128(7))],
+            },
+        }
+    }
+
+    // The form that is on disk in released daemons: changing it needs a new schema version.
+    #[test]
+    fn the_stored_form_is_fixed() {
+        let stored = concat!(
+            r#"{"id":"00000000-0000-0000-0000-000000000001","name":"db","size_bytes":8192,"layers":[3],"replicas":1,"#,
+            r#""read_only":false,"write_through":false,"epoch":2,"created_at_unix_ms":1700000000000,"state":"active","#,
+            r#""placement":{"stores":["00000000-0000-0000-0000-000000000007"]}}"#
+        );
+        assert_eq!(String::from_utf8(sample().encode()).expect("text"), stored);
+        assert_eq!(VolumeRecord::decode("k", stored.as_bytes()), Ok(sample()));
+    }
+
+    #[test]
+    fn a_newer_field_is_refused_and_not_dropped() {
+        let mut stored = String::from_utf8(sample().encode()).expect("text");
+        stored.insert_str(1, r#""from_the_future":1,"#);
+        let error =
+            VolumeRecord::decode("volumes/x", stored.as_bytes()).expect_err("unknown field");
+        assert!(
+            error.to_string().contains("volumes/x") && error.reason.contains("from_the_future"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn invariants_are_seen() {
+        assert_eq!(sample().check_invariants(), Ok(()));
+        assert!(
+            VolumeRecord {
+                size_bytes: 1,
+                ..sample()
+            }
+            .check_invariants()
+            .is_err()
+        );
+        assert!(
+            VolumeRecord {
+                layers: vec![],
+                ..sample()
+            }
+            .check_invariants()
+            .is_err()
+        );
+        assert!(
+            VolumeRecord {
+                layers: vec![LayerId(1), LayerId(1)],
+                ..sample()
+            }
+            .check_invariants()
+            .is_err()
+        );
+        assert!(
+            VolumeRecord {
+                placement: Placement { stores: vec![] },
+                ..sample()
+            }
+            .check_invariants()
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn chunks_are_dealt_out_in_order() {
+        let stores: Vec<_> = (1..=3).map(|n| StoreId(Uuid::from_u128(n))).collect();
+        let placement = Placement {
+            stores: stores.clone(),
+        };
+        for chunk in 0..9 {
+            assert_eq!(
+                placement.store_of(ChunkIndex(chunk)),
+                stores[chunk as usize % 3]
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_never_panics(bytes in any::<Vec<u8>>()) {
+            let _ = VolumeRecord::decode("k", &bytes);
+            let _ = NameRecord::decode("k", &bytes);
+            let _ = LayerCounter::decode("k", &bytes);
+        }
+    }
+}
