@@ -1,0 +1,49 @@
+# Every target installs what it needs first (scripts/setup.sh), and installs nothing when nothing is missing.
+SHELL := /bin/bash
+CARGO ?= cargo
+# A Rust toolchain that rustup has just installed is not on the PATH of this shell yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+
+# Where `make run` keeps its data.
+DATA ?= ./data
+# More arguments for ashlard (`make run`), the benchmark (`make bench`) or cargo test (`make test`).
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo run test check fix bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## ashlard and ashlar, into target/release
+	@scripts/setup.sh build
+	$(CARGO) build --release --locked -p ashlar-server
+
+demo: ## a volume, an ext4 image in it, kill -9, restart, verify: shows that it works here
+	@scripts/setup.sh build demo
+	$(CARGO) build --release --locked -p ashlar-server
+	@scripts/demo.sh
+
+run: ## a daemon that stays; data in ./data (DATA=DIR changes that, ARGS= adds flags)
+	@scripts/setup.sh build
+	$(CARGO) build --release --locked -p ashlar-server
+	@scripts/run.sh "$(DATA)" $(ARGS)
+
+test: ## every test
+	@scripts/setup.sh build test
+	@scripts/test.sh $(ARGS)
+
+check: ## format, lints, docs, audit, tidy; changes nothing
+	@scripts/setup.sh build check
+	@scripts/check.sh
+
+fix: ## formats and applies the lints' own fixes; the only target that changes files
+	@scripts/setup.sh build check
+	$(CARGO) clippy --release --locked --workspace --all-targets --fix --allow-dirty --allow-staged
+	$(CARGO) fmt --all
+
+bench: ## side by side with other NBD servers, results in bench/results (ARGS='--quick' for a short one)
+	@scripts/setup.sh build bench
+	$(CARGO) build --release --locked -p ashlar-server -p ashlar-bench
+	@"$(CARGO_TARGET_DIR)/release/ashlar-bench" $(ARGS)
