@@ -4,7 +4,6 @@
 //! is written down. [`request`] turns what a client sent into types that can be relied upon, or names the field that
 //! is wrong. [`FILE_DESCRIPTOR_SET`] is what the reflection service serves.
 
-pub mod name;
 pub mod request;
 
 /// `ashlar.admin.v1`: messages, the client and the server trait.
