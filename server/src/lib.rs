@@ -1,1 +1,3 @@
 //! The doing half of Ashlar: sockets, disks, metadata and the interfaces people use.
+
+pub mod engine;

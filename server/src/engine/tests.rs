@@ -1,0 +1,327 @@
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use super::*;
+
+/// Both engines must pass every test here.
+fn each_engine(test: impl Fn(&mut dyn Engine)) {
+    test(&mut PosixEngine::open().expect("posix"));
+    match UringEngine::open() {
+        Ok(mut engine) => test(&mut engine),
+        Err(e) => eprintln!("io_uring does not work here, only posix was tested: {e}"),
+    }
+}
+
+fn wait_for(engine: &mut dyn Engine, count: usize) -> Vec<Event> {
+    let mut events = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while events.len() < count {
+        engine.wait(Some(deadline), &mut events).expect("wait");
+        assert!(Instant::now() < deadline, "only {events:?} of {count}");
+    }
+    events
+}
+
+fn temp_file(engine: &mut dyn Engine) -> (tempfile::TempDir, StoreFile, FileId) {
+    let dir = tempfile::tempdir().expect("dir");
+    let file = StoreFile::open_or_create(&dir.path().join("store")).expect("open");
+    let id = engine.add_file(file.fd.clone()).expect("add");
+    (dir, file, id)
+}
+
+#[repr(align(4096))]
+struct Aligned([u8; 16384]);
+
+#[test]
+fn writes_read_back_after_more_operations_than_the_queue_holds() {
+    each_engine(|engine| {
+        let (_dir, _file, id) = temp_file(engine);
+        const COUNT: u64 = 3000;
+        let blocks: Vec<Box<Aligned>> = (0..4u8)
+            .map(|i| Box::new(Aligned([i + 1; 16384])))
+            .collect();
+        for i in 0..COUNT {
+            let data = blocks[(i % 4) as usize].0.as_ptr();
+            // SAFETY: `blocks` outlives the wait for all completions.
+            unsafe {
+                engine.submit(
+                    i,
+                    DiskOp::Write {
+                        file: id,
+                        offset: i * 4096,
+                        data,
+                        len: 4096,
+                        durable: i % 1000 == 0,
+                    },
+                )
+            };
+        }
+        let mut tags: Vec<_> = wait_for(engine, COUNT as usize)
+            .into_iter()
+            .map(|e| match e {
+                Event::Disk {
+                    tag,
+                    result: Ok(4096),
+                } => tag,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        tags.sort_unstable();
+        assert!(tags.iter().copied().eq(0..COUNT));
+        let mut back = Box::new(Aligned([0; 16384]));
+        // SAFETY: `back` outlives the wait.
+        unsafe {
+            engine.submit(
+                7,
+                DiskOp::Read {
+                    file: id,
+                    offset: 4096 * 401,
+                    data: back.0.as_mut_ptr(),
+                    len: 8192,
+                },
+            )
+        };
+        assert_eq!(
+            wait_for(engine, 1),
+            [Event::Disk {
+                tag: 7,
+                result: Ok(8192)
+            }]
+        );
+        assert!(
+            back.0[..4096].iter().all(|b| *b == 2) && back.0[4096..8192].iter().all(|b| *b == 3)
+        );
+    });
+}
+
+#[test]
+fn a_read_past_the_end_is_short_and_a_sync_ends() {
+    each_engine(|engine| {
+        let (_dir, file, id) = temp_file(engine);
+        rustix::fs::ftruncate(&*file.fd, 4096).expect("truncate");
+        let mut back = Box::new(Aligned([1; 16384]));
+        // SAFETY: `back` outlives the waits.
+        unsafe {
+            engine.submit(
+                1,
+                DiskOp::Read {
+                    file: id,
+                    offset: 0,
+                    data: back.0.as_mut_ptr(),
+                    len: 16384,
+                },
+            );
+            assert_eq!(
+                wait_for(engine, 1),
+                [Event::Disk {
+                    tag: 1,
+                    result: Ok(4096)
+                }]
+            );
+            engine.submit(2, DiskOp::Sync { file: id });
+        }
+        assert_eq!(
+            wait_for(engine, 1),
+            [Event::Disk {
+                tag: 2,
+                result: Ok(0)
+            }]
+        );
+    });
+}
+
+#[test]
+fn allocate_grows_the_file_with_real_zeros() {
+    each_engine(|engine| {
+        let (_dir, file, id) = temp_file(engine);
+        let bytes = (ZERO_BYTES + 8192) as u64;
+        // SAFETY: Allocate names no memory.
+        unsafe {
+            engine.submit(
+                3,
+                DiskOp::Allocate {
+                    file: id,
+                    offset: 4096,
+                    len: bytes,
+                },
+            )
+        };
+        assert_eq!(
+            wait_for(engine, 1),
+            [Event::Disk {
+                tag: 3,
+                result: Ok(0)
+            }]
+        );
+        let stat = rustix::fs::fstat(&*file.fd).expect("stat");
+        assert_eq!(stat.st_size as u64, bytes + 4096);
+        assert!(stat.st_blocks as u64 * 512 >= bytes);
+    });
+}
+
+#[test]
+fn readiness_hang_up_writability_and_the_mailbox_arrive() {
+    each_engine(|engine| {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        ours.set_nonblocking(true).expect("nonblocking");
+        let watch = engine.watch(ours.as_raw_fd()).expect("watch");
+        let mut none = Vec::new();
+        engine
+            .wait(Some(Instant::now() + Duration::from_millis(20)), &mut none)
+            .expect("wait");
+        assert_eq!(none, []);
+        for _ in 0..3 {
+            theirs.write_all(b"x").expect("write");
+            assert_eq!(wait_for(engine, 1), [Event::Readable(watch)]);
+            let mut buf = [0; 8];
+            assert_eq!((&ours).read(&mut buf).expect("read"), 1);
+        }
+        let waker = engine.waker();
+        let thread = std::thread::spawn(move || waker.wake());
+        assert_eq!(wait_for(engine, 1), [Event::Mailbox]);
+        thread.join().expect("join");
+        engine.waker().wake();
+        assert_eq!(wait_for(engine, 1), [Event::Mailbox]);
+        // Fill the socket, then make room.
+        while (&ours).write(&[0; 65536]).is_ok() {}
+        engine.watch_writable(watch);
+        theirs.set_nonblocking(true).expect("nonblocking");
+        let mut sink = vec![0; 1 << 20];
+        while theirs.read(&mut sink).is_ok() {}
+        assert!(wait_for(engine, 1).contains(&Event::Writable(watch)));
+        drop(theirs);
+        assert!(wait_for(engine, 1).contains(&Event::Readable(watch)));
+    });
+}
+
+#[test]
+fn an_ended_watch_reports_nothing_and_lets_the_peer_see_the_close() {
+    each_engine(|engine| {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        let old = engine.watch(ours.as_raw_fd()).expect("watch");
+        theirs.write_all(b"x").expect("write");
+        engine.unwatch(old);
+        drop(ours);
+        let (again, mut peer) = UnixStream::pair().expect("pair");
+        let new = engine.watch(again.as_raw_fd()).expect("watch");
+        assert_ne!(old, new);
+        peer.write_all(b"y").expect("write");
+        assert_eq!(wait_for(engine, 1), [Event::Readable(new)]);
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .expect("timeout");
+        // Bytes nobody read make the close a reset; an end of file is the other way to see it.
+        match theirs.read(&mut [0; 8]) {
+            Ok(n) => assert_eq!(n, 0),
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::ConnectionReset),
+        }
+    });
+}
+
+#[test]
+fn two_opens_of_one_store_are_refused() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("store");
+    assert!(matches!(
+        StoreFile::open(&path),
+        Err(OpenStoreError::Missing { .. })
+    ));
+    let first = StoreFile::open_or_create(&path).expect("create");
+    assert!(first.created && !first.is_device);
+    assert!(matches!(
+        StoreFile::open(&path),
+        Err(OpenStoreError::InUse { .. })
+    ));
+    assert!(matches!(
+        StoreFile::open_read_only(&path),
+        Err(OpenStoreError::InUse { .. })
+    ));
+    drop(first);
+    let readers = [
+        StoreFile::open_read_only(&path),
+        StoreFile::open_read_only(&path),
+    ];
+    assert!(readers.iter().all(Result::is_ok));
+    assert!(matches!(
+        StoreFile::open(dir.path()),
+        Err(OpenStoreError::WrongType { .. })
+    ));
+}
+
+#[test]
+fn faults_hit_the_operations_they_name() {
+    let plan: FaultPlan =
+        "write:nth=2,errno=ENOSPC;sync:errno=EIO;read:short=4096;write:nth=4,delay_ms=30"
+            .parse()
+            .expect("plan");
+    let mut engine = FaultEngine::new(Box::new(PosixEngine::open().expect("posix")), plan);
+    let (_dir, _file, id) = temp_file(&mut engine);
+    let mut block = Box::new(Aligned([9; 16384]));
+    let data = block.0.as_mut_ptr();
+    let write = DiskOp::Write {
+        file: id,
+        offset: 0,
+        data,
+        len: 16384,
+        durable: false,
+    };
+    let cases = [
+        (write, Ok(16384)),
+        (write, Err(Errno::NOSPC)),
+        (write, Ok(16384)),
+        (DiskOp::Sync { file: id }, Err(Errno::IO)),
+        (DiskOp::Sync { file: id }, Ok(0)),
+        (
+            DiskOp::Read {
+                file: id,
+                offset: 0,
+                data,
+                len: 16384,
+            },
+            Ok(4096),
+        ),
+        (
+            DiskOp::Read {
+                file: id,
+                offset: 0,
+                data,
+                len: 16384,
+            },
+            Ok(16384),
+        ),
+    ];
+    for (tag, (op, result)) in cases.into_iter().enumerate() {
+        // SAFETY: `block` outlives the wait.
+        unsafe { engine.submit(tag as u64, op) };
+        assert_eq!(
+            wait_for(&mut engine, 1),
+            [Event::Disk {
+                tag: tag as u64,
+                result
+            }],
+            "case {tag}"
+        );
+    }
+    let start = Instant::now();
+    // SAFETY: `block` outlives the wait.
+    unsafe { engine.submit(99, write) };
+    assert_eq!(
+        wait_for(&mut engine, 1),
+        [Event::Disk {
+            tag: 99,
+            result: Ok(16384)
+        }]
+    );
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    for wrong in [
+        "write",
+        "fly:errno=EIO",
+        "write:nth=1",
+        "write:errno=EWHAT",
+        "write:nth=x,errno=EIO",
+        "write:colour=red",
+    ] {
+        assert!(wrong.parse::<FaultPlan>().is_err(), "{wrong}");
+    }
+}

@@ -1,0 +1,579 @@
+//! The io_uring engine: one ring for disk operations, socket readiness and the mailbox.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use memmap2::MmapMut;
+use rustix::io::Errno;
+
+use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
+
+/// Submission entries. One loop turn rarely queues more; what does not fit waits in `backlog`.
+const SQ_ENTRIES: u32 = 512;
+/// Completion entries: room for a turn's disk operations and a readiness event of every connection.
+const CQ_ENTRIES: u32 = 4096;
+/// Most bytes of one read or write entry. The kernel stops at 2 GiB less a page; operations beyond this go in parts.
+const MAX_TRANSFER_BYTES: usize = 1 << 30;
+
+const KIND_DISK: u64 = 0;
+const KIND_READABLE: u64 = 1;
+const KIND_WRITABLE: u64 = 2;
+const KIND_MAILBOX: u64 = 3;
+const KIND_IGNORED: u64 = 4;
+
+/// `user_data` is kind (4 bits), generation (28 bits), slot (32 bits).
+fn user_data(kind: u64, generation: u32, slot: u32) -> u64 {
+    (kind << 60) | (u64::from(generation & GENERATION_MASK) << 32) | u64::from(slot)
+}
+
+const GENERATION_MASK: u32 = (1 << 28) - 1;
+
+const POLL_INPUT: u32 = (libc::POLLIN | libc::POLLRDHUP) as u32;
+const POLL_OUTPUT: u32 = libc::POLLOUT as u32;
+
+struct InFlight {
+    tag: Tag,
+    op: DiskOp,
+    /// Bytes moved so far; for Allocate, bytes zeroed.
+    done: u64,
+    step: Step,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Transfer,
+    Fallocate,
+    Zero,
+    Sync,
+}
+
+struct Watch {
+    fd: RawFd,
+    generation: u32,
+    live: bool,
+    /// A one-shot writability poll is armed.
+    writable_armed: bool,
+}
+
+/// See the module text. Flags are probed when opened: single issuer with deferred task work where the kernel has it
+/// (6.1), else cooperative task work (5.19), else plain.
+pub struct UringEngine {
+    ring: IoUring,
+    /// Index of the ring's own descriptor in the registered table, sparing a descriptor lookup per call.
+    registered_ring: Option<u32>,
+    flags_text: &'static str,
+    files: Vec<Arc<OwnedFd>>,
+    ops: slab::Slab<InFlight>,
+    watches: slab::Slab<Watch>,
+    next_generation: u32,
+    /// Entries that found the submission queue full, oldest first.
+    backlog: VecDeque<squeue::Entry>,
+    waker: Waker,
+    /// Never written to, so the kernel backs all of it with its shared zero page.
+    zeros: MmapMut,
+}
+
+impl UringEngine {
+    /// Sets a ring up and proves that it works by reading from a file through it.
+    pub fn open() -> io::Result<UringEngine> {
+        let (ring, flags_text) = build_ring()?;
+        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel's io_uring is older than 5.11",
+            ));
+        }
+        let registered_ring = register_ring(ring.as_raw_fd());
+        let mut engine = UringEngine {
+            ring,
+            registered_ring,
+            flags_text,
+            files: Vec::new(),
+            ops: slab::Slab::with_capacity(256),
+            watches: slab::Slab::new(),
+            next_generation: 1,
+            backlog: VecDeque::new(),
+            waker: Waker::new()?,
+            zeros: MmapMut::map_anon(ZERO_BYTES)?,
+        };
+        engine.probe()?;
+        engine.arm_mailbox();
+        Ok(engine)
+    }
+
+    /// The set-up flags in force, for the log.
+    pub fn flags_text(&self) -> &'static str {
+        self.flags_text
+    }
+
+    fn probe(&mut self) -> io::Result<()> {
+        let file = self.add_file(Arc::new(OwnedFd::from(File::open("/proc/self/stat")?)))?;
+        let mut buf = [0u8; 16];
+        // SAFETY: `buf` outlives the wait below, which ends only with the operation's completion.
+        unsafe {
+            self.submit(
+                0,
+                DiskOp::Read {
+                    file,
+                    offset: 0,
+                    data: buf.as_mut_ptr(),
+                    len: buf.len(),
+                },
+            )
+        };
+        let mut events = Vec::new();
+        while events.is_empty() {
+            self.wait(None, &mut events)?;
+        }
+        self.files.clear();
+        match events[0] {
+            Event::Disk { result: Ok(n), .. } if n > 0 => Ok(()),
+            Event::Disk { result: Err(e), .. } => Err(io::Error::from(e)),
+            _ => Err(io::Error::other(
+                "a probing read through the ring returned nothing",
+            )),
+        }
+    }
+
+    fn arm_mailbox(&mut self) {
+        let fd = types::Fd(self.waker.raw_fd());
+        let entry = opcode::PollAdd::new(fd, POLL_INPUT).multi(true).build();
+        self.push(entry.user_data(user_data(KIND_MAILBOX, 0, 0)));
+    }
+
+    fn arm_readable(&mut self, slot: u32) {
+        let watch = &self.watches[slot as usize];
+        let entry = opcode::PollAdd::new(types::Fd(watch.fd), POLL_INPUT)
+            .multi(true)
+            .build();
+        let data = user_data(KIND_READABLE, watch.generation, slot);
+        self.push(entry.user_data(data));
+    }
+
+    fn push(&mut self, entry: squeue::Entry) {
+        if self.backlog.is_empty() {
+            // SAFETY: whatever memory the entry names is kept valid by the contract of `submit`, or is owned by self.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+        }
+        self.backlog.push_back(entry);
+    }
+
+    fn drain_backlog(&mut self) {
+        if self.backlog.is_empty() {
+            return;
+        }
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`.
+            if unsafe { queue.push(entry) }.is_err() {
+                break;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Queues the next piece of an operation.
+    fn push_step(&mut self, slot: usize) {
+        let op = &self.ops[slot];
+        let fd = types::Fd(self.files[op.op.file().0 as usize].as_raw_fd());
+        let done = op.done;
+        let entry = match (op.step, op.op) {
+            (
+                Step::Transfer,
+                DiskOp::Write {
+                    offset,
+                    data,
+                    len,
+                    durable,
+                    ..
+                },
+            ) => {
+                let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
+                // SAFETY: `done < len`, so the address stays inside the caller's buffer.
+                let at = unsafe { data.add(done as usize) };
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                opcode::Write::new(fd, at, part as u32)
+                    .offset(offset + done)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (
+                Step::Transfer,
+                DiskOp::Read {
+                    offset, data, len, ..
+                },
+            ) => {
+                let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
+                // SAFETY: `done < len`, so the address stays inside the caller's buffer.
+                let at = unsafe { data.add(done as usize) };
+                opcode::Read::new(fd, at, part as u32)
+                    .offset(offset + done)
+                    .build()
+            }
+            (Step::Fallocate, DiskOp::Allocate { offset, len, .. }) => {
+                opcode::Fallocate::new(fd, len).offset(offset).build()
+            }
+            (Step::Zero, DiskOp::Allocate { offset, len, .. }) => {
+                let part = (len - done).min(ZERO_BYTES as u64);
+                opcode::Write::new(fd, self.zeros.as_ptr(), part as u32)
+                    .offset(offset + done)
+                    .build()
+            }
+            _ => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+        };
+        self.push(entry.user_data(user_data(KIND_DISK, 0, slot as u32)));
+    }
+
+    fn finish(&mut self, slot: usize, result: Result<u32, Errno>, out: &mut Vec<Event>) {
+        let op = self.ops.remove(slot);
+        out.push(Event::Disk {
+            tag: op.tag,
+            result,
+        });
+    }
+
+    fn on_disk(&mut self, slot: usize, result: i32, out: &mut Vec<Event>) {
+        if result == -libc::EINTR || result == -libc::EAGAIN {
+            self.push_step(slot);
+            return;
+        }
+        let op = &mut self.ops[slot];
+        let step = op.step;
+        if result < 0 {
+            // Devices and some file systems have no fallocate; zeros written below allocate just as well.
+            if step == Step::Fallocate
+                && matches!(-result, libc::EOPNOTSUPP | libc::ENODEV | libc::EINVAL)
+            {
+                op.step = Step::Zero;
+                self.push_step(slot);
+                return;
+            }
+            self.finish(slot, Err(Errno::from_raw_os_error(-result)), out);
+            return;
+        }
+        match (step, op.op) {
+            (Step::Transfer, DiskOp::Write { len, .. }) => {
+                op.done += result as u64;
+                if op.done == len as u64 {
+                    self.finish(slot, Ok(len as u32), out);
+                } else if result == 0 {
+                    self.finish(slot, Err(Errno::IO), out);
+                } else {
+                    self.push_step(slot);
+                }
+            }
+            (Step::Transfer, DiskOp::Read { len, .. }) => {
+                op.done += result as u64;
+                if op.done == len as u64 || result == 0 {
+                    let done = op.done as u32;
+                    self.finish(slot, Ok(done), out);
+                } else {
+                    self.push_step(slot);
+                }
+            }
+            (Step::Fallocate, _) => {
+                op.step = Step::Zero;
+                self.push_step(slot);
+            }
+            (Step::Zero, DiskOp::Allocate { len, .. }) => {
+                op.done += result as u64;
+                if result == 0 {
+                    self.finish(slot, Err(Errno::IO), out);
+                    return;
+                }
+                if op.done >= len {
+                    op.step = Step::Sync;
+                }
+                self.push_step(slot);
+            }
+            _ => self.finish(slot, Ok(0), out),
+        }
+    }
+
+    fn on_completion(&mut self, entry: &cqueue::Entry, out: &mut Vec<Event>) {
+        let data = entry.user_data();
+        let slot = data as u32;
+        let generation = (data >> 32) as u32 & GENERATION_MASK;
+        match data >> 60 {
+            KIND_DISK => self.on_disk(slot as usize, entry.result(), out),
+            KIND_READABLE => {
+                let Some(watch) = self.watches.get(slot as usize) else {
+                    return;
+                };
+                if watch.generation != generation || !watch.live {
+                    return;
+                }
+                out.push(Event::Readable(WatchId { slot, generation }));
+                // A multishot poll ends by itself when completions overflowed; arming anew reports the present state.
+                if !cqueue::more(entry.flags()) && entry.result() >= 0 {
+                    self.arm_readable(slot);
+                }
+            }
+            KIND_WRITABLE => {
+                let Some(watch) = self.watches.get_mut(slot as usize) else {
+                    return;
+                };
+                if watch.generation != generation || !watch.live {
+                    return;
+                }
+                watch.writable_armed = false;
+                out.push(Event::Writable(WatchId { slot, generation }));
+            }
+            KIND_MAILBOX => {
+                self.waker.take();
+                out.push(Event::Mailbox);
+                if !cqueue::more(entry.flags()) {
+                    self.arm_mailbox();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes every completion that is there.
+    fn reap(&mut self, out: &mut Vec<Event>) {
+        loop {
+            let Some(entry) = self.ring.completion().next() else {
+                return;
+            };
+            self.on_completion(&entry, out);
+        }
+    }
+
+    /// One `io_uring_enter`: submits everything queued and waits for `want` completions or the deadline.
+    fn enter(&mut self, want: u32, deadline: Option<Instant>) -> io::Result<()> {
+        const ENTER_GETEVENTS: u32 = 1;
+        const ENTER_EXT_ARG: u32 = 8;
+        const ENTER_REGISTERED_RING: u32 = 16;
+        #[repr(C)]
+        struct GetEventsArg {
+            sigmask: u64,
+            sigmask_bytes: u32,
+            min_wait_us: u32,
+            timespec: u64,
+        }
+        let queued = self.ring.submission().len() as u32;
+        let timespec;
+        let mut arg = GetEventsArg {
+            sigmask: 0,
+            sigmask_bytes: 0,
+            min_wait_us: 0,
+            timespec: 0,
+        };
+        if want > 0 {
+            if let Some(deadline) = deadline {
+                let left = deadline.saturating_duration_since(Instant::now());
+                timespec = libc::timespec {
+                    tv_sec: left.as_secs() as i64,
+                    tv_nsec: i64::from(left.subsec_nanos()),
+                };
+                arg.timespec = &raw const timespec as u64;
+            }
+        }
+        let (fd, registered) = match self.registered_ring {
+            Some(index) => (index as i32, ENTER_REGISTERED_RING),
+            None => (self.ring.as_raw_fd(), 0),
+        };
+        // SAFETY: `arg` and the timespec it points to live until the call returns; queued entries obey `submit`.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_enter,
+                fd,
+                queued,
+                want,
+                ENTER_GETEVENTS | ENTER_EXT_ARG | registered,
+                &raw const arg,
+                size_of::<GetEventsArg>(),
+            )
+        };
+        if result >= 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+impl Engine for UringEngine {
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+
+    fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
+        self.files.push(file);
+        Ok(FileId((self.files.len() - 1) as u32))
+    }
+
+    unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {
+        let step = match op {
+            DiskOp::Write { .. } | DiskOp::Read { .. } => Step::Transfer,
+            DiskOp::Sync { .. } => Step::Sync,
+            DiskOp::Allocate { .. } => Step::Fallocate,
+        };
+        let slot = self.ops.insert(InFlight {
+            tag,
+            op,
+            done: 0,
+            step,
+        });
+        self.push_step(slot);
+    }
+
+    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId> {
+        let generation = self.next_generation;
+        self.next_generation = (self.next_generation + 1) & GENERATION_MASK;
+        let slot = self.watches.insert(Watch {
+            fd,
+            generation,
+            live: true,
+            writable_armed: false,
+        }) as u32;
+        self.arm_readable(slot);
+        Ok(WatchId { slot, generation })
+    }
+
+    fn watch_writable(&mut self, id: WatchId) {
+        let Some(watch) = self.watches.get_mut(id.slot as usize) else {
+            return;
+        };
+        if watch.generation != id.generation || watch.writable_armed {
+            return;
+        }
+        watch.writable_armed = true;
+        let entry = opcode::PollAdd::new(types::Fd(watch.fd), POLL_OUTPUT).build();
+        self.push(entry.user_data(user_data(KIND_WRITABLE, id.generation, id.slot)));
+    }
+
+    fn unwatch(&mut self, id: WatchId) {
+        let Some(watch) = self.watches.get(id.slot as usize) else {
+            return;
+        };
+        if watch.generation != id.generation {
+            return;
+        }
+        let writable = watch.writable_armed;
+        self.watches.remove(id.slot as usize);
+        // The polls hold a reference to the socket; until they are removed the peer would not see it closed.
+        let ignored = user_data(KIND_IGNORED, 0, 0);
+        self.push(
+            opcode::PollRemove::new(user_data(KIND_READABLE, id.generation, id.slot))
+                .build()
+                .user_data(ignored),
+        );
+        if writable {
+            self.push(
+                opcode::PollRemove::new(user_data(KIND_WRITABLE, id.generation, id.slot))
+                    .build()
+                    .user_data(ignored),
+            );
+        }
+    }
+
+    fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>, out: &mut Vec<Event>) -> io::Result<()> {
+        let before = out.len();
+        loop {
+            self.drain_backlog();
+            let passed = deadline.is_some_and(|at| at <= Instant::now());
+            let ready = !self.ring.completion().is_empty();
+            let want = u32::from(!passed && !ready && self.backlog.is_empty());
+            match self.enter(want, deadline) {
+                Ok(()) => {}
+                Err(e) => match e.raw_os_error() {
+                    // Overflowed completions must be taken before more can be submitted; the rest are ordinary ends.
+                    Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
+                    _ => return Err(e),
+                },
+            }
+            self.reap(out);
+            if out.len() > before || (passed && self.backlog.is_empty()) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Drop for UringEngine {
+    /// Waits for the disk operations in flight: their memory belongs to the caller.
+    fn drop(&mut self) {
+        let mut events = Vec::new();
+        while !self.ops.is_empty() {
+            if let Err(e) = self.wait(None, &mut events) {
+                tracing::error!(error = %e, "the ring failed with disk operations in flight");
+                // Returning would free memory that the kernel may still write to.
+                std::process::abort();
+            }
+            events.clear();
+        }
+    }
+}
+
+fn build_ring() -> io::Result<(IoUring, &'static str)> {
+    let mut first_error = None;
+    for (text, set_up) in [
+        ("single issuer, deferred task work", 0),
+        ("cooperative task work", 1),
+        ("plain", 2),
+    ] {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(CQ_ENTRIES).dontfork();
+        match set_up {
+            0 => {
+                builder
+                    .setup_submit_all()
+                    .setup_single_issuer()
+                    .setup_defer_taskrun();
+            }
+            1 => {
+                builder.setup_submit_all().setup_coop_taskrun();
+            }
+            _ => {}
+        }
+        match builder.build(SQ_ENTRIES) {
+            Ok(ring) => return Ok((ring, text)),
+            // Only "I do not know this flag" is worth another try.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => first_error = Some(e),
+            Err(e) => return Err(e),
+        }
+    }
+    Err(first_error.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
+}
+
+/// Registers the ring's descriptor with itself (5.18); `None` where that is unknown.
+fn register_ring(fd: RawFd) -> Option<u32> {
+    const REGISTER_RING_FDS: u32 = 20;
+    #[repr(C)]
+    struct RsrcUpdate {
+        offset: u32,
+        reserved: u32,
+        data: u64,
+    }
+    let mut update = RsrcUpdate {
+        offset: u32::MAX,
+        reserved: 0,
+        data: fd as u64,
+    };
+    // SAFETY: `update` is a valid io_uring_rsrc_update that outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            fd,
+            REGISTER_RING_FDS,
+            &raw mut update,
+            1,
+        )
+    };
+    (result == 1).then_some(update.offset)
+}
