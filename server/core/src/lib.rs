@@ -3,5 +3,7 @@
 //! Nothing here does I/O, reads a clock, draws a random number or waits: every machine takes events and returns
 //! actions, so one seed replays one run. The shell in `ashlar-server` carries the actions out.
 
+pub mod nbd;
 pub mod records;
 pub mod units;
+pub mod volume;

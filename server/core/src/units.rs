@@ -51,7 +51,9 @@ impl Epoch {
 
 /// What a head gives each write: the epoch in the high 24 bits, a counter in the low 40. Never reused; a larger
 /// version is a newer write. Zero means "never written".
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Version(pub u64);
 
