@@ -1,4 +1,5 @@
 //! The doing half of Ashlar: sockets, disks, metadata and the interfaces people use.
 
+pub mod cli;
 pub mod engine;
 pub mod meta;
