@@ -3,4 +3,6 @@
 pub mod cli;
 pub mod engine;
 pub mod meta;
+pub mod metrics;
 pub mod nbd;
+pub mod tail;
