@@ -1,6 +1,7 @@
 //! The doing half of Ashlar: sockets, disks, metadata and the interfaces people use.
 
 pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod meta;
 pub mod metrics;
