@@ -2,7 +2,7 @@
 # The one read-only gate, for people and for CI: format, lints, docs, audit, tidy. Runs all of them, even after one
 # has failed, and ends with what failed. Changes no file outside the target directory.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 tools=$CARGO_TARGET_DIR/tools
 PATH="$PATH:$tools/bin"

@@ -1,7 +1,1 @@
-//! The command line of Ashlar.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    ashlar_server::cli::main()
-}
+fn main() {}

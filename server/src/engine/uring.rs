@@ -54,8 +54,8 @@ enum Step {
 
 struct Watch {
     fd: RawFd,
-    token: u32,
     generation: u32,
+    live: bool,
     /// A one-shot writability poll is armed.
     writable_armed: bool,
 }
@@ -309,16 +309,10 @@ impl UringEngine {
                 let Some(watch) = self.watches.get(slot as usize) else {
                     return;
                 };
-                if watch.generation != generation {
+                if watch.generation != generation || !watch.live {
                     return;
                 }
-                let hang_up = entry.result()
-                    & i32::from(libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR)
-                    != 0;
-                out.push(Event::Readable {
-                    token: watch.token,
-                    hang_up: hang_up || entry.result() < 0,
-                });
+                out.push(Event::Readable(WatchId { slot, generation }));
                 // A multishot poll ends by itself when completions overflowed; arming anew reports the present state.
                 if !cqueue::more(entry.flags()) && entry.result() >= 0 {
                     self.arm_readable(slot);
@@ -328,11 +322,11 @@ impl UringEngine {
                 let Some(watch) = self.watches.get_mut(slot as usize) else {
                     return;
                 };
-                if watch.generation != generation {
+                if watch.generation != generation || !watch.live {
                     return;
                 }
                 watch.writable_armed = false;
-                out.push(Event::Writable { token: watch.token });
+                out.push(Event::Writable(WatchId { slot, generation }));
             }
             KIND_MAILBOX => {
                 self.waker.take();
@@ -434,13 +428,13 @@ impl Engine for UringEngine {
         self.push_step(slot);
     }
 
-    fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId> {
+    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId> {
         let generation = self.next_generation;
         self.next_generation = (self.next_generation + 1) & GENERATION_MASK;
         let slot = self.watches.insert(Watch {
             fd,
             generation,
-            token,
+            live: true,
             writable_armed: false,
         }) as u32;
         self.arm_readable(slot);

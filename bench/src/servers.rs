@@ -1,0 +1,372 @@
+//! Starts the servers that are compared, proves that each runs in the mode it is compared in, and ends them.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::OFlags;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::fio::{self, Target};
+use crate::procfs;
+use crate::rows::Contender;
+
+/// The name under which every server exports its data.
+pub(crate) const EXPORT: &str = "bench";
+
+const START_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+const POLL_EVERY: Duration = Duration::from_millis(20);
+
+/// A running server process. Dropping it ends the process.
+#[derive(Debug)]
+pub(crate) struct ServerProcess {
+    pub(crate) pid: u32,
+    child: Option<Child>,
+    _guard: Guard,
+}
+
+impl ServerProcess {
+    /// Takes charge of a process that was started as a child of this one.
+    pub(crate) fn of_child(child: Child) -> Result<ServerProcess> {
+        let pid = child.id();
+        Ok(ServerProcess {
+            pid,
+            child: Some(child),
+            _guard: Guard::over(pid)?,
+        })
+    }
+
+    /// Takes charge of a daemon that has detached itself.
+    fn of_daemon(pid: u32) -> Result<ServerProcess> {
+        Ok(ServerProcess {
+            pid,
+            child: None,
+            _guard: Guard::over(pid)?,
+        })
+    }
+
+    /// Whether it still runs. A child that has ended is reaped.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(None)),
+            None => Path::new(&format!("/proc/{}", self.pid)).exists(),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Some(pid) = Pid::from_raw(self.pid.cast_signed()) {
+            // An error is a process that has ended already.
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// Asks it to end, and ends it by force when it has not done so in time. Says whether it went by itself.
+    pub(crate) fn stop(&mut self) -> bool {
+        let went = self.is_alive() && {
+            self.signal(Signal::TERM);
+            wait_for(STOP_LIMIT, || !self.is_alive())
+        };
+        if self.is_alive() {
+            self.signal(Signal::KILL);
+            wait_for(STOP_LIMIT, || !self.is_alive());
+        }
+        went
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A shell that ends a server when this program goes away without doing so (Ctrl-C, a kill): it waits on a pipe
+/// that only this program holds open.
+#[derive(Debug)]
+struct Guard {
+    shell: Child,
+}
+
+impl Guard {
+    fn over(pid: u32) -> Result<Guard> {
+        let shell = Command::new("sh")
+            .args([
+                "-c",
+                "trap '' INT TERM HUP; read -r _; kill -TERM \"$1\"; sleep 5; kill -KILL \"$1\"",
+                "sh",
+            ])
+            .arg(pid.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("sh could not be started")?;
+        Ok(Guard { shell })
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Before its pipe closes, or it would signal a process id that may belong to someone else by then.
+        let _ = self.shell.kill();
+        let _ = self.shell.wait();
+    }
+}
+
+/// Polls `condition` until it holds or the time is over.
+pub(crate) fn wait_for(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(POLL_EVERY);
+    }
+}
+
+/// A contender that is ready to be measured.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) target: Target,
+    /// None for the bare file.
+    pub(crate) process: Option<ServerProcess>,
+}
+
+impl Running {
+    /// Makes what was written durable, so that no contender's backlog runs into the next one's time.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match &self.target {
+            Target::Nbd(uri) => {
+                let mut command = Command::new("qemu-io");
+                command.args(["-f", "raw", "-c", "flush", uri]);
+                fio::run_to_end(command, Duration::from_secs(120)).context("flushing")
+            }
+            Target::File(path) => Ok(File::open(path)?.sync_all()?),
+        }
+    }
+}
+
+/// Where peers keep their sockets and data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Places<'a> {
+    /// A short path: the name of a Unix socket may have 107 bytes.
+    pub(crate) sockets: &'a Path,
+    pub(crate) data: &'a Path,
+}
+
+/// Starts a peer over `file`, which holds its data already, and checks that it runs in the mode it is meant to.
+pub(crate) fn start_peer(contender: Contender, file: &Path, places: Places<'_>) -> Result<Running> {
+    let socket = places.sockets.join(contender.slug());
+    let mut command = match contender {
+        Contender::Ashlar => bail!("ashlar is no peer of itself"),
+        Contender::Bare => {
+            return Ok(Running {
+                target: Target::File(file.to_owned()),
+                process: None,
+            });
+        }
+        Contender::QemuNone => qemu_nbd(&["--cache=none", "--aio=io_uring"], &socket, file),
+        Contender::QemuWriteback => qemu_nbd(&["--cache=writeback"], &socket, file),
+        Contender::Nbdkit => {
+            let mut command = Command::new("nbdkit");
+            command.arg("--foreground").arg("--unix").arg(&socket);
+            command
+                .arg(format!("--exportname={EXPORT}"))
+                .arg("file")
+                .arg(file);
+            command
+        }
+        Contender::NbdServer => return start_nbd_server(&socket, file, places),
+    };
+    let log = File::create(places.data.join(format!("{}.log", contender.slug())))?;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("{} could not be started", contender.title()))?;
+    let mut process = ServerProcess::of_child(child)?;
+    await_socket(contender, &socket, &mut process)?;
+    prove_mode(contender, file, &socket, process.pid)?;
+    Ok(Running {
+        target: Target::Nbd(uri(&socket)),
+        process: Some(process),
+    })
+}
+
+/// The URI of the export on a Unix socket.
+pub(crate) fn uri(socket: &Path) -> String {
+    format!("nbd+unix:///{EXPORT}?socket={}", socket.display())
+}
+
+fn qemu_nbd(modes: &[&str], socket: &Path, file: &Path) -> Command {
+    let mut command = Command::new("qemu-nbd");
+    // --persistent: stay after the first client; --shared=0: any number of clients.
+    command
+        .args(["--persistent", "--shared=0", "--format=raw"])
+        .args(modes);
+    command
+        .arg(format!("--export-name={EXPORT}"))
+        .arg(format!("--socket={}", socket.display()))
+        .arg(file);
+    command
+}
+
+fn await_socket(contender: Contender, socket: &Path, process: &mut ServerProcess) -> Result<()> {
+    let ready = wait_for(START_LIMIT, || {
+        UnixStream::connect(socket).is_ok() || !process.is_alive()
+    });
+    ensure!(
+        ready && process.is_alive(),
+        "{} did not start listening",
+        contender.title()
+    );
+    Ok(())
+}
+
+/// nbd-server forks a process for each connection and only serves more than one when it has detached itself, which
+/// is also how it is run in practice.
+fn start_nbd_server(socket: &Path, file: &Path, places: Places<'_>) -> Result<Running> {
+    let config = places.data.join("nbd-server.conf");
+    fs::write(
+        &config,
+        format!(
+            "[generic]\nunixsock = {}\n[{EXPORT}]\nexportname = {}\nflush = true\nfua = true\nsync = false\n",
+            socket.display(),
+            file.display()
+        ),
+    )?;
+    let pid_file = places.data.join("nbd-server.pid");
+    let _ = fs::remove_file(&pid_file);
+    let mut command = Command::new("nbd-server");
+    command.arg("-C").arg(&config).arg("-p").arg(&pid_file);
+    fio::run_to_end(command, START_LIMIT)?;
+    let mut pid = None;
+    wait_for(START_LIMIT, || {
+        pid = fs::read_to_string(&pid_file)
+            .ok()
+            .and_then(|text| text.trim().parse::<u32>().ok());
+        pid.is_some()
+    });
+    let pid = pid.context("nbd-server wrote no process id")?;
+    let mut process = ServerProcess::of_daemon(pid)?;
+    await_socket(Contender::NbdServer, socket, &mut process)?;
+    prove_mode(Contender::NbdServer, file, socket, process.pid)?;
+    Ok(Running {
+        target: Target::Nbd(uri(socket)),
+        process: Some(process),
+    })
+}
+
+/// Compares what a server really does, as far as the kernel and the NBD handshake show it, with what its row says.
+fn prove_mode(contender: Contender, file: &Path, socket: &Path, pid: u32) -> Result<()> {
+    let title = contender.title();
+    // Some open the file only for a client.
+    let client = Client::attach(socket).with_context(|| format!("attaching to {title}"))?;
+    let opened: Vec<_> = procfs::tree(pid)
+        .into_iter()
+        .flat_map(|pid| procfs::open_files(pid).unwrap_or_default())
+        .collect();
+    let file = file.canonicalize()?;
+    ensure!(
+        client.size_bytes == file.metadata()?.len(),
+        "{title} exports {} bytes",
+        client.size_bytes
+    );
+    ensure!(client.takes_flush, "{title} takes no flush");
+    let flags: Vec<OFlags> = opened
+        .iter()
+        .filter(|open| open.target == file)
+        .map(|open| OFlags::from_bits_retain(open.flags))
+        .collect();
+    let has_ring = opened
+        .iter()
+        .any(|open| open.target.as_os_str() == "anon_inode:[io_uring]");
+    let direct = flags.iter().any(|flags| flags.contains(OFlags::DIRECT));
+    let synced = flags
+        .iter()
+        .any(|flags| flags.intersects(OFlags::DSYNC | OFlags::SYNC));
+    ensure!(
+        !flags.is_empty(),
+        "{title} does not have its data file open"
+    );
+    ensure!(
+        !synced,
+        "{title} opened its data file for synchronous writes"
+    );
+    match contender {
+        Contender::QemuNone => {
+            ensure!(direct, "{title} did not open its data file with O_DIRECT");
+            ensure!(has_ring, "{title} has no io_uring");
+        }
+        Contender::QemuWriteback | Contender::Nbdkit | Contender::NbdServer => {
+            ensure!(!direct, "{title} opened its data file with O_DIRECT");
+        }
+        Contender::Ashlar | Contender::Bare => {}
+    }
+    Ok(())
+}
+
+/// A connection in the transmission phase, which makes a server open its file.
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    size_bytes: u64,
+    takes_flush: bool,
+}
+
+/// NBD_OPT_EXPORT_NAME, the option that every server answers.
+const OPT_EXPORT_NAME: u32 = 1;
+/// NBD_FLAG_C_FIXED_NEWSTYLE and NBD_FLAG_C_NO_ZEROES.
+const CLIENT_FLAGS: u32 = 3;
+const FLAG_SEND_FLUSH: u16 = 1 << 2;
+const REQUEST_MAGIC: u32 = 0x2560_9513;
+const CMD_DISC: u16 = 2;
+
+impl Client {
+    fn attach(socket: &Path) -> Result<Client> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(START_LIMIT))?;
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting)?;
+        ensure!(
+            &greeting[..16] == b"NBDMAGICIHAVEOPT",
+            "not a newstyle NBD server"
+        );
+        let mut option = Vec::new();
+        option.extend(CLIENT_FLAGS.to_be_bytes());
+        option.extend(b"IHAVEOPT");
+        option.extend(OPT_EXPORT_NAME.to_be_bytes());
+        option.extend((EXPORT.len() as u32).to_be_bytes());
+        option.extend(EXPORT.as_bytes());
+        stream.write_all(&option)?;
+        let mut size = [0; 8];
+        stream.read_exact(&mut size)?;
+        let mut flags = [0; 2];
+        stream.read_exact(&mut flags)?;
+        Ok(Client {
+            stream,
+            size_bytes: u64::from_be_bytes(size),
+            takes_flush: u16::from_be_bytes(flags) & FLAG_SEND_FLUSH != 0,
+        })
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let mut request = [0; 28];
+        request[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        request[6..8].copy_from_slice(&CMD_DISC.to_be_bytes());
+        // An error is a server that has gone, and then there is nobody to tell.
+        let _ = self.stream.write_all(&request);
+    }
+}
