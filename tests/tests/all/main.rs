@@ -1,0 +1,3 @@
+//! The integration tests, one binary with a module per topic. docs/testing.md says which promise each one checks.
+
+mod tidy;
