@@ -47,7 +47,6 @@ pub(crate) struct Outcome {
 }
 
 /// What fio may take beyond its run time before it counts as hung: it connects, allocates and reports in this time.
-/// fio's nbd engine spins for ever when its server goes away.
 const GRACE: Duration = Duration::from_secs(30);
 /// How much of fio's standard error is kept. The rest is read and dropped: it can be gigabytes.
 const KEPT_STDERR_BYTES: usize = 4096;
@@ -55,12 +54,15 @@ const KEPT_STDERR_BYTES: usize = 4096;
 /// Runs one job, with fio's files in `scratch`.
 pub(crate) fn run(job: &Job<'_>, scratch: &Path) -> Result<Outcome> {
     let report = scratch.join("fio.json");
-    let mut command = Command::new("fio");
+    let limit = job.duration + GRACE;
+    // fio outlives this program when that is killed, and its nbd engine spins for ever when the server goes away.
+    let mut command = Command::new("timeout");
     command
+        .args(["--kill-after=5", &limit.as_secs().to_string(), "fio"])
         .args(arguments(job))
         .arg(format!("--output={}", report.display()));
     command.current_dir(scratch);
-    run_to_end(command, job.duration + GRACE)?;
+    run_to_end(command, limit + GRACE)?;
     let text = fs::read_to_string(&report).with_context(|| report.display().to_string())?;
     parse(&text, job.row)
 }
