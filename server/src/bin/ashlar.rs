@@ -1,1 +1,7 @@
-fn main() {}
+//! The command line of Ashlar.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ashlar_server::cli::main()
+}

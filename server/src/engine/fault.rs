@@ -242,8 +242,8 @@ impl Engine for FaultEngine {
         unsafe { self.inner.submit(tag, op) };
     }
 
-    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId> {
-        self.inner.watch(fd)
+    fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId> {
+        self.inner.watch(fd, token)
     }
 
     fn watch_writable(&mut self, watch: WatchId) {

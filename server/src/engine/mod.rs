@@ -86,10 +86,11 @@ pub enum Event {
         tag: Tag,
         result: Result<u32, Errno>,
     },
-    /// The socket may have become readable, or was hung up.
-    Readable(WatchId),
-    /// The socket may have become writable; asked for by [`Engine::watch_writable`], reported once.
-    Writable(WatchId),
+    /// The socket with this token may have become readable. `hang_up`: the peer closed or reset it, so that reading
+    /// comes to an end even if the next read is a full one.
+    Readable { token: u32, hang_up: bool },
+    /// The socket with this token may have become writable; asked for by [`Engine::watch_writable`], reported once.
+    Writable { token: u32 },
     /// Someone used the [`Waker`].
     Mailbox,
 }
@@ -110,10 +111,10 @@ pub trait Engine {
     /// event was returned or the engine was dropped.
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp);
 
-    /// Watches a socket for input. Edge semantics: an event says that bytes, an error or a hang-up may have arrived
+    /// Watches a socket for input; events carry `token`. Edge semantics: an event says that bytes, an error or a hang-up may have arrived
     /// since the last one, so the owner reads until `EAGAIN` or remembers that it stopped early. The first event
     /// comes at once if the socket is readable already. Spurious events happen.
-    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId>;
+    fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId>;
 
     /// Reports once when the socket can take more bytes.
     fn watch_writable(&mut self, watch: WatchId);

@@ -21,6 +21,12 @@ const EPOLL_BATCH: usize = 256;
 const TOKEN_MAILBOX: u64 = u64::MAX;
 const TOKEN_POOL: u64 = u64::MAX - 1;
 
+struct Watch {
+    fd: RawFd,
+    token: u32,
+    generation: u32,
+}
+
 struct Job {
     tag: Tag,
     fd: Arc<OwnedFd>,
@@ -49,7 +55,7 @@ pub struct PosixEngine {
     epoll: OwnedFd,
     ready: Vec<epoll::Event>,
     files: Vec<Arc<OwnedFd>>,
-    watches: slab::Slab<(RawFd, u32)>,
+    watches: slab::Slab<Watch>,
     next_generation: u32,
     pool: Arc<Pool>,
     workers: Vec<JoinHandle<()>>,
@@ -109,7 +115,7 @@ impl PosixEngine {
     }
 }
 
-fn token(id: WatchId) -> u64 {
+fn key(id: WatchId) -> u64 {
     (u64::from(id.generation) << 32) | u64::from(id.slot)
 }
 
@@ -158,12 +164,16 @@ impl Engine for PosixEngine {
         self.pool.wake.notify_one();
     }
 
-    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId> {
+    fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId> {
         let generation = self.next_generation;
         // The highest generation bit stays clear, so no watch has the token of the mailbox or the pool.
         self.next_generation = (self.next_generation + 1) & 0x7fff_ffff;
         let id = WatchId {
-            slot: self.watches.insert((fd, generation)) as u32,
+            slot: self.watches.insert(Watch {
+                fd,
+                token,
+                generation,
+            }) as u32,
             generation,
         };
         // SAFETY: the caller keeps the socket open until `unwatch`.
@@ -171,7 +181,7 @@ impl Engine for PosixEngine {
         if let Err(e) = epoll::add(
             &self.epoll,
             socket,
-            epoll::EventData::new_u64(token(id)),
+            epoll::EventData::new_u64(key(id)),
             input_flags(),
         ) {
             self.watches.remove(id.slot as usize);
@@ -181,7 +191,7 @@ impl Engine for PosixEngine {
     }
 
     fn watch_writable(&mut self, id: WatchId) {
-        if let Some(&(fd, generation)) = self.watches.get(id.slot as usize) {
+        if let Some(&Watch { fd, generation, .. }) = self.watches.get(id.slot as usize) {
             if generation == id.generation {
                 // SAFETY: the caller keeps the socket open until `unwatch`.
                 let socket = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -189,7 +199,7 @@ impl Engine for PosixEngine {
                 let _ = epoll::modify(
                     &self.epoll,
                     socket,
-                    epoll::EventData::new_u64(token(id)),
+                    epoll::EventData::new_u64(key(id)),
                     flags,
                 );
             }
@@ -200,9 +210,9 @@ impl Engine for PosixEngine {
         if self
             .watches
             .get(id.slot as usize)
-            .is_some_and(|w| w.1 == id.generation)
+            .is_some_and(|w| w.generation == id.generation)
         {
-            let (fd, _) = self.watches.remove(id.slot as usize);
+            let Watch { fd, .. } = self.watches.remove(id.slot as usize);
             // SAFETY: the caller closes the socket only after this.
             let socket = unsafe { BorrowedFd::borrow_raw(fd) };
             let _ = epoll::delete(&self.epoll, socket);
@@ -248,7 +258,12 @@ impl Engine for PosixEngine {
                         slot: data as u32,
                         generation: (data >> 32) as u32,
                     };
-                    let Some(&(fd, generation)) = self.watches.get(id.slot as usize) else {
+                    let Some(&Watch {
+                        fd,
+                        token,
+                        generation,
+                    }) = self.watches.get(id.slot as usize)
+                    else {
                         continue;
                     };
                     if generation != id.generation {
@@ -263,10 +278,15 @@ impl Engine for PosixEngine {
                             epoll::EventData::new_u64(data),
                             input_flags(),
                         );
-                        out.push(Event::Writable(id));
+                        out.push(Event::Writable { token });
                     }
                     if flags.intersects(!epoll::EventFlags::OUT) {
-                        out.push(Event::Readable(id));
+                        let hang_up = flags.intersects(
+                            epoll::EventFlags::RDHUP
+                                | epoll::EventFlags::HUP
+                                | epoll::EventFlags::ERR,
+                        );
+                        out.push(Event::Readable { token, hang_up });
                     }
                 }
             }

@@ -165,7 +165,7 @@ fn readiness_hang_up_writability_and_the_mailbox_arrive() {
     each_engine(|engine| {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
         ours.set_nonblocking(true).expect("nonblocking");
-        let watch = engine.watch(ours.as_raw_fd()).expect("watch");
+        let watch = engine.watch(ours.as_raw_fd(), 5).expect("watch");
         let mut none = Vec::new();
         engine
             .wait(Some(Instant::now() + Duration::from_millis(20)), &mut none)
@@ -173,7 +173,13 @@ fn readiness_hang_up_writability_and_the_mailbox_arrive() {
         assert_eq!(none, []);
         for _ in 0..3 {
             theirs.write_all(b"x").expect("write");
-            assert_eq!(wait_for(engine, 1), [Event::Readable(watch)]);
+            assert_eq!(
+                wait_for(engine, 1),
+                [Event::Readable {
+                    token: 5,
+                    hang_up: false
+                }]
+            );
             let mut buf = [0; 8];
             assert_eq!((&ours).read(&mut buf).expect("read"), 1);
         }
@@ -189,9 +195,12 @@ fn readiness_hang_up_writability_and_the_mailbox_arrive() {
         theirs.set_nonblocking(true).expect("nonblocking");
         let mut sink = vec![0; 1 << 20];
         while theirs.read(&mut sink).is_ok() {}
-        assert!(wait_for(engine, 1).contains(&Event::Writable(watch)));
+        assert!(wait_for(engine, 1).contains(&Event::Writable { token: 5 }));
         drop(theirs);
-        assert!(wait_for(engine, 1).contains(&Event::Readable(watch)));
+        assert!(wait_for(engine, 1).contains(&Event::Readable {
+            token: 5,
+            hang_up: true
+        }));
     });
 }
 
@@ -199,15 +208,21 @@ fn readiness_hang_up_writability_and_the_mailbox_arrive() {
 fn an_ended_watch_reports_nothing_and_lets_the_peer_see_the_close() {
     each_engine(|engine| {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
-        let old = engine.watch(ours.as_raw_fd()).expect("watch");
+        let old = engine.watch(ours.as_raw_fd(), 5).expect("watch");
         theirs.write_all(b"x").expect("write");
         engine.unwatch(old);
         drop(ours);
         let (again, mut peer) = UnixStream::pair().expect("pair");
-        let new = engine.watch(again.as_raw_fd()).expect("watch");
+        let new = engine.watch(again.as_raw_fd(), 6).expect("watch");
         assert_ne!(old, new);
         peer.write_all(b"y").expect("write");
-        assert_eq!(wait_for(engine, 1), [Event::Readable(new)]);
+        assert_eq!(
+            wait_for(engine, 1),
+            [Event::Readable {
+                token: 6,
+                hang_up: false
+            }]
+        );
         theirs
             .set_read_timeout(Some(Duration::from_secs(5)))
             .expect("timeout");

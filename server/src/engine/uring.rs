@@ -54,8 +54,8 @@ enum Step {
 
 struct Watch {
     fd: RawFd,
+    token: u32,
     generation: u32,
-    live: bool,
     /// A one-shot writability poll is armed.
     writable_armed: bool,
 }
@@ -309,10 +309,16 @@ impl UringEngine {
                 let Some(watch) = self.watches.get(slot as usize) else {
                     return;
                 };
-                if watch.generation != generation || !watch.live {
+                if watch.generation != generation {
                     return;
                 }
-                out.push(Event::Readable(WatchId { slot, generation }));
+                let hang_up = entry.result()
+                    & i32::from(libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR)
+                    != 0;
+                out.push(Event::Readable {
+                    token: watch.token,
+                    hang_up: hang_up || entry.result() < 0,
+                });
                 // A multishot poll ends by itself when completions overflowed; arming anew reports the present state.
                 if !cqueue::more(entry.flags()) && entry.result() >= 0 {
                     self.arm_readable(slot);
@@ -322,11 +328,11 @@ impl UringEngine {
                 let Some(watch) = self.watches.get_mut(slot as usize) else {
                     return;
                 };
-                if watch.generation != generation || !watch.live {
+                if watch.generation != generation {
                     return;
                 }
                 watch.writable_armed = false;
-                out.push(Event::Writable(WatchId { slot, generation }));
+                out.push(Event::Writable { token: watch.token });
             }
             KIND_MAILBOX => {
                 self.waker.take();
@@ -428,13 +434,13 @@ impl Engine for UringEngine {
         self.push_step(slot);
     }
 
-    fn watch(&mut self, fd: RawFd) -> io::Result<WatchId> {
+    fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId> {
         let generation = self.next_generation;
         self.next_generation = (self.next_generation + 1) & GENERATION_MASK;
         let slot = self.watches.insert(Watch {
             fd,
             generation,
-            live: true,
+            token,
             writable_armed: false,
         }) as u32;
         self.arm_readable(slot);

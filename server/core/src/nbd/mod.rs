@@ -5,6 +5,8 @@
 //! for; [`reply`] encodes the answers; [`errors`] is the only place that knows which error number is which refusal.
 
 pub mod errors;
+pub mod handshake;
+mod options;
 pub mod reply;
 pub mod request;
 pub mod session;

@@ -1,0 +1,215 @@
+//! The command line, as clap reads it.
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use super::{
+    connect::AdminAddress,
+    size::{NewSize, Size},
+};
+
+const AFTER_HELP: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 daemon unreachable, 6 no space, 7 damaged data found.
+
+Sizes: 10GiB, 10G and 10Gi are powers of 1024; 10GB is a power of 1000; plain digits are bytes.";
+
+/// Replicated block storage in userspace: the command line of ashlard.
+#[derive(Debug, Parser)]
+#[command(name = "ashlar", version, after_help = AFTER_HELP, propagate_version = true)]
+pub(super) struct Cli {
+    /// Where the daemon's admin interface is: unix:PATH or tcp:HOST:PORT. Without it, the first of ./data/admin.sock,
+    /// /run/ashlar/admin.sock and /var/lib/ashlar/admin.sock that answers
+    #[arg(long, global = true, env = "ASHLAR_ADMIN", value_name = "ADDRESS")]
+    pub(super) admin: Option<AdminAddress>,
+
+    /// How to print what was asked for
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    pub(super) output: Format,
+
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Forms of output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people; may change between versions
+    Table,
+    /// For programs
+    Json,
+    /// For programs and people
+    Yaml,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Create, list, show, change and delete volumes
+    #[command(subcommand, visible_alias = "vol")]
+    Volume(VolumeCommand),
+    /// Look at and look after stores
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// The daemon, its listeners, its stores and what needs attention
+    Status,
+    /// Open NBD connections
+    Connections {
+        /// Only those of this volume (name or id)
+        volume: Option<String>,
+    },
+    /// What every volume and store is doing, live
+    Top(TopArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeCommand {
+    /// Create a volume that reads as zeros
+    Create {
+        /// Lower-case letters, digits, '-', '_' and '.', at most 63 characters
+        name: String,
+        /// Size, for example 10GiB; rounded up to a multiple of 4096 bytes
+        #[arg(long, short)]
+        size: Size,
+        /// Acknowledge a write only once it is durable on the device
+        #[arg(long)]
+        write_through: bool,
+        /// Refuse writes
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// List all volumes
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one volume and how to attach it
+    Show {
+        /// Name or id
+        volume: String,
+    },
+    /// Make a volume larger
+    Resize {
+        /// Name or id
+        volume: String,
+        /// New size, or +SIZE to add to what it has
+        #[arg(long, short)]
+        size: NewSize,
+    },
+    /// Give a volume another name; connections stay open
+    Rename {
+        /// Name or id
+        volume: String,
+        /// The name it shall have
+        new_name: String,
+    },
+    /// Delete volumes and all their data; refused while one is in use
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Names or ids
+        #[arg(required = true, value_name = "VOLUME")]
+        volumes: Vec<String>,
+        /// Do not ask, even at a terminal
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Change the settings of a volume
+    Set(SetArgs),
+}
+
+#[derive(Debug, Args)]
+#[group(skip)]
+#[command(group = ArgGroup::new("settings").required(true).multiple(true))]
+pub(super) struct SetArgs {
+    /// Name or id
+    pub(super) volume: String,
+    /// Refuse writes; only while nothing is connected
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, group = "settings")]
+    pub(super) read_only: Option<bool>,
+    /// Acknowledge a write only once it is durable on the device
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, group = "settings")]
+    pub(super) write_through: Option<bool>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StoreCommand {
+    /// List the daemon's stores
+    #[command(visible_alias = "ls")]
+    List,
+    /// Read and verify everything a running daemon's stores hold
+    Scrub {
+        /// Id or path of one store; without it all of them
+        store: Option<String>,
+        /// Bytes to read a second at most, for example 100MiB
+        #[arg(long, value_name = "SIZE")]
+        rate: Option<Size>,
+    },
+    /// Take a checkpoint now, so that the next start has little to replay
+    Checkpoint {
+        /// Id or path of one store; without it all of them
+        store: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TopArgs {
+    /// Seconds between two samples, 0.1 to 60
+    #[arg(long, short, default_value_t = 1.0, value_name = "SECONDS")]
+    pub(super) interval: f64,
+    /// Print one sample and exit
+    #[arg(long)]
+    pub(super) once: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_take_an_optional_value() {
+        let set = |args: &[&str]| {
+            let argv = ["ashlar", "volume", "set"].iter().chain(args);
+            Cli::try_parse_from(argv).map(|cli| match cli.command {
+                Command::Volume(VolumeCommand::Set(set)) => {
+                    (set.volume, set.read_only, set.write_through)
+                }
+                other => panic!("parsed as {other:?}"),
+            })
+        };
+        assert_eq!(
+            set(&["v", "--read-only"]).expect("parses"),
+            ("v".into(), Some(true), None)
+        );
+        assert_eq!(
+            set(&["--read-only=false", "v"]).expect("parses"),
+            ("v".into(), Some(false), None)
+        );
+        assert_eq!(
+            set(&["v", "--write-through=false", "--read-only"]).expect("parses"),
+            ("v".into(), Some(true), Some(false))
+        );
+        assert!(set(&["v"]).is_err());
+        assert!(set(&["--read-only"]).is_err());
+    }
+
+    #[test]
+    fn global_options_may_stand_anywhere() {
+        for argv in [
+            ["ashlar", "-o", "json", "volume", "list"],
+            ["ashlar", "volume", "list", "-o", "json"],
+        ] {
+            assert_eq!(
+                Cli::try_parse_from(argv).expect("parses").output,
+                Format::Json
+            );
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Finding the daemon and talking to it.
+
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ashlar_proto::admin::admin_client::AdminClient;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use super::{
+    error::{CliError, Exit},
+    output,
+};
+
+/// Where to look for a daemon when nobody said where it is: the data directory of `make run`, then those of a packaged
+/// daemon.
+const GUESSES: [&str; 3] = [
+    "./data/admin.sock",
+    "/run/ashlar/admin.sock",
+    "/var/lib/ashlar/admin.sock",
+];
+
+/// Bound on connecting. A daemon on this machine answers at once or not at all; one behind TCP may be a continent away.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Address of an admin interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AdminAddress {
+    /// `unix:PATH`, or a bare path.
+    Unix(PathBuf),
+    /// `tcp:HOST:PORT`.
+    Tcp(String),
+}
+
+/// Why an address was not understood.
+#[derive(Debug, thiserror::Error)]
+#[error("an address is unix:PATH or tcp:HOST:PORT, for example unix:/run/ashlar/admin.sock")]
+pub(super) struct AddressParseError;
+
+impl std::str::FromStr for AdminAddress {
+    type Err = AddressParseError;
+
+    fn from_str(text: &str) -> Result<AdminAddress, AddressParseError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path
+                .strip_prefix("//")
+                .filter(|p| p.starts_with('/'))
+                .unwrap_or(path);
+            return if path.is_empty() {
+                Err(AddressParseError)
+            } else {
+                Ok(AdminAddress::Unix(path.into()))
+            };
+        }
+        if let Some(host_port) = text.strip_prefix("tcp:") {
+            let (host, port) = host_port.rsplit_once(':').ok_or(AddressParseError)?;
+            let bracketed = host.starts_with('[') && host.ends_with(']');
+            if host.is_empty() || (host.contains(':') && !bracketed) || port.parse::<u16>().is_err()
+            {
+                return Err(AddressParseError);
+            }
+            return Ok(AdminAddress::Tcp(host_port.to_owned()));
+        }
+        if text.contains('/') {
+            Ok(AdminAddress::Unix(text.into()))
+        } else {
+            Err(AddressParseError)
+        }
+    }
+}
+
+impl fmt::Display for AdminAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+            AdminAddress::Tcp(host_port) => write!(f, "tcp:{host_port}"),
+        }
+    }
+}
+
+/// A connected client, and where it is connected to.
+pub(super) struct Daemon {
+    pub(super) client: AdminClient<Channel>,
+    pub(super) address: AdminAddress,
+}
+
+/// Connects to `asked`, or to the first guess that answers.
+pub(super) async fn connect(asked: Option<AdminAddress>) -> Result<Daemon, CliError> {
+    let address = match asked {
+        Some(AdminAddress::Unix(path)) => {
+            probe(&path)
+                .await
+                .map_err(|error| unreachable_socket(&path, &error))?;
+            AdminAddress::Unix(path)
+        }
+        Some(address) => address,
+        None => AdminAddress::Unix(guess().await?),
+    };
+    let channel = endpoint(&address)?
+        .connect()
+        .await
+        .map_err(|error| unreachable_daemon(&address, &error))?;
+    Ok(Daemon {
+        client: AdminClient::new(channel),
+        address,
+    })
+}
+
+fn endpoint(address: &AdminAddress) -> Result<Endpoint, CliError> {
+    let uri = match address {
+        AdminAddress::Unix(path) => match path.to_str() {
+            Some(path) => format!("unix:{path}"),
+            None => {
+                return Err(CliError::new(
+                    Exit::Usage,
+                    format_args!("{address}: the path is not UTF-8"),
+                ));
+            }
+        },
+        AdminAddress::Tcp(host_port) => format!("http://{host_port}"),
+    };
+    let endpoint = Endpoint::from_shared(uri)
+        .map_err(|e| CliError::new(Exit::Usage, format_args!("{address}: {e}")))?;
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+}
+
+/// Whether something accepts connections there. Says why not with the system's own error, which the gRPC library hides.
+async fn probe(path: &Path) -> io::Result<()> {
+    UnixStream::connect(path).await.map(drop)
+}
+
+async fn guess() -> Result<PathBuf, CliError> {
+    let mut tried = String::new();
+    let mut denied = false;
+    for guess in GUESSES.map(Path::new) {
+        match probe(guess).await {
+            Ok(()) => {
+                // Several daemons may run on a machine: a person should see which of them is meant.
+                if output::stderr_is_watched() {
+                    output::note(format_args!("using {}", guess.display()));
+                }
+                return Ok(guess.to_owned());
+            }
+            Err(error) => {
+                denied |= error.kind() == io::ErrorKind::PermissionDenied;
+                tried += &format!("\n    {}: {}", guess.display(), reason(&error));
+            }
+        }
+    }
+    let hint = if denied {
+        "a daemon belongs to another user: run this as that user or with sudo"
+    } else {
+        "start one with 'ashlard --data-dir ./data', or say where it is with --admin or ASHLAR_ADMIN"
+    };
+    Err(CliError::new(
+        Exit::Unreachable,
+        format_args!("no daemon found; tried{tried}"),
+    )
+    .hint(hint))
+}
+
+fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "no such socket".into(),
+        io::ErrorKind::ConnectionRefused => "nothing listens there any more".into(),
+        io::ErrorKind::PermissionDenied => "permission denied".into(),
+        _ => error.to_string(),
+    }
+}
+
+fn unreachable_socket(path: &Path, error: &io::Error) -> CliError {
+    let refused = CliError::new(
+        Exit::Unreachable,
+        format_args!("unix:{}: {}", path.display(), reason(error)),
+    );
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            refused.hint("run this as the daemon's user or with sudo")
+        }
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => refused.hint(
+            "is ashlard running, and is that its --listen-admin (by default DIR/admin.sock)?",
+        ),
+        _ => refused,
+    }
+}
+
+fn unreachable_daemon(address: &AdminAddress, error: &tonic::transport::Error) -> CliError {
+    use std::error::Error;
+    // The library's own text is "transport error"; the innermost cause is the one that helps.
+    let mut cause: &dyn Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    CliError::new(Exit::Unreachable, format_args!("{address}: {cause}"))
+        .hint("is ashlard running, and is that its --listen-admin?")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read() {
+        let unix = |path: &str| Some(AdminAddress::Unix(path.into()));
+        let tcp = |host_port: &str| Some(AdminAddress::Tcp(host_port.into()));
+        let cases = [
+            ("unix:/run/a.sock", unix("/run/a.sock")),
+            ("unix:data/a.sock", unix("data/a.sock")),
+            ("unix:///run/a.sock", unix("/run/a.sock")),
+            ("/run/a.sock", unix("/run/a.sock")),
+            ("./a.sock", unix("./a.sock")),
+            ("tcp:127.0.0.1:9461", tcp("127.0.0.1:9461")),
+            ("tcp:[::1]:9461", tcp("[::1]:9461")),
+            ("tcp:::1:9461", None),
+            ("tcp:host", None),
+            ("tcp:host:99999", None),
+            ("tcp::1", None),
+            ("unix:", None),
+            ("a.sock", None),
+            ("", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(text.parse::<AdminAddress>().ok(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_missing_socket_says_what_to_do() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("runtime");
+        let missing = AdminAddress::Unix("/nonexistent/ashlar/admin.sock".into());
+        let error = runtime
+            .block_on(connect(Some(missing)))
+            .err()
+            .expect("unreachable");
+        assert_eq!(error.exit, Exit::Unreachable);
+        let text = error.to_string();
+        assert!(
+            text.contains("no such socket") && text.contains("is ashlard running"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,294 @@
+//! `ashlar store …`: the daemon's stores, and a store read without a daemon.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+};
+
+use ashlar_proto::admin::{CheckpointRequest, ListStoresRequest, ScrubRequest};
+use serde::Serialize;
+
+use super::{
+    args::{Format, StoreCommand},
+    connect::Daemon,
+    error::{CliError, Exit},
+    output::{self, Answer},
+    progress,
+    size::human,
+    view::{self, Store},
+};
+
+pub(super) async fn run(
+    daemon: &mut Daemon,
+    format: Format,
+    command: StoreCommand,
+) -> Result<(), CliError> {
+    match command {
+        StoreCommand::List => {
+            let stores = list(daemon).await?;
+            output::print(format, &Stores(stores))
+        }
+        StoreCommand::Scrub { store, rate } => {
+            let store_id = store_id(daemon, store).await?;
+            let request = ScrubRequest {
+                store_id,
+                rate_bytes_per_second: rate.map_or(0, |rate| rate.0),
+            };
+            scrub(daemon, format, request).await
+        }
+        StoreCommand::Checkpoint { store } => {
+            let store_id = store_id(daemon, store).await?;
+            let spinner = progress::spinner("taking a checkpoint");
+            let answer = daemon
+                .client
+                .checkpoint(CheckpointRequest { store_id })
+                .await;
+            spinner.finish_and_clear();
+            let answer = answer?.into_inner();
+            output::print(
+                format,
+                &Checkpointed {
+                    stores: answer.stores,
+                    duration_ms: answer.duration_ms,
+                },
+            )
+        }
+    }
+}
+
+async fn list(daemon: &mut Daemon) -> Result<Vec<Store>, CliError> {
+    let answer = daemon
+        .client
+        .list_stores(ListStoresRequest {})
+        .await?
+        .into_inner();
+    Ok(answer.stores.into_iter().map(Store::from).collect())
+}
+
+/// The id of the store meant by an id or a path; empty for all.
+async fn store_id(daemon: &mut Daemon, store: Option<String>) -> Result<String, CliError> {
+    let Some(store) = store else {
+        return Ok(String::new());
+    };
+    let stores = list(daemon).await?;
+    let path = Path::new(&store).canonicalize().ok();
+    let found = stores
+        .iter()
+        .find(|s| s.id == store || s.path == store || path.as_deref() == Some(Path::new(&s.path)));
+    found.map(|s| s.id.clone()).ok_or_else(|| {
+        CliError::new(
+            Exit::NotFound,
+            format_args!("the daemon has no store {store}"),
+        )
+        .hint("'ashlar store list' shows the ids and paths it has")
+    })
+}
+
+async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Result<(), CliError> {
+    let paths: Vec<(String, String)> = list(daemon)
+        .await?
+        .into_iter()
+        .map(|s| (s.id, s.path))
+        .collect();
+    let mut stream = daemon.client.scrub(request).await?.into_inner();
+    let mut report = ScrubReport { stores: Vec::new() };
+    let mut bar = None;
+    while let Some(step) = stream.message().await? {
+        if report
+            .stores
+            .last()
+            .is_none_or(|store| store.store_id != step.store_id)
+        {
+            let path = paths
+                .iter()
+                .find(|(id, _)| *id == step.store_id)
+                .map_or("", |(_, path)| path);
+            bar = Some(progress::bytes_bar(step.total_bytes, path));
+            report.stores.push(ScrubbedStore {
+                store_id: step.store_id.clone(),
+                path: path.to_owned(),
+                verified_bytes: 0,
+                complete: false,
+                damages: Vec::new(),
+            });
+        }
+        let Some(store) = report.stores.last_mut() else {
+            continue;
+        };
+        store.verified_bytes = step.done_bytes;
+        store.complete = step.finished;
+        for damage in step.damages {
+            let damage = Damage::from(damage);
+            if let Some(bar) = &bar {
+                bar.suspend(|| output::note(format_args!("{}: {damage}", store.path)));
+            }
+            store.damages.push(damage);
+        }
+        if let Some(bar) = &bar {
+            bar.set_length(step.total_bytes);
+            bar.set_position(step.done_bytes);
+            if step.finished {
+                bar.finish_and_clear();
+            }
+        }
+    }
+    output::print(format, &report)?;
+    if report.stores.iter().any(|store| !store.damages.is_empty()) {
+        return Err(CliError::reported(Exit::Damaged));
+    }
+    if report.stores.iter().any(|store| !store.complete) {
+        return Err(CliError::new(
+            Exit::Failed,
+            "the scrub ended before it was complete",
+        ));
+    }
+    Ok(())
+}
+
+/// The table of stores, also a part of `ashlar status`.
+pub(super) fn store_columns(stores: &[Store]) -> String {
+    let rows = stores.iter().map(|store| {
+        vec![
+            store.path.clone(),
+            store.state.to_owned(),
+            human(store.capacity_bytes),
+            human(store.live_bytes),
+            human(store.available_bytes),
+            human(store.tail_used_bytes),
+            store
+                .write_amplification
+                .map_or("-".into(), |x| format!("{x:.2}")),
+            store.counters.checksum_errors.to_string(),
+            store.id.clone(),
+        ]
+    });
+    let header = [
+        "STORE",
+        "STATE",
+        "CAPACITY",
+        "LIVE",
+        "AVAILABLE",
+        "TAIL",
+        "WRITE AMP",
+        "BAD BLOCKS",
+        "ID",
+    ];
+    let mut text = output::columns(&header, &[2, 3, 4, 5, 6, 7], rows);
+    for store in stores
+        .iter()
+        .filter(|store| !store.poison_reason.is_empty())
+    {
+        text += &format!("{} is poisoned: {}\n", store.path, store.poison_reason);
+    }
+    text
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Stores(Vec<Store>);
+
+impl Answer for Stores {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(store_columns(&self.0).as_bytes())
+    }
+}
+
+#[derive(Serialize)]
+struct Checkpointed {
+    stores: u32,
+    duration_ms: u64,
+}
+
+impl Answer for Checkpointed {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(
+            out,
+            "checkpoint of {} store(s) in {}",
+            self.stores,
+            view::duration(self.duration_ms)
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct ScrubReport {
+    stores: Vec<ScrubbedStore>,
+}
+
+#[derive(Serialize)]
+struct ScrubbedStore {
+    store_id: String,
+    path: String,
+    verified_bytes: u64,
+    /// False when the scrub ended early.
+    complete: bool,
+    damages: Vec<Damage>,
+}
+
+#[derive(Serialize)]
+struct Damage {
+    layer: u64,
+    chunk: u32,
+    block: u32,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    volume_id: String,
+    store_offset_bytes: u64,
+    problem: String,
+}
+
+impl From<ashlar_proto::admin::Damage> for Damage {
+    fn from(damage: ashlar_proto::admin::Damage) -> Damage {
+        Damage {
+            layer: damage.layer,
+            chunk: damage.chunk,
+            block: damage.block,
+            volume_id: damage.volume_id,
+            store_offset_bytes: damage.store_offset_bytes,
+            problem: damage.problem,
+        }
+    }
+}
+
+impl std::fmt::Display for Damage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.volume_id.as_str() {
+            "" => write!(f, "layer {}", self.layer)?,
+            volume => write!(f, "volume {volume}, layer {}", self.layer)?,
+        }
+        let Damage {
+            chunk,
+            block,
+            store_offset_bytes,
+            problem,
+            ..
+        } = self;
+        write!(
+            f,
+            ", chunk {chunk}, block {block}, at byte {store_offset_bytes} of the store: {problem}"
+        )
+    }
+}
+
+impl Answer for ScrubReport {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        for store in &self.stores {
+            let verified = human(store.verified_bytes);
+            match store.damages.len() {
+                0 if store.complete => {
+                    writeln!(out, "{}: {verified} verified, no damage", store.path)?
+                }
+                0 => writeln!(
+                    out,
+                    "{}: {verified} verified, no damage, not complete",
+                    store.path
+                )?,
+                damaged => writeln!(
+                    out,
+                    "{}: {verified} verified, {damaged} damaged block(s)",
+                    store.path
+                )?,
+            }
+        }
+        Ok(())
+    }
+}

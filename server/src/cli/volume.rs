@@ -1,0 +1,526 @@
+//! `ashlar volume …`
+
+use std::io::{self, IsTerminal, Write};
+
+use ashlar_proto::admin::{
+    CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, Listener,
+    ListenerKind, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
+};
+use serde::Serialize;
+
+use super::{
+    args::{Format, SetArgs, VolumeCommand},
+    attach::{AttachLines, NbdAddress},
+    connect::Daemon,
+    error::{CliError, Exit},
+    output::{self, Answer},
+    progress,
+    size::{Exact, NewSize, human},
+    view::Volume,
+};
+
+pub(super) async fn run(
+    daemon: &mut Daemon,
+    format: Format,
+    command: VolumeCommand,
+) -> Result<(), CliError> {
+    match command {
+        VolumeCommand::Create {
+            name,
+            size,
+            write_through,
+            read_only,
+        } => {
+            let request = CreateVolumeRequest {
+                name,
+                size_bytes: size.0,
+                read_only,
+                write_through,
+            };
+            let volume = required(
+                daemon
+                    .client
+                    .create_volume(request)
+                    .await?
+                    .into_inner()
+                    .volume,
+            )?;
+            say_if_rounded(size.0, volume.size_bytes);
+            output::print(
+                format,
+                &Changed {
+                    verb: "created",
+                    volume,
+                },
+            )
+        }
+        VolumeCommand::List => {
+            let answer = daemon
+                .client
+                .list_volumes(ListVolumesRequest {})
+                .await?
+                .into_inner();
+            output::print(
+                format,
+                &VolumeList {
+                    volumes: answer.volumes.into_iter().map(Volume::from).collect(),
+                },
+            )
+        }
+        VolumeCommand::Show { volume } => {
+            let answer = daemon
+                .client
+                .get_volume(GetVolumeRequest { volume })
+                .await?
+                .into_inner();
+            let volume = required(answer.volume)?;
+            output::print(
+                format,
+                &Shown {
+                    attach: attach_lines(&volume, &answer.nbd_listeners),
+                    volume,
+                },
+            )
+        }
+        VolumeCommand::Resize { volume, size } => resize(daemon, format, volume, size).await,
+        VolumeCommand::Rename { volume, new_name } => {
+            let request = RenameVolumeRequest { volume, new_name };
+            let volume = required(
+                daemon
+                    .client
+                    .rename_volume(request)
+                    .await?
+                    .into_inner()
+                    .volume,
+            )?;
+            output::print(
+                format,
+                &Changed {
+                    verb: "renamed to",
+                    volume,
+                },
+            )
+        }
+        VolumeCommand::Delete { volumes, yes } => delete(daemon, format, volumes, yes).await,
+        VolumeCommand::Set(SetArgs {
+            volume,
+            read_only,
+            write_through,
+        }) => {
+            let request = SetVolumeRequest {
+                volume,
+                read_only,
+                write_through,
+            };
+            let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
+            output::print(
+                format,
+                &Changed {
+                    verb: "changed",
+                    volume,
+                },
+            )
+        }
+    }
+}
+
+/// The message every answer about a volume must hold.
+fn required(volume: Option<ashlar_proto::admin::Volume>) -> Result<Volume, CliError> {
+    volume.map(Volume::from).ok_or_else(|| {
+        CliError::new(
+            Exit::Failed,
+            "the daemon's answer holds no volume: it is of another version",
+        )
+    })
+}
+
+fn say_if_rounded(asked_bytes: u64, got_bytes: u64) {
+    if asked_bytes != got_bytes {
+        output::note(format_args!(
+            "{asked_bytes} bytes is not a multiple of the 4096-byte block: rounded up to {got_bytes} bytes"
+        ));
+    }
+}
+
+async fn resize(
+    daemon: &mut Daemon,
+    format: Format,
+    volume: String,
+    size: NewSize,
+) -> Result<(), CliError> {
+    let (volume, size_bytes) = match size {
+        NewSize::Absolute(size) => (volume, size.0),
+        NewSize::More(more) => {
+            let answer = daemon
+                .client
+                .get_volume(GetVolumeRequest { volume })
+                .await?
+                .into_inner();
+            let now = required(answer.volume)?;
+            let size_bytes = now.size_bytes.checked_add(more.0).ok_or_else(|| {
+                CliError::new(Exit::Usage, "the sum is more bytes than 64 bits can count")
+            })?;
+            // By id from here on, so that a rename in between cannot lead to another volume.
+            (now.id, size_bytes)
+        }
+    };
+    let answer = daemon
+        .client
+        .resize_volume(ResizeVolumeRequest { volume, size_bytes })
+        .await?
+        .into_inner();
+    let volume = required(answer.volume)?;
+    say_if_rounded(size_bytes, volume.size_bytes);
+    let connections = volume.runtime.map_or(0, |runtime| runtime.connections);
+    if connections > 0 && volume.size_bytes != answer.previous_size_bytes {
+        output::note(format_args!(
+            "{connections} open connection(s) keep the old size until they reconnect: for a kernel device detach it \
+             ('nbd-client -d /dev/nbdN') and attach it again"
+        ));
+    }
+    output::print(
+        format,
+        &Resized {
+            previous_size_bytes: answer.previous_size_bytes,
+            volume,
+        },
+    )
+}
+
+async fn delete(
+    daemon: &mut Daemon,
+    format: Format,
+    volumes: Vec<String>,
+    yes: bool,
+) -> Result<(), CliError> {
+    // Ids first: what was confirmed is what is deleted, and a wrong name stops everything before anything is gone.
+    let mut found = Vec::with_capacity(volumes.len());
+    for volume in volumes {
+        let answer = daemon
+            .client
+            .get_volume(GetVolumeRequest { volume })
+            .await?
+            .into_inner();
+        found.push(required(answer.volume)?);
+    }
+    if !yes && io::stdin().is_terminal() && output::stderr_is_watched() && !confirmed(&found)? {
+        return Err(CliError::new(Exit::Refused, "nothing was deleted"));
+    }
+    let mut deleted = Deleted {
+        deleted: Vec::with_capacity(found.len()),
+    };
+    for volume in found {
+        let spinner = progress::spinner(format!(
+            "deleting {} ({})",
+            volume.name,
+            human(volume.size_bytes)
+        ));
+        let result = daemon
+            .client
+            .delete_volume(DeleteVolumeRequest {
+                volume: volume.id.clone(),
+            })
+            .await;
+        spinner.finish_and_clear();
+        if let Err(status) = result {
+            if !deleted.deleted.is_empty() {
+                output::print(format, &deleted)?;
+            }
+            return Err(status.into());
+        }
+        deleted.deleted.push(volume);
+    }
+    output::print(format, &deleted)
+}
+
+fn confirmed(volumes: &[Volume]) -> io::Result<bool> {
+    let mut err = io::stderr().lock();
+    for volume in volumes {
+        writeln!(
+            err,
+            "{}  {}  created {}",
+            volume.name,
+            human(volume.size_bytes),
+            volume.created_at
+        )?;
+    }
+    write!(
+        err,
+        "Delete {} with all data? There is no way back. [y/N] ",
+        if volumes.len() == 1 { "it" } else { "them" }
+    )?;
+    err.flush()?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// Lines for the listener that suits a client on this machine best: a Unix socket if there is one.
+fn attach_lines(volume: &Volume, listeners: &[Listener]) -> Option<AttachLines> {
+    let mut addresses: Vec<NbdAddress> = listeners
+        .iter()
+        .filter(|listener| listener.kind() == ListenerKind::Nbd)
+        .filter_map(|listener| NbdAddress::parse(&listener.address))
+        .collect();
+    addresses.sort_by_key(|address| !matches!(address, NbdAddress::Unix(_)));
+    addresses
+        .first()
+        .map(|address| AttachLines::new(address, &volume.name, volume.read_only))
+}
+
+fn mode(volume: &Volume) -> &'static str {
+    match (volume.read_only, volume.write_through) {
+        (true, _) => "read-only",
+        (false, true) => "write-through",
+        (false, false) => "write-back",
+    }
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct VolumeList {
+    volumes: Vec<Volume>,
+}
+
+impl Answer for VolumeList {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.volumes.is_empty() {
+            output::note("no volumes; create one with 'ashlar volume create NAME --size 10GiB'");
+            return Ok(());
+        }
+        let rows = self.volumes.iter().map(|volume| {
+            vec![
+                volume.name.clone(),
+                human(volume.size_bytes),
+                mode(volume).to_owned(),
+                volume.state.to_owned(),
+                volume
+                    .runtime
+                    .map_or("-".into(), |runtime| runtime.connections.to_string()),
+                volume.created_at.clone(),
+                volume.id.clone(),
+            ]
+        });
+        let header = [
+            "NAME",
+            "SIZE",
+            "MODE",
+            "STATE",
+            "CONNECTIONS",
+            "CREATED",
+            "ID",
+        ];
+        out.write_all(output::columns(&header, &[1, 4], rows).as_bytes())
+    }
+}
+
+#[derive(Serialize)]
+struct Changed {
+    #[serde(skip)]
+    verb: &'static str,
+    #[serde(flatten)]
+    volume: Volume,
+}
+
+impl Answer for Changed {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Changed { verb, volume } = self;
+        writeln!(
+            out,
+            "{verb} {}: {}, {}, id {}",
+            volume.name,
+            human(volume.size_bytes),
+            mode(volume),
+            volume.id
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct Resized {
+    previous_size_bytes: u64,
+    #[serde(flatten)]
+    volume: Volume,
+}
+
+impl Answer for Resized {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Resized {
+            previous_size_bytes,
+            volume,
+        } = self;
+        if *previous_size_bytes == volume.size_bytes {
+            writeln!(
+                out,
+                "{} already has {}",
+                volume.name,
+                Exact(volume.size_bytes)
+            )
+        } else {
+            writeln!(
+                out,
+                "resized {} from {} to {}",
+                volume.name,
+                human(*previous_size_bytes),
+                Exact(volume.size_bytes)
+            )
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Deleted {
+    deleted: Vec<Volume>,
+}
+
+impl Answer for Deleted {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        for volume in &self.deleted {
+            writeln!(
+                out,
+                "deleted {}: {}, id {}",
+                volume.name,
+                human(volume.size_bytes),
+                volume.id
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    volume: Volume,
+    /// Absent when the daemon has no NBD listener.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attach: Option<AttachLines>,
+}
+
+impl Answer for Shown {
+    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
+        let volume = &self.volume;
+        let mut fields = vec![
+            ("Name", volume.name.clone()),
+            ("Id", volume.id.clone()),
+            ("Size", Exact(volume.size_bytes).to_string()),
+            ("Mode", mode(volume).to_owned()),
+            ("State", volume.state.to_owned()),
+            ("Created", volume.created_at.clone()),
+            ("Replicas", volume.replicas.to_string()),
+            ("Epoch", volume.epoch.to_string()),
+            ("Stores", volume.store_ids.join(" ")),
+        ];
+        match volume.runtime {
+            Some(runtime) => {
+                fields.push(("Connections", runtime.connections.to_string()));
+                fields.push(("In flight", runtime.inflight_requests.to_string()));
+            }
+            None => fields.push(("Connections", "none; the volume is not open".into())),
+        }
+        out.write_all(output::fields(&fields).as_bytes())?;
+        match &self.attach {
+            Some(attach) => {
+                writeln!(out)?;
+                for (label, line) in attach.labelled() {
+                    writeln!(out, "{label:17}{line}")?;
+                }
+                Ok(())
+            }
+            None => writeln!(
+                out,
+                "\nThe daemon has no NBD listener: start it with --listen-nbd to attach this volume."
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume() -> Volume {
+        Volume::from(ashlar_proto::admin::Volume {
+            id: "67e55044-10b1-426f-9247-bb680e5fe0c8".into(),
+            name: "data".into(),
+            size_bytes: 1 << 30,
+            replicas: 1,
+            state: ashlar_proto::admin::VolumeState::Active.into(),
+            ..Default::default()
+        })
+    }
+
+    fn listener(kind: ListenerKind, address: &str) -> Listener {
+        Listener {
+            kind: kind.into(),
+            address: address.into(),
+        }
+    }
+
+    fn table(answer: &impl Answer) -> String {
+        let mut out = Vec::new();
+        answer.write_table(&mut out).expect("writes to memory");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn a_unix_socket_is_preferred_and_other_listeners_are_not_nbd() {
+        let listeners = [
+            listener(ListenerKind::Admin, "unix:/d/admin.sock"),
+            listener(ListenerKind::Nbd, "tcp:127.0.0.1:10809"),
+            listener(ListenerKind::Nbd, "unix:/d/nbd.sock"),
+        ];
+        let lines = attach_lines(&volume(), &listeners).expect("lines");
+        assert_eq!(lines.uri, "nbd+unix:///data?socket=/d/nbd.sock");
+        assert_eq!(attach_lines(&volume(), &listeners[..1]), None);
+    }
+
+    #[test]
+    fn show_tells_everything_once() {
+        let attach = attach_lines(
+            &volume(),
+            &[listener(ListenerKind::Nbd, "unix:/d/nbd.sock")],
+        );
+        let shown = Shown {
+            attach,
+            volume: volume(),
+        };
+        let text = table(&shown);
+        for part in [
+            "Size:",
+            "1073741824 bytes (1 GiB)",
+            "nbd-client -unix",
+            "qemu-img",
+            "nbdcopy",
+            "nbdfuse",
+            "fio --name",
+        ] {
+            assert_eq!(text.matches(part).count(), 1, "{part} in\n{text}");
+        }
+        let json = serde_json::to_value(&shown).expect("serialises");
+        assert_eq!(json["name"], "data");
+        assert_eq!(json["attach"]["uri"], "nbd+unix:///data?socket=/d/nbd.sock");
+        assert_eq!(json.get("runtime"), None);
+    }
+
+    #[test]
+    fn changes_are_told_in_a_line() {
+        let text = table(&Changed {
+            verb: "created",
+            volume: volume(),
+        });
+        assert_eq!(
+            text,
+            "created data: 1 GiB, write-back, id 67e55044-10b1-426f-9247-bb680e5fe0c8\n"
+        );
+        let text = table(&Resized {
+            previous_size_bytes: 1 << 29,
+            volume: volume(),
+        });
+        assert_eq!(
+            text,
+            "resized data from 512 MiB to 1073741824 bytes (1 GiB)\n"
+        );
+    }
+}

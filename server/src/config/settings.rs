@@ -1,0 +1,291 @@
+//! One list of settings, said by flags, the environment or the file.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::address::text_form;
+use super::{Address, ByteCount, HostPort};
+use crate::engine::EngineChoice;
+
+/// Between the values of a list in an environment variable; none of them contains it, unless a path does, for which
+/// there are flags and the file.
+const LIST_DELIMITER: char = ';';
+
+/// What one source says. A setting it does not mention is `None`; a list it does not mention is empty.
+///
+/// The same names serve everywhere: `--data-dir`, `ASHLAR_DATA_DIR` and `data-dir` in the file.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Settings {
+    /// Directory of the daemon's state: metadata, sockets and, unless --store says otherwise, data
+    #[arg(long, env = "ASHLAR_DATA_DIR", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+
+    /// A directory or raw block device to keep data on; may be given several times [default: DATA_DIR/stores/0]
+    #[arg(long, env = "ASHLAR_STORE", value_name = "PATH[,size=SIZE]", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub store: Vec<StoreSetting>,
+
+    /// Size of a new store that names none itself [default: most of the free space of its filesystem]
+    #[arg(long, env = "ASHLAR_STORE_SIZE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_size: Option<ByteCount>,
+
+    /// Where NBD clients connect, TCP on loopback only; may be given several times [default: unix:DATA_DIR/nbd.sock]
+    #[arg(long, env = "ASHLAR_LISTEN_NBD", value_name = "unix:PATH|tcp:HOST:PORT", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listen_nbd: Vec<Address>,
+
+    /// Where the ashlar command connects, TCP on loopback only [default: unix:DATA_DIR/admin.sock]
+    #[arg(
+        long,
+        env = "ASHLAR_LISTEN_ADMIN",
+        value_name = "unix:PATH|tcp:HOST:PORT"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_admin: Option<Address>,
+
+    /// Where /metrics, /healthz and /readyz are served, or "off" [default: 127.0.0.1:9460]
+    #[arg(long, env = "ASHLAR_LISTEN_HTTP", value_name = "HOST:PORT|off")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_http: Option<HttpListen>,
+
+    /// How log lines look [default: text]
+    #[arg(long, env = "ASHLAR_LOG_FORMAT", value_name = "FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+
+    /// What is logged: error, warn, info, debug, trace, or a filter such as info,ashlar_server::nbd=debug [default: info]
+    #[arg(long, env = "ASHLAR_LOG_LEVEL", value_name = "LEVEL|FILTER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_level: Option<String>,
+
+    /// Threads that do the I/O; each owns its stores and their volumes [default: 1]
+    #[arg(long, env = "ASHLAR_DATA_THREADS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_threads: Option<u16>,
+
+    /// How disks are reached: auto takes io_uring where it works, else posix [default: auto]
+    #[arg(long, env = "ASHLAR_IO_ENGINE", value_name = "auto|io-uring|posix")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_engine: Option<EngineChoice>,
+
+    /// Memory for acknowledged writes of each new store that are not yet in its log [default: 64MiB]
+    #[arg(long, env = "ASHLAR_TAIL_SIZE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tail_size: Option<ByteCount>,
+
+    /// Directory of the tails; best on a tmpfs that outlives the daemon [default: /run or /dev/shm, else DATA_DIR]
+    #[arg(long, env = "ASHLAR_TAIL_DIR", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tail_dir: Option<PathBuf>,
+
+    /// Memory for the index of each store [default: 64MiB]
+    #[arg(long, env = "ASHLAR_LEAF_CACHE_SIZE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leaf_cache_size: Option<ByteCount>,
+
+    /// NBD connections open at once [default: 1024]
+    #[arg(long, env = "ASHLAR_MAX_CONNECTIONS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<u32>,
+
+    /// Requests and replies held in memory for one connection [default: 64MiB]
+    #[arg(long, env = "ASHLAR_MAX_CONNECTION_BUFFER", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connection_buffer: Option<ByteCount>,
+
+    /// Requests and replies held in memory for all connections [default: 128MiB]
+    #[arg(long, env = "ASHLAR_MAX_BUFFER", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_buffer: Option<ByteCount>,
+
+    /// Seconds a client may take to negotiate [default: 10]
+    #[arg(long, env = "ASHLAR_HANDSHAKE_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handshake_timeout: Option<u32>,
+
+    /// Bytes a second that a scrub reads unless it is told otherwise [default: 64MiB]
+    #[arg(long, env = "ASHLAR_SCRUB_RATE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scrub_rate: Option<ByteCount>,
+
+    /// Seconds that SIGTERM waits for requests in flight before connections are cut [default: 30]
+    #[arg(long, env = "ASHLAR_DRAIN_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_timeout: Option<u32>,
+
+    /// Tell the kernel that this process serves block I/O (PR_SET_IO_FLUSHER, needs CAP_SYS_RESOURCE), so that it
+    /// never waits for memory that only its own volumes could free [default: false]
+    #[arg(long, env = "ASHLAR_IO_FLUSHER", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_flusher: Option<bool>,
+
+    /// Value for /proc/self/oom_score_adj, -1000 to 1000; lower than it is needs CAP_SYS_RESOURCE [default: unchanged]
+    #[arg(
+        long,
+        env = "ASHLAR_OOM_SCORE_ADJUST",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oom_score_adjust: Option<i32>,
+
+    /// Faults to inject below the stores, for tests
+    #[arg(long, env = "ASHLAR_FAULT", value_name = "PLAN", hide = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+}
+
+impl Settings {
+    /// These settings where they say something, else those of `below`. A list replaces a list.
+    pub(super) fn over(self, below: Settings) -> Settings {
+        fn list<T>(above: Vec<T>, below: Vec<T>) -> Vec<T> {
+            if above.is_empty() { below } else { above }
+        }
+        Settings {
+            data_dir: self.data_dir.or(below.data_dir),
+            store: list(self.store, below.store),
+            store_size: self.store_size.or(below.store_size),
+            listen_nbd: list(self.listen_nbd, below.listen_nbd),
+            listen_admin: self.listen_admin.or(below.listen_admin),
+            listen_http: self.listen_http.or(below.listen_http),
+            log_format: self.log_format.or(below.log_format),
+            log_level: self.log_level.or(below.log_level),
+            data_threads: self.data_threads.or(below.data_threads),
+            io_engine: self.io_engine.or(below.io_engine),
+            tail_size: self.tail_size.or(below.tail_size),
+            tail_dir: self.tail_dir.or(below.tail_dir),
+            leaf_cache_size: self.leaf_cache_size.or(below.leaf_cache_size),
+            max_connections: self.max_connections.or(below.max_connections),
+            max_connection_buffer: self.max_connection_buffer.or(below.max_connection_buffer),
+            max_buffer: self.max_buffer.or(below.max_buffer),
+            handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
+            scrub_rate: self.scrub_rate.or(below.scrub_rate),
+            drain_timeout: self.drain_timeout.or(below.drain_timeout),
+            io_flusher: self.io_flusher.or(below.io_flusher),
+            oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),
+            fault: self.fault.or(below.fault),
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One object a line.
+    Json,
+}
+
+/// Where HTTP is served, if anywhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum HttpListen {
+    /// Nowhere.
+    Off,
+    /// There.
+    On(HostPort),
+}
+
+impl FromStr for HttpListen {
+    type Err = super::AddressError;
+
+    fn from_str(text: &str) -> Result<HttpListen, super::AddressError> {
+        if text == "off" {
+            Ok(HttpListen::Off)
+        } else {
+            text.parse().map(HttpListen::On)
+        }
+    }
+}
+
+impl fmt::Display for HttpListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HttpListen::Off => f.write_str("off"),
+            HttpListen::On(host_port) => host_port.fmt(f),
+        }
+    }
+}
+
+text_form!(HttpListen, super::AddressError);
+
+/// A store to open, made when its directory is empty or its device blank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StoreSetting {
+    /// A directory or a raw block device.
+    pub path: PathBuf,
+    /// Its size when it is made; a device is used whole unless this says less.
+    pub size: Option<ByteCount>,
+}
+
+/// A store that cannot be understood.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum StoreSettingError {
+    /// No path.
+    #[error("{text:?} is not a store: write PATH or PATH,size=100GiB")]
+    NoPath {
+        /// What was given.
+        text: String,
+    },
+    /// Something other than `size=`.
+    #[error(
+        "{option:?} is not an option of a store; there is size=SIZE. A path with a comma in it cannot be used"
+    )]
+    Option {
+        /// What was given.
+        option: String,
+    },
+    /// No amount.
+    #[error(transparent)]
+    Size(#[from] super::ByteCountError),
+}
+
+impl FromStr for StoreSetting {
+    type Err = StoreSettingError;
+
+    fn from_str(text: &str) -> Result<StoreSetting, StoreSettingError> {
+        let mut parts = text.split(',');
+        let path = parts
+            .next()
+            .filter(|path| !path.is_empty() && !path.contains('\0'));
+        let path = PathBuf::from(path.ok_or_else(|| StoreSettingError::NoPath {
+            text: text.to_owned(),
+        })?);
+        let mut size = None;
+        for option in parts {
+            match option.strip_prefix("size=") {
+                Some(value) if size.is_none() => size = Some(value.parse()?),
+                _ => {
+                    return Err(StoreSettingError::Option {
+                        option: option.to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(StoreSetting { path, size })
+    }
+}
+
+impl fmt::Display for StoreSetting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)?;
+        match self.size {
+            Some(size) => write!(f, ",size={size}"),
+            None => Ok(()),
+        }
+    }
+}
+
+text_form!(StoreSetting, StoreSettingError);

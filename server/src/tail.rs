@@ -1,0 +1,321 @@
+//! The file behind a store's tail: mapped memory that outlives the daemon.
+//!
+//! On tmpfs where there is one outside the process (`/run`, then `/dev/shm`), because there a page needs no disk to
+//! stay; otherwise in the data directory. The file is allocated in full before it is mapped, so that touching a page
+//! never finds the file system full (which would be a SIGBUS).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use ashlar_core::units::StoreId;
+use memmap2::{MmapMut, MmapOptions};
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+/// `statfs.f_type` of tmpfs, from <linux/magic.h>.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// A mapped tail, locked for this process.
+#[derive(Debug)]
+pub struct TailFile {
+    map: MmapMut,
+    path: PathBuf,
+    /// True when the file was made by this call and holds zeros.
+    created: bool,
+    /// Held for its lock; the mapping alone would let another process open the tail.
+    _file: File,
+}
+
+/// Why a tail could not be had. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum TailError {
+    #[error("tail {path} belongs to another user or is not a plain file; remove it or choose another tail directory", path = path.display())]
+    NotOurs { path: PathBuf },
+    #[error("tail {path} is in use by another process (a running ashlard?)", path = path.display())]
+    InUse { path: PathBuf },
+    #[error("two tails exist for one store, {first} and {second}; move the one that is a stray copy away", first = first.display(), second = second.display())]
+    Two { first: PathBuf, second: PathBuf },
+    #[error("no directory has room for a tail of {bytes} bytes (tried {tried}): {source}")]
+    NoRoom {
+        bytes: u64,
+        tried: String,
+        source: io::Error,
+    },
+    #[error("tail {path}: {source}", path = path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl TailFile {
+    /// Finds the tail of `store`, or makes one of `bytes` zero bytes.
+    ///
+    /// `configured`: the only directory a new tail may be made in. A tail that exists is used where it is and keeps
+    /// its size, because it may hold the only copy of acknowledged writes.
+    pub fn open(
+        store: StoreId,
+        bytes: u64,
+        configured: Option<&Path>,
+        data_dir: &Path,
+    ) -> Result<TailFile, TailError> {
+        let name = format!("ashlar-{}.tail", store.0);
+        let mut places: Vec<PathBuf> = Vec::new();
+        if let Some(dir) = configured {
+            places.push(dir.to_path_buf());
+        }
+        let chosen = places.len();
+        places.extend(
+            ["/run", "/dev/shm"]
+                .map(PathBuf::from)
+                .into_iter()
+                .filter(|dir| is_tmpfs(dir)),
+        );
+        places.push(data_dir.to_path_buf());
+        let mut seen = Vec::new();
+        places.retain(|dir| {
+            let real = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+            !seen.contains(&real) && {
+                seen.push(real);
+                true
+            }
+        });
+
+        let mut found: Option<TailFile> = None;
+        for dir in &places {
+            if let Some(tail) = TailFile::open_existing(dir.join(&name))? {
+                if let Some(first) = found {
+                    return Err(TailError::Two {
+                        first: first.path,
+                        second: tail.path,
+                    });
+                }
+                found = Some(tail);
+            }
+        }
+        if let Some(tail) = found {
+            return Ok(tail);
+        }
+        let allowed = if chosen == 1 {
+            &places[..1]
+        } else {
+            &places[..]
+        };
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for dir in allowed {
+            match TailFile::create(dir.join(&name), bytes) {
+                Ok(tail) => return Ok(tail),
+                Err(e) => last = e,
+            }
+        }
+        let tried = allowed
+            .iter()
+            .map(|dir| dir.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", ");
+        Err(TailError::NoRoom {
+            bytes,
+            tried,
+            source: last,
+        })
+    }
+
+    fn open_existing(path: PathBuf) -> Result<Option<TailFile>, TailError> {
+        let io_error = |source: io::Error| TailError::Io {
+            path: path.clone(),
+            source,
+        };
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            Err(Errno::LOOP) => return Err(TailError::NotOurs { path }),
+            Err(e) => return Err(io_error(e.into())),
+        };
+        let file = File::from(fd);
+        let meta = file.metadata().map_err(&io_error)?;
+        let ours = meta.is_file()
+            && meta.uid() == rustix::process::geteuid().as_raw()
+            && meta.mode() & 0o077 == 0
+            && meta.nlink() == 1;
+        if !ours {
+            return Err(TailError::NotOurs { path });
+        }
+        if meta.len() == 0 {
+            // Made by a daemon that was killed before it had allocated it.
+            let _ = rustix::fs::unlink(&path);
+            return Ok(None);
+        }
+        lock(&file, &path)?;
+        // A hole in a file on a full file system would be a SIGBUS later.
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, meta.len())
+            .map_err(|e| io_error(e.into()))?;
+        let map = map(&file, meta.len()).map_err(&io_error)?;
+        Ok(Some(TailFile {
+            map,
+            path,
+            created: false,
+            _file: file,
+        }))
+    }
+
+    fn create(path: PathBuf, bytes: u64) -> io::Result<TailFile> {
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd: OwnedFd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)?;
+        let file = File::from(fd);
+        let made = (|| {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+            map(&file, bytes)
+        })();
+        match made {
+            Ok(map) => Ok(TailFile {
+                map,
+                path,
+                created: true,
+                _file: file,
+            }),
+            Err(e) => {
+                let _ = rustix::fs::unlink(&path);
+                Err(e)
+            }
+        }
+    }
+
+    /// Removes the file. For a store that is being given up or formatted anew.
+    pub fn remove(self) -> io::Result<()> {
+        std::fs::remove_file(&self.path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// True when [`TailFile::open`] made it.
+    pub fn created(&self) -> bool {
+        self.created
+    }
+
+    /// Whether it outlives the process without a disk.
+    pub fn on_tmpfs(&self) -> bool {
+        self.path.parent().is_some_and(is_tmpfs)
+    }
+}
+
+impl std::ops::Deref for TailFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+impl std::ops::DerefMut for TailFile {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.map
+    }
+}
+
+fn lock(file: &File, path: &Path) -> Result<(), TailError> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(TailError::InUse {
+            path: path.to_path_buf(),
+        }),
+        Err(e) => Err(TailError::Io {
+            path: path.to_path_buf(),
+            source: e.into(),
+        }),
+    }
+}
+
+fn map(file: &File, bytes: u64) -> io::Result<MmapMut> {
+    let len = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the file is ours alone: mode 0600, this user's, locked, and no code of ours truncates it.
+    unsafe { MmapOptions::new().len(len).populate().map_mut(file) }
+}
+
+fn is_tmpfs(dir: impl AsRef<Path>) -> bool {
+    rustix::fs::statfs(dir.as_ref()).is_ok_and(|stat| stat.f_type as i64 == TMPFS_MAGIC)
+}
+
+/// The kernel's name for this boot: a tail written under another one is void.
+pub fn boot_id() -> io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let id = uuid::Uuid::parse_str(text.trim())
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+    Ok(id.into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    const BYTES: u64 = 1 << 20;
+
+    fn id() -> StoreId {
+        StoreId(Uuid::new_v4())
+    }
+
+    #[test]
+    fn what_was_written_is_there_for_the_next_open() {
+        let dir = tempfile::tempdir().expect("dir");
+        let id = id();
+        let mut tail = TailFile::open(id, BYTES, Some(dir.path()), dir.path()).expect("create");
+        assert!(tail.created() && tail.len() as u64 == BYTES && tail.iter().all(|b| *b == 0));
+        assert_eq!(tail._file.metadata().expect("meta").mode() & 0o777, 0o600);
+        tail[4096] = 7;
+        assert!(matches!(
+            TailFile::open(id, BYTES, Some(dir.path()), dir.path()),
+            Err(TailError::InUse { .. })
+        ));
+        drop(tail);
+        // The size it has counts, wherever it lies.
+        let other = tempfile::tempdir().expect("dir");
+        let tail = TailFile::open(id, 2 * BYTES, Some(other.path()), dir.path()).expect("open");
+        assert!(!tail.created() && tail.len() as u64 == BYTES && tail[4096] == 7);
+    }
+
+    #[test]
+    fn strange_files_are_refused() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = |id: StoreId| dir.path().join(format!("ashlar-{}.tail", id.0));
+        let open = |id| TailFile::open(id, BYTES, Some(dir.path()), dir.path());
+        let linked = id();
+        std::fs::write(dir.path().join("target"), [0; 4096]).expect("write");
+        symlink(dir.path().join("target"), path(linked)).expect("link");
+        assert!(matches!(open(linked), Err(TailError::NotOurs { .. })));
+        let readable = id();
+        std::fs::write(path(readable), [0; 4096]).expect("write");
+        std::fs::set_permissions(path(readable), std::fs::Permissions::from_mode(0o644))
+            .expect("chmod");
+        assert!(matches!(open(readable), Err(TailError::NotOurs { .. })));
+        let huge = id();
+        assert!(matches!(
+            TailFile::open(huge, 1 << 60, Some(dir.path()), dir.path()),
+            Err(TailError::NoRoom { .. })
+        ));
+        assert!(!path(huge).exists());
+    }
+
+    #[test]
+    fn two_copies_are_refused() {
+        let dirs = [
+            tempfile::tempdir().expect("dir"),
+            tempfile::tempdir().expect("dir"),
+        ];
+        let id = id();
+        for dir in &dirs {
+            drop(TailFile::open(id, BYTES, Some(dir.path()), dir.path()).expect("create"));
+        }
+        assert!(matches!(
+            TailFile::open(id, BYTES, Some(dirs[0].path()), dirs[1].path()),
+            Err(TailError::Two { .. })
+        ));
+    }
+}
