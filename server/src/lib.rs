@@ -7,3 +7,4 @@ pub mod meta;
 pub mod metrics;
 pub mod nbd;
 pub mod tail;
+pub mod volumes;

@@ -279,6 +279,58 @@ pub fn resize(
     Ok(Some((grown, transaction)))
 }
 
+/// Why a volume's settings are not changed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ConfigureError {
+    /// Clients were told the present settings when they connected.
+    #[error(
+        "volume {name} is in use by {connections} connection(s), and its settings are agreed when a client connects; disconnect them first"
+    )]
+    InUse {
+        /// Its name.
+        name: VolumeName,
+        /// How many.
+        connections: u32,
+    },
+    /// It is being deleted.
+    #[error("volume {name} is being deleted")]
+    Deleting {
+        /// Its name.
+        name: VolumeName,
+    },
+}
+
+/// Decides a change of settings; `None` leaves one as it is. Answers `None` when nothing would change.
+pub fn configure(
+    current: &Versioned<VolumeRecord>,
+    read_only: Option<bool>,
+    write_through: Option<bool>,
+    connections: u32,
+) -> Result<Option<(VolumeRecord, Transaction)>, ConfigureError> {
+    let record = &current.record;
+    if record.state == VolumeState::Deleting {
+        return Err(ConfigureError::Deleting {
+            name: record.name.clone(),
+        });
+    }
+    let configured = VolumeRecord {
+        read_only: read_only.unwrap_or(record.read_only),
+        write_through: write_through.unwrap_or(record.write_through),
+        ..record.clone()
+    };
+    if configured == *record {
+        return Ok(None);
+    }
+    if connections > 0 {
+        return Err(ConfigureError::InUse {
+            name: record.name.clone(),
+            connections,
+        });
+    }
+    let transaction = rewrite(current, &configured);
+    Ok(Some((configured, transaction)))
+}
+
 /// Why a volume is not deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DeleteError {
@@ -593,6 +645,23 @@ mod tests {
             resize(&volume, round_up_to_block(1 << 20).expect("size")),
             Ok(None)
         );
+    }
+
+    #[test]
+    fn settings_change_only_while_nobody_is_connected() {
+        let mut memory = Memory::default();
+        let volume = created(&mut memory, 1, "a");
+        assert_eq!(configure(&volume, None, Some(false), 5), Ok(None));
+        let in_use = ConfigureError::InUse {
+            name: name("a"),
+            connections: 1,
+        };
+        assert_eq!(configure(&volume, Some(true), None, 1), Err(in_use));
+        let (record, transaction) = configure(&volume, Some(true), Some(true), 0)
+            .expect("idle")
+            .expect("a change");
+        assert!(record.read_only && record.write_through);
+        assert!(memory.commit(&transaction));
     }
 
     #[test]

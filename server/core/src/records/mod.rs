@@ -11,8 +11,8 @@ mod size;
 mod transaction;
 
 pub use change::{
-    ClaimError, CreateError, Creation, DeleteError, NewVolume, RenameError, ResizeError,
-    begin_delete, claim, create, finish_delete, rename, resize,
+    ClaimError, ConfigureError, CreateError, Creation, DeleteError, NewVolume, RenameError,
+    ResizeError, begin_delete, claim, configure, create, finish_delete, rename, resize,
 };
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use record::{

@@ -118,6 +118,13 @@ impl Transaction {
         self
     }
 
+    /// Both transactions as one, which happens whole or not at all.
+    pub fn and(mut self, other: Transaction) -> Transaction {
+        self.conditions.extend(other.conditions);
+        self.effects.extend(other.effects);
+        self
+    }
+
     /// The first key with two effects, which makes the transaction invalid.
     pub fn twice_changed_key(&self) -> Option<&str> {
         self.effects.iter().enumerate().find_map(|(index, effect)| {

@@ -1,0 +1,90 @@
+//! Why an operation on a volume failed.
+
+use ashlar_core::records::{
+    ClaimError, ConfigureError, CreateError, DeleteError, NameError, RenameError, ResizeError,
+    SizeError,
+};
+use thiserror::Error;
+
+use super::HostError;
+use crate::meta::MetadataError;
+
+/// Every way an operation of the volume service can end but well.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum VolumeError {
+    /// No such volume.
+    #[error("there is no volume {reference}; `ashlar volume list` shows those there are")]
+    NotFound {
+        /// The name or id that was asked for.
+        reference: String,
+    },
+    /// A name that cannot be.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// A size that cannot be.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// A creation was refused.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// A claim was refused.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// A renaming was refused.
+    #[error(transparent)]
+    Rename(#[from] RenameError),
+    /// A resizing was refused.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    /// A change of settings was refused.
+    #[error(transparent)]
+    Configure(#[from] ConfigureError),
+    /// A deletion was refused.
+    #[error(transparent)]
+    Delete(#[from] DeleteError),
+    /// The metadata store failed.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    /// A record breaks its own rules.
+    #[error(
+        "the record of volume {reference} is damaged: {problem}; restore the metadata from a backup"
+    )]
+    BadRecord {
+        /// The volume.
+        reference: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Others kept changing the same records.
+    #[error("the records changed too often meanwhile; try again")]
+    Contended,
+    /// The data plane refused.
+    #[error("volume {reference}: {source}")]
+    Host {
+        /// The volume.
+        reference: String,
+        /// What it said.
+        source: HostError,
+    },
+    /// The change is recorded, and the volume is not served.
+    #[error("volume {reference} is recorded but not served: {reason}")]
+    NotServed {
+        /// The volume.
+        reference: String,
+        /// Why.
+        reason: String,
+    },
+    /// The volume is gone from sight; its space is not back yet.
+    #[error(
+        "volume {reference} is deleted, but its space is not freed yet: {reason}; the next start of ashlard tries again"
+    )]
+    NotFreed {
+        /// The volume.
+        reference: String,
+        /// Why.
+        reason: String,
+    },
+    /// The daemon is draining.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+}

@@ -1,0 +1,94 @@
+//! What the volume service needs of the data plane.
+
+use ashlar_core::records::Placement;
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use async_trait::async_trait;
+use thiserror::Error;
+
+/// A volume as its head must serve it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeSpec {
+    /// Its identity.
+    pub id: VolumeId,
+    /// For logs and metrics.
+    pub name: String,
+    /// Bytes, a multiple of a block.
+    pub size_bytes: u64,
+    /// The live layer first, then its parents.
+    pub layers: Vec<LayerId>,
+    /// Claimed for this opening and never served before.
+    pub epoch: Epoch,
+    /// Every acknowledgement waits for durability.
+    pub write_through: bool,
+    /// Changes are refused.
+    pub read_only: bool,
+    /// Where its chunks lie.
+    pub placement: Placement,
+}
+
+/// What is going on with an open volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeRuntime {
+    /// Open NBD connections.
+    pub connections: u32,
+    /// Requests taken and not yet answered.
+    pub inflight_requests: u32,
+}
+
+/// Why the data plane did not do as it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum HostError {
+    /// Clients are connected.
+    #[error("in use by {connections} connection(s)")]
+    Busy {
+        /// How many.
+        connections: u32,
+    },
+    /// No such volume is open.
+    #[error("the volume is not open")]
+    NotOpen,
+    /// The volume's placement names a store that this daemon has not opened.
+    #[error("its store {} is not open in this daemon; start ashlard with that --store", store.0)]
+    StoreMissing {
+        /// Which.
+        store: StoreId,
+    },
+    /// The daemon is draining.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+    /// A store refused or failed.
+    #[error("{reason}")]
+    Store {
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// The data plane, as far as volumes go.
+#[async_trait]
+pub trait VolumeHost: Send + Sync + 'static {
+    /// Begins to serve a volume.
+    async fn open_volume(&self, spec: VolumeSpec) -> Result<(), HostError>;
+
+    /// Stops serving a volume; [`HostError::Busy`], and nothing changed, while a client is connected. From the answer
+    /// on no client can attach.
+    async fn close_volume(&self, id: VolumeId) -> Result<(), HostError>;
+
+    /// Makes an open volume larger, connected clients included.
+    async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError>;
+
+    /// Tells the name that logs and metrics are to use.
+    fn rename_volume(&self, id: VolumeId, name: &str);
+
+    /// Drops a layer from every store; answers when that is durable.
+    async fn delete_layer(&self, layer: LayerId) -> Result<(), HostError>;
+
+    /// `None`: not open.
+    fn runtime(&self, id: VolumeId) -> Option<VolumeRuntime>;
+
+    /// The open stores, in the order they were configured.
+    fn stores(&self) -> Vec<StoreId>;
+
+    /// Every layer that any store holds blocks of.
+    async fn layers(&self) -> Vec<LayerId>;
+}

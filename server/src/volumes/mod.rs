@@ -1,0 +1,754 @@
+//! The volume service: ties the records in the metadata store to what the data plane serves.
+//!
+//! The order of steps keeps three promises through a crash at any point:
+//! * a volume is served only under an epoch that was claimed for this opening;
+//! * data is dropped only after a tombstone says so, and a tombstone goes only after the data;
+//! * a layer that no record names is never touched: it is reported, for a person to decide.
+
+mod catalog;
+mod error;
+mod exports;
+mod host;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ashlar_core::records::{
+    HeadClaim, LayerCounter, NameRecord, NewVolume, Placement, Record, Revision, RoundedSize,
+    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, begin_delete, claim, configure,
+    create, finish_delete, keys, rename, resize, round_up_to_block,
+};
+use ashlar_core::units::{LayerId, NodeId, VolumeId};
+use uuid::Uuid;
+
+pub use catalog::Serving;
+use catalog::{Catalog, Entry};
+pub use error::VolumeError;
+pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
+
+use crate::meta::{self, MetadataError, MetadataStore, Outcome};
+
+/// How often a change is decided again after a conflict. On one node only this process changes records, so a conflict
+/// is two requests at once; each round one of them wins.
+const ATTEMPTS: usize = 64;
+/// Volumes claimed by one transaction at the start: a condition and an effect each, within
+/// [`meta::TRANSACTION_MAX_STEPS`]. One sync for all of them keeps the start short.
+const CLAIMS_AT_ONCE: usize = 100;
+/// Why a volume is not served before it was tried.
+const OPENING: &str = "it is being opened";
+
+/// A change of records, decided afresh from what is read at each attempt.
+enum Change<'a> {
+    Create(NewVolume),
+    Rename {
+        id: VolumeId,
+        name: &'a VolumeName,
+    },
+    Resize {
+        id: VolumeId,
+        size: RoundedSize,
+    },
+    Configure {
+        id: VolumeId,
+        read_only: Option<bool>,
+        write_through: Option<bool>,
+        connections: u32,
+    },
+    BeginDelete {
+        id: VolumeId,
+        connections: u32,
+    },
+    Claim {
+        id: VolumeId,
+    },
+}
+
+/// A volume and what is going on with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeView {
+    /// As recorded.
+    pub record: VolumeRecord,
+    /// Whether clients can reach it.
+    pub serving: Serving,
+    /// `None` when it is not open.
+    pub runtime: Option<VolumeRuntime>,
+}
+
+/// The volume service of one daemon.
+pub struct Volumes {
+    store: Arc<dyn MetadataStore>,
+    host: Arc<dyn VolumeHost>,
+    head: HeadClaim,
+    catalog: Mutex<Catalog>,
+    /// Layers found in stores that no record names.
+    unknown_layers: Mutex<Vec<LayerId>>,
+    draining: AtomicBool,
+    /// Held for reading by every change, so that a drain can wait for them.
+    changes: Arc<tokio::sync::RwLock<()>>,
+}
+
+impl Volumes {
+    /// Reads every record, claims and opens every active volume, and takes unfinished deletions up again in the
+    /// background. One volume that cannot be opened does not keep the others from being served.
+    pub async fn start(
+        store: Arc<dyn MetadataStore>,
+        host: Arc<dyn VolumeHost>,
+        node: NodeId,
+    ) -> Result<Arc<Volumes>, VolumeError> {
+        let head = HeadClaim {
+            node,
+            incarnation: Uuid::new_v4(),
+        };
+        let service = Arc::new(Volumes {
+            store,
+            host,
+            head,
+            catalog: Mutex::default(),
+            unknown_layers: Mutex::default(),
+            draining: AtomicBool::new(false),
+            changes: Arc::default(),
+        });
+        service.load().await?;
+        service.open_all().await?;
+        service.report_unknown_layers().await;
+        service.resume_deletions();
+        Ok(service)
+    }
+
+    /// Creates a volume and serves it. Answers the size it was rounded to in the record.
+    pub async fn create(
+        self: &Arc<Self>,
+        name: &str,
+        size_bytes: u64,
+        read_only: bool,
+        write_through: bool,
+    ) -> Result<VolumeView, VolumeError> {
+        let name = VolumeName::parse(name)?;
+        let size = round_up_to_block(size_bytes)?;
+        self.to_the_end(|service| async move {
+            service
+                .create_now(name, size, read_only, write_through)
+                .await
+        })
+        .await
+    }
+
+    /// Gives a volume another name.
+    pub async fn rename(
+        self: &Arc<Self>,
+        reference: &str,
+        name: &str,
+    ) -> Result<VolumeView, VolumeError> {
+        let name = VolumeName::parse(name)?;
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move { service.rename_now(&reference, &name).await })
+            .await
+    }
+
+    /// Makes a volume larger. Answers it and its size before.
+    pub async fn resize(
+        self: &Arc<Self>,
+        reference: &str,
+        size_bytes: u64,
+    ) -> Result<(VolumeView, u64), VolumeError> {
+        let size = round_up_to_block(size_bytes)?;
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move { service.resize_now(&reference, size).await })
+            .await
+    }
+
+    /// Changes settings; `None` leaves one as it is.
+    pub async fn configure(
+        self: &Arc<Self>,
+        reference: &str,
+        read_only: Option<bool>,
+        write_through: Option<bool>,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            service
+                .configure_now(&reference, read_only, write_through)
+                .await
+        })
+        .await
+    }
+
+    /// Deletes a volume that nobody uses. Answers when its blocks are durably dropped.
+    pub async fn delete(self: &Arc<Self>, reference: &str) -> Result<VolumeId, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move { service.delete_now(&reference).await })
+            .await
+    }
+
+    /// One volume, by name or id.
+    pub fn get(&self, reference: &str) -> Result<VolumeView, VolumeError> {
+        let entry = self.catalog().find(reference).cloned();
+        entry
+            .map(|entry| self.view(&entry))
+            .ok_or_else(|| VolumeError::NotFound {
+                reference: reference.to_owned(),
+            })
+    }
+
+    /// Every volume, ordered by name.
+    pub fn list(&self) -> Vec<VolumeView> {
+        let all = self.catalog().all();
+        all.iter().map(|entry| self.view(entry)).collect()
+    }
+
+    /// The volume that a layer belongs to.
+    pub fn owner_of(&self, layer: LayerId) -> Option<VolumeId> {
+        let all = self.catalog().all();
+        all.iter()
+            .find(|entry| entry.current.record.layers.contains(&layer))
+            .map(|entry| entry.current.record.id)
+    }
+
+    /// Layers that stores hold and no record names; never dropped by themselves.
+    pub fn unknown_layers(&self) -> Vec<LayerId> {
+        lock(&self.unknown_layers).clone()
+    }
+
+    /// Refuses changes and look-ups from here on, and waits for the changes under way.
+    pub async fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        let _all = self.changes.write().await;
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    fn catalog(&self) -> MutexGuard<'_, Catalog> {
+        lock(&self.catalog)
+    }
+
+    fn view(&self, entry: &Entry) -> VolumeView {
+        let record = entry.current.record.clone();
+        let runtime = self.host.runtime(record.id);
+        VolumeView {
+            record,
+            serving: entry.serving.clone(),
+            runtime,
+        }
+    }
+
+    /// Runs a change in a task of its own: a caller that goes away half-way must not leave a change half done.
+    async fn to_the_end<T, F, W>(self: &Arc<Self>, work: W) -> Result<T, VolumeError>
+    where
+        T: Send + 'static,
+        W: FnOnce(Arc<Volumes>) -> F,
+        F: Future<Output = Result<T, VolumeError>> + Send + 'static,
+    {
+        let under_way = self.changes.clone().read_owned().await;
+        if self.is_draining() {
+            return Err(VolumeError::ShuttingDown);
+        }
+        let work = work(Arc::clone(self));
+        let task = tokio::spawn(async move {
+            let _under_way = under_way;
+            work.await
+        });
+        // The task ends early only when the runtime is shut down; a panic has already brought the process down.
+        task.await.unwrap_or(Err(VolumeError::ShuttingDown))
+    }
+
+    /// The volume meant, locked against other changes, as it is now.
+    async fn lock_volume(
+        &self,
+        reference: &str,
+    ) -> Result<(Versioned<VolumeRecord>, tokio::sync::OwnedMutexGuard<()>), VolumeError> {
+        let not_found = || VolumeError::NotFound {
+            reference: reference.to_owned(),
+        };
+        let entry = self
+            .catalog()
+            .find(reference)
+            .cloned()
+            .ok_or_else(not_found)?;
+        let guard = entry.changing.clone().lock_owned().await;
+        // Whoever held the lock may have renamed or deleted it.
+        let id = entry.current.record.id;
+        let entry = self.catalog().get(id).cloned().ok_or_else(not_found)?;
+        Ok((entry.current, guard))
+    }
+
+    async fn create_now(
+        &self,
+        name: VolumeName,
+        size: RoundedSize,
+        read_only: bool,
+        write_through: bool,
+    ) -> Result<VolumeView, VolumeError> {
+        let new = NewVolume {
+            id: VolumeId(Uuid::new_v4()),
+            name,
+            size,
+            read_only,
+            write_through,
+            created_at_unix_ms: unix_ms(),
+            placement: Placement {
+                stores: self.host.stores(),
+            },
+        };
+        let created = self.change(&Change::Create(new)).await?;
+        // `change` answers None only when the decision was to do nothing.
+        let created = created.ok_or(VolumeError::Contended)?;
+        let id = created.record.id;
+        tracing::info!(volume = %created.record.name, id = %id.0, size_bytes = size.bytes, "volume created");
+        // Locked before anybody can see it, so that nobody changes it while it is being opened.
+        let _guard = {
+            let mut catalog = self.catalog();
+            catalog.put(created.clone(), Serving::No(OPENING.to_owned()));
+            catalog
+                .get(id)
+                .and_then(|entry| entry.changing.clone().try_lock_owned().ok())
+        };
+        self.serve(created).await?;
+        self.get(&id.0.to_string())
+    }
+
+    async fn rename_now(
+        &self,
+        reference: &str,
+        name: &VolumeName,
+    ) -> Result<VolumeView, VolumeError> {
+        let (before, _guard) = self.lock_volume(reference).await?;
+        let id = before.record.id;
+        let renamed = self.change(&Change::Rename { id, name }).await?;
+        if let Some(renamed) = renamed {
+            tracing::info!(volume = %name, id = %id.0, before = %before.record.name, "volume renamed");
+            self.update(renamed);
+            self.host.rename_volume(id, name.as_str());
+        }
+        self.get(&id.0.to_string())
+    }
+
+    async fn resize_now(
+        &self,
+        reference: &str,
+        size: RoundedSize,
+    ) -> Result<(VolumeView, u64), VolumeError> {
+        let (before, _guard) = self.lock_volume(reference).await?;
+        let id = before.record.id;
+        let grown = self.change(&Change::Resize { id, size }).await?;
+        if let Some(grown) = grown {
+            tracing::info!(volume = %grown.record.name, id = %id.0, size_bytes = size.bytes, "volume grown");
+            let name = grown.record.name.to_string();
+            self.update(grown);
+            match self.host.resize_volume(id, size.bytes).await {
+                // It gets its new size when it is opened.
+                Ok(()) | Err(HostError::NotOpen) => {}
+                Err(error) => {
+                    let reason = format!(
+                        "its new size is recorded and comes with the next start of ashlard: {error}"
+                    );
+                    return Err(VolumeError::NotServed {
+                        reference: name,
+                        reason,
+                    });
+                }
+            }
+        }
+        Ok((self.get(&id.0.to_string())?, before.record.size_bytes))
+    }
+
+    async fn configure_now(
+        &self,
+        reference: &str,
+        read_only: Option<bool>,
+        write_through: Option<bool>,
+    ) -> Result<VolumeView, VolumeError> {
+        let (before, _guard) = self.lock_volume(reference).await?;
+        let id = before.record.id;
+        if configure(&before, read_only, write_through, 0)?.is_some() {
+            let connections = self.close(id).await?;
+            let decided = self
+                .change(&Change::Configure {
+                    id,
+                    read_only,
+                    write_through,
+                    connections,
+                })
+                .await;
+            // Refused or not, a volume that was closed for this is served again.
+            let current = match &decided {
+                Ok(Some(configured)) => configured.clone(),
+                Ok(None) | Err(_) => before,
+            };
+            let reopened = if connections == 0 {
+                self.serve(current).await
+            } else {
+                Ok(())
+            };
+            decided?;
+            reopened?;
+        }
+        self.get(&id.0.to_string())
+    }
+
+    async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
+        let (before, _guard) = self.lock_volume(reference).await?;
+        let id = before.record.id;
+        if before.record.state == VolumeState::Active {
+            let connections = self.close(id).await?;
+            let decided = self.change(&Change::BeginDelete { id, connections }).await;
+            match decided {
+                Ok(Some(tombstone)) => {
+                    tracing::info!(volume = %tombstone.record.name, id = %id.0, "volume deletion began");
+                    self.catalog()
+                        .put(tombstone, Serving::No("it is being deleted".to_owned()));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    if connections == 0
+                        && let Err(error) = self.serve(before).await
+                    {
+                        tracing::error!(volume = reference, %error, "a volume whose deletion was refused could not be opened again");
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        self.bury(id).await?;
+        Ok(id)
+    }
+
+    /// Drops the layers of a tombstone, then the tombstone.
+    async fn bury(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let Some(entry) = self.catalog().get(id).cloned() else {
+            return Ok(());
+        };
+        let name = entry.current.record.name.to_string();
+        let not_freed = |reason: String| VolumeError::NotFreed {
+            reference: name.clone(),
+            reason,
+        };
+        for layer in &entry.current.record.layers {
+            self.host
+                .delete_layer(*layer)
+                .await
+                .map_err(|error| not_freed(error.to_string()))?;
+        }
+        let tombstone = self
+            .reread(id)
+            .await
+            .map_err(|error| not_freed(error.to_string()))?;
+        match self.store.commit(finish_delete(&tombstone)).await {
+            Ok(Outcome::Committed(_)) => {}
+            Ok(Outcome::Conflict) => {
+                return Err(not_freed("its record changed meanwhile".to_owned()));
+            }
+            Err(error) => return Err(not_freed(error.to_string())),
+        }
+        self.catalog().remove(id);
+        tracing::info!(volume = %name, id = %id.0, "volume deleted");
+        Ok(())
+    }
+
+    /// Claims a volume and opens it. The outcome is kept for those who ask why it is not served.
+    async fn serve(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
+        let id = current.record.id;
+        let claimed = self.change(&Change::Claim { id }).await;
+        let outcome = match claimed {
+            Ok(Some(claimed)) => return self.open(claimed).await,
+            Ok(None) => VolumeError::Contended,
+            Err(error) => error,
+        };
+        self.catalog()
+            .put(current, Serving::No(outcome.to_string()));
+        Err(outcome)
+    }
+
+    /// Opens a volume under the epoch that was just claimed.
+    async fn open(&self, claimed: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
+        let record = &claimed.record;
+        let spec = VolumeSpec {
+            id: record.id,
+            name: record.name.to_string(),
+            size_bytes: record.size_bytes,
+            layers: record.layers.clone(),
+            epoch: record.epoch,
+            write_through: record.write_through,
+            read_only: record.read_only,
+            placement: record.placement.clone(),
+        };
+        let open_stores = self.host.stores();
+        let opened = match record
+            .placement
+            .stores
+            .iter()
+            .find(|store| !open_stores.contains(store))
+        {
+            Some(missing) => Err(HostError::StoreMissing { store: *missing }),
+            None => self.host.open_volume(spec).await,
+        };
+        match opened {
+            Ok(()) => {
+                self.catalog().put(claimed, Serving::Yes);
+                Ok(())
+            }
+            Err(error) => {
+                let reference = record.name.to_string();
+                let reason = error.to_string();
+                self.catalog().put(claimed, Serving::No(reason.clone()));
+                Err(VolumeError::NotServed { reference, reason })
+            }
+        }
+    }
+
+    /// Closes a volume in the data plane; answers how many connections kept it from being closed.
+    async fn close(&self, id: VolumeId) -> Result<u32, VolumeError> {
+        match self.host.close_volume(id).await {
+            Ok(()) | Err(HostError::NotOpen) => Ok(0),
+            Err(HostError::Busy { connections }) => Ok(connections),
+            Err(
+                source @ (HostError::StoreMissing { .. }
+                | HostError::ShuttingDown
+                | HostError::Store { .. }),
+            ) => Err(VolumeError::Host {
+                reference: id.0.to_string(),
+                source,
+            }),
+        }
+    }
+
+    /// Replaces the record in the catalog, as a change that does not touch serving does.
+    fn update(&self, current: Versioned<VolumeRecord>) {
+        let mut catalog = self.catalog();
+        if let Some(serving) = catalog
+            .get(current.record.id)
+            .map(|entry| entry.serving.clone())
+        {
+            catalog.put(current, serving);
+        }
+    }
+
+    async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {
+        let held = meta::read::<NameRecord>(&*self.store, &keys::name(name)).await?;
+        Ok(held.map(|held| held.record))
+    }
+
+    async fn reread(&self, id: VolumeId) -> Result<Versioned<VolumeRecord>, VolumeError> {
+        let reference = || id.0.to_string();
+        let current = meta::read::<VolumeRecord>(&*self.store, &keys::volume(id)).await?;
+        let current = current.ok_or_else(|| VolumeError::NotFound {
+            reference: reference(),
+        })?;
+        match current.record.check_invariants() {
+            Ok(()) => Ok(current),
+            Err(problem) => Err(VolumeError::BadRecord {
+                reference: reference(),
+                problem: problem.to_owned(),
+            }),
+        }
+    }
+
+    /// Reads, decides and commits until there is no conflict; `None` when nothing had to change. When the outcome is
+    /// unknown, the record is read again: if it is the decided one, the transaction happened (an id is drawn once, a
+    /// claim carries this run's incarnation, and the volume is locked, so nobody else writes that record).
+    async fn change(
+        &self,
+        change: &Change<'_>,
+    ) -> Result<Option<Versioned<VolumeRecord>>, VolumeError> {
+        for _ in 0..ATTEMPTS {
+            let Some((record, transaction)) = self.decide(change).await? else {
+                return Ok(None);
+            };
+            match self.store.commit(transaction).await {
+                Ok(Outcome::Committed(changed_at)) => {
+                    return Ok(Some(Versioned { record, changed_at }));
+                }
+                Ok(Outcome::Conflict) => {}
+                Err(unknown @ MetadataError::Unknown { .. }) => {
+                    let key = keys::volume(record.id);
+                    let found = meta::read::<VolumeRecord>(&*self.store, &key).await?;
+                    return match found {
+                        Some(found) if found.record == record => Ok(Some(found)),
+                        _ => Err(unknown.into()),
+                    };
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(VolumeError::Contended)
+    }
+
+    /// Reads what a change depends on and lets the pure half decide.
+    async fn decide(
+        &self,
+        change: &Change<'_>,
+    ) -> Result<Option<(VolumeRecord, Transaction)>, VolumeError> {
+        match *change {
+            Change::Create(ref new) => {
+                let holder = self.name_holder(&new.name).await?;
+                let counter = meta::read::<LayerCounter>(&*self.store, keys::NEXT_LAYER).await?;
+                let creation = create(new.clone(), holder, counter)?;
+                Ok(Some((creation.record, creation.transaction)))
+            }
+            Change::Rename { id, name } => {
+                let holder = self.name_holder(name).await?;
+                Ok(rename(&self.reread(id).await?, name, holder)?)
+            }
+            Change::Resize { id, size } => Ok(resize(&self.reread(id).await?, size)?),
+            Change::Configure {
+                id,
+                read_only,
+                write_through,
+                connections,
+            } => Ok(configure(
+                &self.reread(id).await?,
+                read_only,
+                write_through,
+                connections,
+            )?),
+            Change::BeginDelete { id, connections } => {
+                Ok(begin_delete(&self.reread(id).await?, connections)?)
+            }
+            Change::Claim { id } => Ok(Some(claim(&self.reread(id).await?, self.head)?)),
+        }
+    }
+
+    async fn load(&self) -> Result<(), VolumeError> {
+        let listing = self.store.list(keys::VOLUMES).await?;
+        for entry in listing.entries {
+            let current = entry.read::<VolumeRecord>()?;
+            if let Err(problem) = current.record.check_invariants() {
+                let reference = current.record.name.to_string();
+                return Err(VolumeError::BadRecord {
+                    reference,
+                    problem: problem.to_owned(),
+                });
+            }
+            self.catalog().put(current, Serving::No(OPENING.to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Claims and opens every active volume. The claims go in batches; a batch that does not commit is claimed one by
+    /// one, so that one bad volume spoils nothing.
+    async fn open_all(&self) -> Result<(), VolumeError> {
+        let all = self.catalog().all();
+        let active: Vec<_> = all
+            .into_iter()
+            .map(|entry| entry.current)
+            .filter(|current| current.record.state == VolumeState::Active)
+            .collect();
+        for batch in active.chunks(CLAIMS_AT_ONCE) {
+            match self.claim_batch(batch).await? {
+                Some(claimed) => {
+                    for volume in claimed {
+                        self.log_unserved(self.open(volume).await);
+                    }
+                }
+                None => {
+                    for volume in batch {
+                        self.log_unserved(self.serve(volume.clone()).await);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `None`: not all of them could be claimed together.
+    async fn claim_batch(
+        &self,
+        batch: &[Versioned<VolumeRecord>],
+    ) -> Result<Option<Vec<Versioned<VolumeRecord>>>, VolumeError> {
+        let mut transaction = Transaction::new();
+        let mut records = Vec::with_capacity(batch.len());
+        for volume in batch {
+            let Ok((record, step)) = claim(volume, self.head) else {
+                return Ok(None);
+            };
+            transaction = transaction.and(step);
+            records.push(record);
+        }
+        match self.store.commit(transaction).await? {
+            Outcome::Conflict => Ok(None),
+            Outcome::Committed(changed_at) => {
+                let claimed = |record| Versioned { record, changed_at };
+                Ok(Some(records.into_iter().map(claimed).collect()))
+            }
+        }
+    }
+
+    fn log_unserved(&self, outcome: Result<(), VolumeError>) {
+        if let Err(error) = outcome {
+            tracing::error!(%error, "a volume is not served");
+        }
+    }
+
+    async fn report_unknown_layers(&self) {
+        let mut found = self.host.layers().await;
+        let known: Vec<_> = self.catalog().layers().collect();
+        found.retain(|layer| !known.contains(layer));
+        if !found.is_empty() {
+            let layers: Vec<_> = found.iter().map(|layer| layer.0).collect();
+            tracing::warn!(
+                ?layers,
+                "stores hold layers that no volume names; they are kept, see `ashlar status`"
+            );
+        }
+        *lock(&self.unknown_layers) = found;
+    }
+
+    fn resume_deletions(self: &Arc<Self>) {
+        let all = self.catalog().all();
+        for entry in all
+            .into_iter()
+            .filter(|entry| entry.current.record.state == VolumeState::Deleting)
+        {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                let _guard = entry.changing.lock().await;
+                if let Err(error) = service.bury(entry.current.record.id).await {
+                    tracing::error!(%error, "an unfinished deletion could not be finished");
+                }
+            });
+        }
+    }
+}
+
+/// Reads the daemon's own record, or makes it at the first start. A second daemon that makes it at the same moment
+/// wins or loses the swap; both then have the same identity, and the lock on the store keeps one of them out.
+pub async fn node_record(
+    store: &dyn MetadataStore,
+) -> Result<ashlar_core::records::NodeRecord, MetadataError> {
+    use ashlar_core::records::NodeRecord;
+    for _ in 0..ATTEMPTS {
+        if let Some(known) = meta::read::<NodeRecord>(store, keys::NODE).await? {
+            return Ok(known.record);
+        }
+        let fresh = NodeRecord {
+            id: NodeId(Uuid::new_v4()),
+            created_at_unix_ms: unix_ms(),
+        };
+        let swap = Transaction::new()
+            .when_absent(keys::NODE)
+            .put(keys::NODE, fresh.encode());
+        if let Outcome::Committed(Revision(_)) = store.commit(swap).await? {
+            return Ok(fresh);
+        }
+    }
+    Err(MetadataError::Unavailable {
+        reason: "the record of this node keeps changing".to_owned(),
+    })
+}
+
+/// Now, in milliseconds since 1970-01-01 UTC.
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+/// Nothing is left half-done under these locks, so one that a panicking thread held is still good.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;
