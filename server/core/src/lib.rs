@@ -5,5 +5,6 @@
 
 pub mod nbd;
 pub mod records;
+pub mod store;
 pub mod units;
 pub mod volume;

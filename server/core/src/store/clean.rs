@@ -1,0 +1,610 @@
+//! Cleaning: the live blocks of the emptiest segments are copied together, so that whole segments become free.
+//!
+//! Copies, and the leaves of checkpoints, go to segments of their own (the cold stream): what was old enough to be
+//! cleaned tends to stay. Nothing here is needed by recovery: until a checkpoint refers to a copy, the original is
+//! still where it was.
+
+use std::collections::VecDeque;
+
+use super::apply::Blocked;
+use super::format::{
+    Addr, Entries, Entry, EntryKind, ExtentKey, FRAME_DATA_BLOCKS, FRAME_FIXED_BYTES,
+    FRAME_HEADER_BLOCKS, FrameHeader, LEAF_DISK_BLOCKS, Progress,
+};
+use super::index::leaf_of;
+use super::machine::Io;
+use super::segment::SegmentState;
+use super::{Action, AlignedBuf, Errno, Event, Store, StoreError};
+use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
+
+/// Segments that client writes always leave to cleaning and checkpoints.
+const KEEP_FOR_COLD: usize = 3;
+/// Segments that cleaning always leaves to checkpoints.
+const KEEP_FOR_CHECKPOINT: usize = 1;
+/// Frames of copies in flight at once.
+const COLD_FRAMES: usize = 4;
+/// Blocks looked at in one turn.
+const BUDGET: u32 = 2048;
+/// Blocks read at once, and how many such reads are in flight.
+const PIECE_BLOCKS: u32 = 256;
+const PIECES: usize = 2;
+/// Leaves read ahead.
+const LOADS: usize = 64;
+
+/// A frame of copies or leaves.
+pub(super) struct ColdFrame {
+    buf: AlignedBuf,
+    addr: Addr,
+    progress: Progress,
+    data_max: u32,
+    /// Each entry, and where its blocks were before.
+    pub(super) entries: Vec<(Entry, Option<Addr>)>,
+}
+
+/// The cold stream.
+#[derive(Default)]
+pub(super) struct Cold {
+    /// The segment being written, and its next block.
+    segment: Option<(u32, u32)>,
+    building: Option<Box<ColdFrame>>,
+    pub(super) in_flight: usize,
+    seq: u64,
+    /// Copies that are written: key, first block, count, version, where they were, where they are.
+    moved: VecDeque<Moved>,
+}
+
+struct Moved {
+    key: ExtentKey,
+    block: u32,
+    count: u32,
+    version: u64,
+    from: Addr,
+    to: Addr,
+}
+
+impl Cold {
+    /// Whether every frame is written and every copy is where reads look.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.building.is_none() && self.in_flight == 0 && self.moved.is_empty()
+    }
+}
+
+/// What cleaning is at.
+#[derive(Default)]
+pub(super) struct Cleaner {
+    victim: Option<Victim>,
+}
+
+struct Victim {
+    segment: u32,
+    buf: AlignedBuf,
+    /// Blocks asked for and blocks here.
+    asked: u32,
+    read: u32,
+    reads_in_flight: usize,
+    failed: bool,
+    /// The frame being looked at, its header entry, and blocks of that entry done.
+    frame: u32,
+    entry: usize,
+    block: u32,
+    /// Incarnation and number of the last frame: stale ones behind the end are smaller.
+    last: (u64, u64),
+}
+
+impl Store {
+    /// Segments clients must leave: enough for the leaves that the next checkpoint will write, and some to clean with.
+    pub(super) fn keep_for_cold(&self) -> usize {
+        let leaves = self.index.dirty_leaves as u64 * u64::from(LEAF_DISK_BLOCKS);
+        KEEP_FOR_COLD
+            + (leaves * 129 / 128 / u64::from(self.segments.geometry.segment_blocks)) as usize
+    }
+
+    /// Cleaning begins when this many segments are free. Few: what is kept free is not there to be half empty.
+    pub(super) fn clean_start(&self) -> usize {
+        self.keep_for_cold() + (self.segments.all.len() * 3 / 100).max(4)
+    }
+
+    // -- the cold stream
+
+    /// Adds an entry and its data; the address of its first data block. `None`: no segment is free beyond `keep`.
+    pub(super) fn add_cold(
+        &mut self,
+        mut entry: Entry,
+        data: &[u8],
+        from: Option<Addr>,
+        keep: usize,
+    ) -> Option<Addr> {
+        let blocks = (data.len() / BLOCK_BYTES) as u32;
+        if self.cold.building.as_ref().is_some_and(|f| {
+            FRAME_FIXED_BYTES + usize::from(f.progress.entry_bytes) + entry.header_bytes()
+                > BLOCK_BYTES
+                || u32::from(f.progress.data_blocks) + blocks > f.data_max
+        }) {
+            self.flush_cold();
+        }
+        if self.cold.building.is_none() {
+            self.begin_cold(blocks, keep)?;
+        }
+        let frame = self.cold.building.as_mut().expect("just begun");
+        let start = u32::from(frame.progress.data_blocks);
+        entry.data_start = start;
+        let at = FRAME_FIXED_BYTES + usize::from(frame.progress.entry_bytes);
+        entry.encode(&mut frame.buf[at..]);
+        let mut offset = at + super::format::ENTRY_BYTES;
+        for block in data.chunks_exact(BLOCK_BYTES) {
+            let crc = crc32fast::hash(block);
+            frame.buf[offset..offset + 4].copy_from_slice(&crc.to_le_bytes());
+            offset += 4;
+        }
+        let to = (FRAME_HEADER_BLOCKS + start) as usize * BLOCK_BYTES;
+        frame.buf[to..to + data.len()].copy_from_slice(data);
+        frame.progress.entries += 1;
+        frame.progress.entry_bytes = (offset - FRAME_FIXED_BYTES) as u16;
+        frame.progress.data_blocks += blocks as u16;
+        frame.entries.push((entry, from));
+        Some(Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + start))
+    }
+
+    fn begin_cold(&mut self, blocks: u32, keep: usize) -> Option<()> {
+        let segment_blocks = self.segments.geometry.segment_blocks;
+        let fits = |next: u32| next + FRAME_HEADER_BLOCKS + blocks <= segment_blocks;
+        if !self.cold.segment.is_some_and(|(_, next)| fits(next)) {
+            let fresh = self.segments.take(keep)?;
+            if let Some((full, _)) = self.cold.segment.replace((fresh, 0)) {
+                self.segments.all[full as usize].state = SegmentState::Sealed;
+            }
+        }
+        let (segment, next) = self.cold.segment.expect("just set");
+        let data_max = (segment_blocks - next - FRAME_HEADER_BLOCKS).min(FRAME_DATA_BLOCKS);
+        self.cold.building = Some(Box::new(ColdFrame {
+            buf: AlignedBuf::blocks(FRAME_HEADER_BLOCKS + data_max),
+            addr: Addr(self.segments.geometry.segment_start(segment).0 + next),
+            progress: Progress {
+                cold: true,
+                ..Progress::default()
+            },
+            data_max,
+            entries: Vec::new(),
+        }));
+        Some(())
+    }
+
+    /// Writes the frame that is being built, full or not.
+    pub(super) fn flush_cold(&mut self) {
+        let Some(mut frame) = self.cold.building.take() else {
+            return;
+        };
+        self.cold.seq += 1;
+        frame.progress.closed = true;
+        let header = FrameHeader {
+            addr: frame.addr,
+            store: self.superblock.store,
+            progress: frame.progress,
+            incarnation: self.hot.incarnation,
+            seq: self.cold.seq,
+            durable_seq: 0,
+            checkpoint_seq: self.superblock.checkpoint_seq,
+            next_segment: 0,
+        };
+        header.encode(&mut frame.buf);
+        FrameHeader::seal(&mut frame.buf[..BLOCK_BYTES]);
+        let blocks = header.blocks();
+        if let Some((_, next)) = &mut self.cold.segment {
+            *next += blocks;
+        }
+        // Leaves are counted where they are written; their frames' headers and all copies count here.
+        let leaves = frame
+            .entries
+            .iter()
+            .filter(|(e, _)| e.kind == EntryKind::Leaf)
+            .count() as u64;
+        self.counters.cleaned_blocks += u64::from(blocks) - leaves * u64::from(LEAF_DISK_BLOCKS);
+        self.cold.in_flight += 1;
+        let (ptr, len, offset) = (
+            frame.buf.as_ptr(),
+            blocks as usize * BLOCK_BYTES,
+            frame.addr.offset(),
+        );
+        let io = self.start_io(Io::Cold(frame));
+        self.actions.push(Action::Write {
+            io,
+            offset,
+            ptr,
+            len,
+            durable: false,
+        });
+    }
+
+    pub(super) fn on_cold(&mut self, frame: ColdFrame) {
+        self.cold.in_flight -= 1;
+        self.leaves_written(&frame);
+        for (entry, from) in &frame.entries {
+            if let (EntryKind::Relocation, Some(from)) = (entry.kind, from) {
+                self.cold.moved.push_back(Moved {
+                    key: entry.key,
+                    block: entry.first_block,
+                    count: entry.count,
+                    version: entry.version,
+                    from: *from,
+                    to: Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + entry.data_start),
+                });
+            }
+        }
+    }
+
+    /// Points the leaves at the copies.
+    fn apply_moved(&mut self) {
+        while let Some(moved) = self.cold.moved.front_mut() {
+            if moved.count == 0 {
+                self.cold.moved.pop_front();
+                continue;
+            }
+            let (key, block, version, from, to) =
+                (moved.key, moved.block, moved.version, moved.from, moved.to);
+            let row = self
+                .index
+                .row_of(key)
+                .filter(|&r| !self.index.row(r).dropped);
+            if let Some(row) = row
+                && let Err(Blocked) = self.relocate_block(row, block, version, from, to)
+            {
+                return;
+            }
+            let moved = self.cold.moved.front_mut().expect("looked at above");
+            moved.block += 1;
+            moved.count -= 1;
+            moved.from.0 += 1;
+            moved.to.0 += 1;
+        }
+    }
+
+    // -- victims
+
+    pub(super) fn advance_clean(&mut self) {
+        if self.checkpoint.holds_apply() {
+            return;
+        }
+        self.apply_moved();
+        if self.checkpoint.holds_cleaning() {
+            return;
+        }
+        if self.cleaner.victim.is_none() {
+            if !self.wants_cleaning() {
+                if !self.checkpoint.running() {
+                    self.flush_cold();
+                }
+                return;
+            }
+            let Some(segment) = self.pick_victim() else {
+                self.flush_cold();
+                return;
+            };
+            self.segments.all[segment as usize].reads += 1;
+            self.cleaner.victim = Some(Victim {
+                segment,
+                buf: AlignedBuf::blocks(self.segments.geometry.segment_blocks),
+                asked: 0,
+                read: 0,
+                reads_in_flight: 0,
+                failed: false,
+                frame: 0,
+                entry: FRAME_FIXED_BYTES,
+                block: 0,
+                last: (0, 0),
+            });
+        }
+        self.read_victim();
+        self.look_at_victim();
+    }
+
+    fn wants_cleaning(&self) -> bool {
+        if self.wants_growth() && self.growth.retry_at_ms.is_none() {
+            return false;
+        }
+        self.segments.free_count() <= self.clean_start()
+    }
+
+    /// The sealed segment with the fewest live blocks. None when even that one is nearly full.
+    fn pick_victim(&mut self) -> Option<u32> {
+        let applied = self.hot.applied_seq;
+        let worth = self.segments.geometry.segment_blocks * 15 / 16;
+        let (s, _) = self
+            .segments
+            .all
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| {
+                s.state == SegmentState::Sealed
+                    && s.live > 0
+                    && s.live <= worth
+                    && s.last_seq <= applied
+                    && !s.damaged
+                    && s.cleaned < 3
+            })
+            .min_by_key(|(_, s)| (s.cleaned, s.live))?;
+        let segment = &mut self.segments.all[s];
+        segment.cleaned += 1;
+        if segment.cleaned > 2 {
+            // Twice everything that could be found was copied out, and still something refers to it.
+            segment.damaged = true;
+            self.event(Event::SegmentDamaged { segment: s as u32 });
+            return None;
+        }
+        Some(s as u32)
+    }
+
+    fn read_victim(&mut self) {
+        let geometry = self.segments.geometry;
+        loop {
+            let Some(v) = self.cleaner.victim.as_mut() else {
+                return;
+            };
+            // Pieces are read one behind the other, so that what is here is a prefix.
+            if v.failed || v.asked == geometry.segment_blocks || v.reads_in_flight >= PIECES {
+                return;
+            }
+            let n = PIECE_BLOCKS.min(geometry.segment_blocks - v.asked);
+            let at = v.asked as usize * BLOCK_BYTES;
+            let ptr = v.buf[at..].as_mut_ptr();
+            let offset = Addr(geometry.segment_start(v.segment).0 + v.asked).offset();
+            v.asked += n;
+            v.reads_in_flight += 1;
+            self.counters.clean_read_blocks += u64::from(n);
+            let io = self.start_io(Io::CleanRead);
+            self.actions.push(Action::Read {
+                io,
+                offset,
+                ptr,
+                len: n as usize * BLOCK_BYTES,
+            });
+        }
+    }
+
+    pub(super) fn on_clean_read(&mut self, result: Result<(), Errno>) {
+        let Some(v) = self.cleaner.victim.as_mut() else {
+            return;
+        };
+        v.reads_in_flight -= 1;
+        if result.is_err() {
+            v.failed = true;
+            self.counters.read_errors += 1;
+        }
+        // With two in flight, neither is known to be here before both are.
+        if v.reads_in_flight == 0 {
+            v.read = v.asked;
+        }
+    }
+
+    fn look_at_victim(&mut self) {
+        let Some(mut v) = self.cleaner.victim.take() else {
+            return;
+        };
+        if v.reads_in_flight > 0 {
+            self.cleaner.victim = Some(v);
+            return;
+        }
+        if v.failed {
+            self.end_victim(v, true);
+            return;
+        }
+        let mut budget = BUDGET;
+        let done = loop {
+            if budget == 0 {
+                self.more_work = true;
+                break false;
+            }
+            if self.cold.in_flight >= COLD_FRAMES {
+                break false;
+            }
+            match self.look_at_frame(&mut v, &mut budget) {
+                Look::Next => {}
+                Look::Wait => break false,
+                Look::End => break true,
+            }
+        };
+        if done {
+            self.end_victim(v, false);
+        } else {
+            self.cleaner.victim = Some(v);
+        }
+    }
+
+    fn end_victim(&mut self, v: Victim, failed: bool) {
+        self.unpin(self.segments.geometry.segment_start(v.segment));
+        self.counters.segments_cleaned += 1;
+        if failed {
+            self.segments.all[v.segment as usize].damaged = true;
+            self.event(Event::SegmentDamaged { segment: v.segment });
+        }
+    }
+
+    fn look_at_frame(&mut self, v: &mut Victim, budget: &mut u32) -> Look {
+        let segment_blocks = self.segments.geometry.segment_blocks;
+        if v.frame >= segment_blocks {
+            return Look::End;
+        }
+        let enough = (v.frame + FRAME_HEADER_BLOCKS + FRAME_DATA_BLOCKS).min(segment_blocks);
+        if v.read < enough {
+            return Look::Wait;
+        }
+        let start = self.segments.geometry.segment_start(v.segment);
+        let at = v.frame as usize * BLOCK_BYTES;
+        let header = match FrameHeader::decode(&v.buf[at..at + BLOCK_BYTES]) {
+            Ok(h)
+                if h.addr == Addr(start.0 + v.frame)
+                    && h.store == self.superblock.store
+                    && (h.incarnation, h.seq) >= v.last
+                    && v.frame + h.blocks() <= segment_blocks =>
+            {
+                h
+            }
+            // The end of what was written; anything live behind a damaged header keeps the segment.
+            _ => return Look::End,
+        };
+        v.last = (header.incarnation, header.seq);
+        let end = FRAME_FIXED_BYTES + usize::from(header.progress.entry_bytes);
+        while v.entry < end {
+            if *budget == 0 || self.cold.in_flight >= COLD_FRAMES {
+                return Look::Next;
+            }
+            let Ok(entry) = Entries::at(&v.buf[at..at + end], v.entry) else {
+                break;
+            };
+            let e = entry.entry;
+            if e.data_start + e.data_blocks() > u32::from(header.progress.data_blocks) {
+                break;
+            }
+            let first = Addr(start.0 + v.frame + FRAME_HEADER_BLOCKS + e.data_start);
+            let looked = match e.kind {
+                EntryKind::Leaf => self.look_at_leaf(&e, first),
+                EntryKind::Data | EntryKind::Relocation => {
+                    self.look_at_blocks(v, &e, first, budget)
+                }
+                EntryKind::Zero | EntryKind::DropLayer => Ok(()),
+            };
+            if let Err(Blocked) = looked {
+                self.read_leaves_ahead(v, at, end);
+                return Look::Wait;
+            }
+            v.entry += e.header_bytes();
+            v.block = 0;
+        }
+        v.frame += header.blocks();
+        v.entry = FRAME_FIXED_BYTES;
+        v.block = 0;
+        Look::Next
+    }
+
+    /// A live leaf is moved by having the next checkpoint write it.
+    fn look_at_leaf(&mut self, e: &Entry, at: Addr) -> Result<(), Blocked> {
+        let Some(row) = self.index.row_of(e.key) else {
+            return Ok(());
+        };
+        let leaf = leaf_of(e.first_block);
+        if self.index.row(row).leaves[leaf as usize].addr() != at {
+            return Ok(());
+        }
+        match self.index.slot_of(row, leaf) {
+            Some(slot) => self.index.mark_dirty(slot),
+            None => {
+                self.load_leaf(row, leaf).background = true;
+                return Err(Blocked);
+            }
+        }
+        Ok(())
+    }
+
+    fn look_at_blocks(
+        &mut self,
+        v: &mut Victim,
+        e: &Entry,
+        first: Addr,
+        budget: &mut u32,
+    ) -> Result<(), Blocked> {
+        let Some(row) = self
+            .index
+            .row_of(e.key)
+            .filter(|&r| !self.index.row(r).dropped)
+        else {
+            return Ok(());
+        };
+        while v.block < e.count {
+            let block = e.first_block + v.block;
+            let leaf = leaf_of(block);
+            let Some(slot) = self.index.slot_of(row, leaf) else {
+                if !self.index.row(row).leaves[leaf as usize].addr().is_stored() {
+                    v.block += ((leaf + 1) * LEAF_BLOCKS - block).min(e.count - v.block);
+                    continue;
+                }
+                self.load_leaf(row, leaf).background = true;
+                return Err(Blocked);
+            };
+            // As many live neighbours as one copy can hold, inside this leaf.
+            let most = (e.count - v.block)
+                .min((leaf + 1) * LEAF_BLOCKS - block)
+                .min(FRAME_DATA_BLOCKS / 2);
+            let entries = &self.index.leaf(slot).entries;
+            let from = Addr(first.0 + v.block);
+            let live =
+                |i: u32| entries[((block + i) % LEAF_BLOCKS) as usize].addr() == Addr(from.0 + i);
+            if !live(0) {
+                v.block += 1;
+                *budget = budget.saturating_sub(1);
+                continue;
+            }
+            let n = (1..most).find(|&i| !live(i)).unwrap_or(most);
+            let crcs: smallvec::SmallVec<[u32; 16]> = (0..n)
+                .map(|i| entries[((block + i) % LEAF_BLOCKS) as usize].crc)
+                .collect();
+            let at =
+                (from.0 - self.segments.geometry.segment_start(v.segment).0) as usize * BLOCK_BYTES;
+            let data = &v.buf[at..at + n as usize * BLOCK_BYTES];
+            let rotten = data
+                .chunks_exact(BLOCK_BYTES)
+                .zip(&crcs)
+                .position(|(b, c)| crc32fast::hash(b) != *c);
+            let good = rotten.map_or(n, |i| i as u32);
+            if good > 0 {
+                let copy = Entry {
+                    kind: EntryKind::Relocation,
+                    key: e.key,
+                    first_block: block,
+                    count: good,
+                    version: e.version,
+                    data_start: 0,
+                };
+                let data = &data[..good as usize * BLOCK_BYTES];
+                if self
+                    .add_cold(copy, data, Some(from), KEEP_FOR_CHECKPOINT)
+                    .is_none()
+                {
+                    if self.has_empty_segment() {
+                        self.checkpoint.want();
+                    }
+                    return Err(Blocked);
+                }
+            }
+            if good < n {
+                // Left where it is: a copy would carry a checksum that makes it look right.
+                self.checksum_error(StoreError::Corrupt {
+                    layer: e.key.layer,
+                    chunk: e.key.chunk,
+                    block: block + good,
+                });
+                v.block += 1;
+            }
+            v.block += good;
+            *budget = budget.saturating_sub(n);
+        }
+        Ok(())
+    }
+
+    fn read_leaves_ahead(&mut self, v: &Victim, at: usize, end: usize) {
+        let mut offset = v.entry;
+        while offset < end && self.loads.len() < LOADS {
+            let Ok(entry) = Entries::at(&v.buf[at..at + end], offset) else {
+                return;
+            };
+            let e = entry.entry;
+            offset += e.header_bytes();
+            if !matches!(e.kind, EntryKind::Data | EntryKind::Relocation) {
+                continue;
+            }
+            let Some(row) = self.index.row_of(e.key) else {
+                continue;
+            };
+            let leaf = leaf_of(e.first_block);
+            if self.index.slot_of(row, leaf).is_none()
+                && self.index.row(row).leaves[leaf as usize].addr().is_stored()
+            {
+                self.load_leaf(row, leaf).background = true;
+            }
+        }
+    }
+}
+
+enum Look {
+    Next,
+    Wait,
+    End,
+}

@@ -1,0 +1,484 @@
+//! Reads: from the tail, from zeros, or from disk with every block's checksum verified.
+
+use hashbrown::hash_map::Entry as MapEntry;
+use smallvec::SmallVec;
+
+use super::format::{Addr, ExtentKey, LEAF_BYTES, LEAF_DISK_BLOCKS, LeafEntries, Mapping};
+use super::index::{Lookup, RowId, leaf_of};
+use super::machine::{Io, Load};
+use super::{Action, AlignedBuf, Errno, OpId, ReadInfo, ReadOutcome, Store, StoreError};
+use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS};
+
+/// Most blocks one disk read fetches (1 MiB).
+const RUN_BLOCKS: u32 = 256;
+
+/// Who a read is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    Client(OpId),
+    Scrub,
+}
+
+/// A read that could not be answered at once.
+pub(super) struct ReadOp {
+    pub(super) reader: Reader,
+    row: RowId,
+    first: u32,
+    count: u32,
+    /// Blocks looked up so far.
+    resolved: u32,
+    buf: *mut u8,
+    runs: u32,
+    info: ReadInfo,
+    error: Option<StoreError>,
+}
+
+// SAFETY: `buf` names memory that the caller of `read` leaves alone until the operation ends.
+unsafe impl Send for ReadOp {}
+
+impl ReadOp {
+    pub(super) fn is_of(&self, row: RowId) -> bool {
+        self.row == row
+    }
+}
+
+/// One disk read of adjacent blocks.
+pub(super) struct Run {
+    op: u32,
+    addr: Addr,
+    /// First block, relative to the operation.
+    at: u32,
+    crcs: SmallVec<[u32; 8]>,
+}
+
+impl Store {
+    /// Reads `buf.len()` bytes, whole blocks inside one chunk.
+    ///
+    /// # Safety
+    /// When this returns [`ReadOutcome::Pending`], the memory must stay valid and untouched until the `Done` of `op`.
+    pub unsafe fn read(
+        &mut self,
+        op: OpId,
+        key: ExtentKey,
+        first_block: u32,
+        buf: &mut [u8],
+    ) -> Result<ReadOutcome, StoreError> {
+        self.healthy()?;
+        let count = (buf.len() / BLOCK_BYTES) as u32;
+        assert!(buf.len() % BLOCK_BYTES == 0 && count > 0 && first_block + count <= CHUNK_BLOCKS);
+        let Some(row) = self.index.row_of(key) else {
+            buf.fill(0);
+            let mut info = ReadInfo::default();
+            info.holes.push((0, count));
+            return Ok(ReadOutcome::Done(info));
+        };
+        let id = self.start_read(
+            Reader::Client(op),
+            row,
+            first_block,
+            count,
+            buf.as_mut_ptr(),
+        );
+        if self.reads[id as usize].runs == 0 && self.reads[id as usize].resolved == count {
+            let read = self.reads.remove(id as usize);
+            return match read.error {
+                Some(e) => Err(e),
+                None => Ok(ReadOutcome::Done(read.info)),
+            };
+        }
+        Ok(ReadOutcome::Pending)
+    }
+
+    pub(super) fn start_read(
+        &mut self,
+        reader: Reader,
+        row: RowId,
+        first: u32,
+        count: u32,
+        buf: *mut u8,
+    ) -> u32 {
+        let id = self.reads.insert(ReadOp {
+            reader,
+            row,
+            first,
+            count,
+            resolved: 0,
+            buf,
+            runs: 0,
+            info: ReadInfo::default(),
+            error: None,
+        }) as u32;
+        self.resolve(id);
+        id
+    }
+
+    /// Looks up as many blocks as the leaves in memory allow and starts their disk reads.
+    fn resolve(&mut self, id: u32) {
+        let (row, first, count) = {
+            let r = &self.reads[id as usize];
+            (r.row, r.first, r.count)
+        };
+        let mut run: Option<(Addr, u32, SmallVec<[u32; 8]>)> = None;
+        let mut last_leaf = u32::MAX;
+        loop {
+            let at = self.reads[id as usize].resolved;
+            if at == count {
+                break;
+            }
+            let block = first + at;
+            let leaf = leaf_of(block);
+            if leaf != last_leaf {
+                self.index.touch(row, leaf);
+                last_leaf = leaf;
+            }
+            let found = self.index.lookup(row, block);
+            if let Lookup::NeedLeaf = found {
+                // The leaves behind it will be wanted too: fetch them side by side.
+                for l in leaf..=leaf_of(first + count - 1) {
+                    if self.index.slot_of(row, l).is_none()
+                        && self.index.row(row).leaves[l as usize].addr().is_stored()
+                    {
+                        let load = self.load_leaf(row, l);
+                        if l == leaf {
+                            load.reads.push(id);
+                        }
+                    }
+                }
+                break;
+            }
+            let next = &mut self.reads[id as usize];
+            next.resolved += 1;
+            // SAFETY: `at < count`, and the buffer holds `count` blocks that nobody else touches.
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(next.buf.add(at as usize * BLOCK_BYTES), BLOCK_BYTES)
+            };
+            match found {
+                Lookup::Hole | Lookup::Zero => {
+                    out.fill(0);
+                    match next.info.holes.last_mut() {
+                        Some((f, n)) if *f + *n == at => *n += 1,
+                        _ => next.info.holes.push((at, 1)),
+                    }
+                }
+                Lookup::Lost => {
+                    let key = self.index.row(row).key;
+                    next.error.get_or_insert(StoreError::Lost {
+                        layer: key.layer,
+                        chunk: key.chunk,
+                        block,
+                    });
+                }
+                Lookup::Stored { addr, crc, seq } => {
+                    if let Some(bytes) = self.in_tail(addr, seq) {
+                        out.copy_from_slice(bytes);
+                        if crc32fast::hash(out) != crc {
+                            let key = self.index.row(row).key;
+                            let error = StoreError::Corrupt {
+                                layer: key.layer,
+                                chunk: key.chunk,
+                                block,
+                            };
+                            self.reads[id as usize].error.get_or_insert(error.clone());
+                            self.checksum_error(error);
+                        }
+                        continue;
+                    }
+                    match &mut run {
+                        Some((start, from, crcs))
+                            if start.0 + crcs.len() as u32 == addr.0
+                                && *from + crcs.len() as u32 == at
+                                && (crcs.len() as u32) < RUN_BLOCKS =>
+                        {
+                            crcs.push(crc);
+                        }
+                        _ => {
+                            if let Some((start, from, crcs)) = run.take() {
+                                self.start_run(id, start, from, crcs);
+                            }
+                            run = Some((addr, at, SmallVec::from_slice(&[crc])));
+                        }
+                    }
+                }
+                Lookup::NeedLeaf => unreachable!("handled above"),
+            }
+        }
+        if let Some((start, from, crcs)) = run {
+            self.start_run(id, start, from, crcs);
+        }
+    }
+
+    /// The block's bytes, if its frame is still in the tail.
+    fn in_tail(&self, addr: Addr, seq: u64) -> Option<&[u8]> {
+        if seq == 0 {
+            return None;
+        }
+        let (frame_addr, at) = match &self.hot.open {
+            Some(open) if open.seq == seq => (open.addr, open.tail_at),
+            _ => {
+                let frame = self.hot.frame(seq)?;
+                (frame.addr, frame.tail_at?)
+            }
+        };
+        Some(self.tail.slice(at + (addr.0 - frame_addr.0), 1))
+    }
+
+    fn start_run(&mut self, op: u32, addr: Addr, at: u32, crcs: SmallVec<[u32; 8]>) {
+        let len = crcs.len() * BLOCK_BYTES;
+        let read = &mut self.reads[op as usize];
+        read.runs += 1;
+        // SAFETY: the run lies inside the operation's buffer.
+        let ptr = unsafe { read.buf.add(at as usize * BLOCK_BYTES) };
+        // A run may reach into the next segment when two are adjacent; pin each.
+        self.pin(addr, crcs.len() as u32, true);
+        let io = self.start_io(Io::Run(Run { op, addr, at, crcs }));
+        self.actions.push(Action::Read {
+            io,
+            offset: addr.offset(),
+            ptr,
+            len,
+        });
+    }
+
+    fn pin(&mut self, addr: Addr, blocks: u32, on: bool) {
+        let first = self.segments.geometry.segment_of(addr);
+        let last = self.segments.geometry.segment_of(Addr(addr.0 + blocks - 1));
+        for s in first..=last {
+            if on {
+                self.segments.all[s as usize].reads += 1;
+            } else {
+                self.unpin(self.segments.geometry.segment_start(s));
+            }
+        }
+    }
+
+    pub(super) fn on_run(&mut self, run: Run, result: Result<(), Errno>) {
+        self.pin(run.addr, run.crcs.len() as u32, false);
+        let read = &mut self.reads[run.op as usize];
+        read.runs -= 1;
+        let key = self.index.row(read.row).key;
+        match result {
+            Err(e) => {
+                self.counters.read_errors += 1;
+                read.error.get_or_insert(StoreError::Device(e));
+            }
+            Ok(()) => {
+                let mut bad = SmallVec::<[StoreError; 1]>::new();
+                for (i, crc) in run.crcs.iter().enumerate() {
+                    let at = run.at + i as u32;
+                    // SAFETY: inside the operation's buffer; the device is done with it.
+                    let bytes = unsafe {
+                        std::slice::from_raw_parts(
+                            read.buf.add(at as usize * BLOCK_BYTES),
+                            BLOCK_BYTES,
+                        )
+                    };
+                    if crc32fast::hash(bytes) != *crc {
+                        bad.push(StoreError::Corrupt {
+                            layer: key.layer,
+                            chunk: key.chunk,
+                            block: read.first + at,
+                        });
+                    }
+                }
+                if let Some(first) = bad.first() {
+                    read.error.get_or_insert(first.clone());
+                }
+                if read.reader == Reader::Scrub {
+                    self.counters.scrub_damaged += bad.len() as u64;
+                }
+                for error in bad {
+                    self.checksum_error(error);
+                }
+            }
+        }
+        self.finish_read(run.op);
+    }
+
+    /// Ends a read that needed nothing from disk.
+    pub(super) fn end_read_if_done(&mut self, id: u32) {
+        self.finish_read(id);
+    }
+
+    fn finish_read(&mut self, id: u32) {
+        let read = &self.reads[id as usize];
+        // A read that failed need not look up the rest, but its buffer is in use until its runs end.
+        if read.runs > 0 || (read.resolved < read.count && read.error.is_none()) {
+            return;
+        }
+        if read.resolved < read.count {
+            self.forget_waiting(id);
+        }
+        let read = self.reads.remove(id as usize);
+        let result = match read.error {
+            Some(e) => Err(e),
+            None => Ok(read.info),
+        };
+        match read.reader {
+            Reader::Client(op) => self.actions.push(Action::Done { op, result }),
+            Reader::Scrub => self.on_scrub_read(read.count, result.is_ok()),
+        }
+    }
+
+    fn forget_waiting(&mut self, id: u32) {
+        for load in self.loads.values_mut() {
+            load.reads.retain(|&r| r != id);
+        }
+    }
+
+    /// Fails every read that waits for a leaf; those the device works on end when it does.
+    pub(super) fn fail_waiting_reads(&mut self, error: &StoreError) {
+        let ids: Vec<u32> = self.reads.iter().map(|(id, _)| id as u32).collect();
+        for id in ids {
+            self.reads[id as usize].error.get_or_insert(error.clone());
+            self.finish_read(id);
+        }
+    }
+
+    // -- leaves
+
+    /// Starts reading a leaf that lies on disk, unless that is under way.
+    pub(super) fn load_leaf(&mut self, row: RowId, leaf: u32) -> &mut Load {
+        let start = matches!(self.loads.entry((row, leaf)), MapEntry::Vacant(_));
+        if start {
+            let mut buf = AlignedBuf::zeroed(LEAF_BYTES);
+            let (ptr, len) = (buf.as_mut_ptr(), buf.len());
+            let addr = self.index.row(row).leaves[leaf as usize].addr();
+            debug_assert!(addr.is_stored());
+            self.pin(addr, LEAF_DISK_BLOCKS, true);
+            let io = self.start_io(Io::LeafLoad { row, leaf, buf });
+            self.actions.push(Action::Read {
+                io,
+                offset: addr.offset(),
+                ptr,
+                len,
+            });
+        }
+        self.loads.entry((row, leaf)).or_default()
+    }
+
+    pub(super) fn on_leaf(
+        &mut self,
+        row: RowId,
+        leaf: u32,
+        buf: AlignedBuf,
+        result: Result<(), Errno>,
+    ) {
+        let load = self.loads.remove(&(row, leaf)).unwrap_or_default();
+        let mapping = self.index.row(row).leaves[leaf as usize];
+        // A leaf's address changes only when it is written, and it is written only from memory.
+        self.pin(mapping.addr(), LEAF_DISK_BLOCKS, false);
+        if let Err(e) = result {
+            self.counters.read_errors += 1;
+            if load.background {
+                // The mapping cannot be kept up to date without it.
+                self.poison(e);
+                return;
+            }
+            for id in load.reads {
+                self.reads[id as usize]
+                    .error
+                    .get_or_insert(StoreError::Device(e));
+                self.finish_read(id);
+            }
+            return;
+        }
+        let entries = self.decode_leaf(row, leaf, &buf, mapping);
+        self.make_room_for_leaf();
+        self.index.insert_leaf(row, leaf, entries);
+        for id in load.reads {
+            self.resolve(id);
+            self.finish_read(id);
+        }
+    }
+
+    fn decode_leaf(
+        &mut self,
+        row: RowId,
+        leaf: u32,
+        bytes: &[u8],
+        mapping: Mapping,
+    ) -> Box<LeafEntries> {
+        let mut entries: Box<LeafEntries> = Box::new([Mapping::UNMAPPED; LEAF_BLOCKS as usize]);
+        if crc32fast::hash(bytes) == mapping.crc {
+            zerocopy::IntoBytes::as_mut_bytes(&mut *entries).copy_from_slice(bytes);
+            let geometry = self.segments.geometry;
+            let sane = |m: &Mapping| !m.addr().is_stored() || geometry.contains(m.addr(), 1);
+            if entries.iter().all(sane) {
+                return entries;
+            }
+        }
+        // What the damaged leaf mapped stays counted as live in its segments, so nothing is reused by mistake; its
+        // blocks fail to read until they are written again.
+        let key = self.index.row(row).key;
+        self.checksum_error(StoreError::Lost {
+            layer: key.layer,
+            chunk: key.chunk,
+            block: leaf * LEAF_BLOCKS,
+        });
+        entries.fill(Mapping::new(Addr::LOST, 0, 0));
+        entries
+    }
+
+    /// Evicts clean leaves so that one more fits.
+    pub(super) fn make_room_for_leaf(&mut self) {
+        let limit = self.params.leaf_cache.max(16);
+        if self.index.leaves_cached() >= limit {
+            self.index.evict(limit - 1);
+        }
+    }
+
+    /// Runs of blocks as mapped (true) or reading as zeros (false), in order, `(mapped, count)`. `None` when a leaf
+    /// must be loaded first: then a read of the range tells the same.
+    pub fn extents(
+        &self,
+        key: ExtentKey,
+        first_block: u32,
+        count: u32,
+    ) -> Option<SmallVec<[(bool, u32); 4]>> {
+        let mut runs: SmallVec<[(bool, u32); 4]> = SmallVec::new();
+        let mut push = |mapped: bool, n: u32| match runs.last_mut() {
+            Some((m, c)) if *m == mapped => *c += n,
+            _ => runs.push((mapped, n)),
+        };
+        let Some(row) = self.index.row_of(key) else {
+            push(false, count);
+            return Some(runs);
+        };
+        let end = first_block + count;
+        let mut block = first_block;
+        while block < end {
+            let leaf = leaf_of(block);
+            let leaf_end = ((leaf + 1) * LEAF_BLOCKS).min(end);
+            if !self.index.leaf_has_pending(row, leaf)
+                && self.index.slot_of(row, leaf).is_none()
+                && !self.index.row(row).leaves[leaf as usize].addr().is_stored()
+            {
+                push(false, leaf_end - block);
+                block = leaf_end;
+                continue;
+            }
+            match self.index.lookup(row, block) {
+                Lookup::Stored { .. } | Lookup::Lost => push(true, 1),
+                Lookup::Hole | Lookup::Zero => push(false, 1),
+                Lookup::NeedLeaf => return None,
+            }
+            block += 1;
+        }
+        Some(runs)
+    }
+
+    /// Fetches the leaves that [`Store::extents`] of the range needs; [`Action::Ready`] tells when to ask again.
+    pub fn load_extents(&mut self, key: ExtentKey, first_block: u32, count: u32) {
+        let Some(row) = self.index.row_of(key) else {
+            return;
+        };
+        for leaf in leaf_of(first_block)..=leaf_of(first_block + count - 1) {
+            if self.index.slot_of(row, leaf).is_none()
+                && self.index.row(row).leaves[leaf as usize].addr().is_stored()
+            {
+                self.load_leaf(row, leaf);
+            }
+        }
+        self.want_ready = true;
+    }
+}

@@ -1,0 +1,95 @@
+//! Scrub: read everything slowly and compare it with its checksum.
+
+use super::format::ExtentKey;
+use super::read::Reader;
+use super::{AlignedBuf, Event, Store};
+use crate::units::{BLOCK_BYTES, CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId};
+
+#[derive(Default)]
+pub(super) struct Scrub {
+    /// The next leaf to read: its chunk and its number there.
+    at: Option<(ExtentKey, u32)>,
+    buf: Option<AlignedBuf>,
+    reading: bool,
+    /// Not before then: the rate.
+    next_ms: u64,
+}
+
+impl Scrub {
+    pub(super) fn running(&self) -> bool {
+        self.at.is_some()
+    }
+}
+
+impl Store {
+    /// Begins to verify everything, from the start; [`Event::ScrubFinished`] ends it. A scrub that runs starts over.
+    pub fn start_scrub(&mut self) {
+        let first = ExtentKey {
+            layer: LayerId(0),
+            chunk: ChunkIndex(0),
+        };
+        self.scrub.at = Some((first, 0));
+        self.scrub.next_ms = self.now_ms;
+        self.counters.scrub_blocks = 0;
+        self.counters.scrub_damaged = 0;
+    }
+
+    pub(super) fn scrub_deadline(&self) -> Option<u64> {
+        (self.scrub.running() && !self.scrub.reading).then_some(self.scrub.next_ms)
+    }
+
+    pub(super) fn advance_scrub(&mut self) {
+        while let Some((key, leaf)) = self.scrub.at {
+            if self.scrub.reading || self.now_ms < self.scrub.next_ms {
+                return;
+            }
+            let Some(row) = self.index.next_row(key) else {
+                self.scrub.at = None;
+                self.scrub.buf = None;
+                let (blocks, damaged) = (self.counters.scrub_blocks, self.counters.scrub_damaged);
+                self.event(Event::ScrubFinished { blocks, damaged });
+                return;
+            };
+            let found = self.index.row(row).key;
+            let leaf = if found == key { leaf } else { 0 };
+            self.scrub.at = Some(match leaf + 1 {
+                CHUNK_LEAVES => (
+                    ExtentKey {
+                        chunk: ChunkIndex(found.chunk.0.saturating_add(1)),
+                        ..found
+                    },
+                    0,
+                ),
+                next => (found, next),
+            });
+            let empty = self.index.slot_of(row, leaf).is_none()
+                && !self.index.row(row).leaves[leaf as usize].addr().is_stored()
+                && !self.index.leaf_has_pending(row, leaf);
+            if empty {
+                continue;
+            }
+            let mut buf = self
+                .scrub
+                .buf
+                .take()
+                .unwrap_or_else(|| AlignedBuf::zeroed(LEAF_BLOCKS as usize * BLOCK_BYTES));
+            let ptr = buf.as_mut_ptr();
+            self.scrub.buf = Some(buf);
+            self.scrub.reading = true;
+            let id = self.start_read(Reader::Scrub, row, leaf * LEAF_BLOCKS, LEAF_BLOCKS, ptr);
+            self.end_read_if_done(id);
+        }
+    }
+
+    /// One leaf's blocks were read and compared.
+    pub(super) fn on_scrub_read(&mut self, blocks: u32, ok: bool) {
+        self.scrub.reading = false;
+        self.counters.scrub_blocks += u64::from(blocks);
+        if !ok && self.counters.scrub_damaged == 0 {
+            // Unreadable or without a mapping: counted though no block was compared.
+            self.counters.scrub_damaged = 1;
+        }
+        let rate = self.params.scrub_blocks_per_s.max(1);
+        self.scrub.next_ms = self.now_ms + u64::from(blocks) * 1000 / rate;
+    }
+}

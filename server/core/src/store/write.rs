@@ -1,0 +1,263 @@
+//! Client writes and zeroes: admitted, copied into the tail, and from then on readable.
+
+use super::format::{
+    Addr, ENTRY_BYTES, Entry, EntryKind, ExtentKey, FRAME_HEADER_BLOCKS, LEAF_DISK_BLOCKS,
+};
+use super::index::{Lookup, Pending, RowId, ZeroMark, leaf_of};
+use super::{MAX_WRITE_BLOCKS, OpId, Store, StoreError, WriteError};
+use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS, LayerId, Version};
+
+/// Entries that may wait to be applied; 40 bytes each, so some 80 MiB at the worst.
+const PENDING_MAX: usize = 2 << 20;
+
+impl Store {
+    /// Writes whole blocks, at most [`MAX_WRITE_BLOCKS`], inside one chunk. On `Ok` the write is acknowledged: it is
+    /// in the tail, which outlives the process. With `durable`, [`super::Action::Done`] follows when it is on stable
+    /// storage.
+    ///
+    /// `version` must be larger than that of any write to these blocks before.
+    pub fn write(
+        &mut self,
+        key: ExtentKey,
+        first_block: u32,
+        data: &[u8],
+        version: Version,
+        durable: Option<OpId>,
+    ) -> Result<(), WriteError> {
+        let count = (data.len() / BLOCK_BYTES) as u32;
+        assert!(
+            data.len() % BLOCK_BYTES == 0 && (1..=MAX_WRITE_BLOCKS).contains(&(count as usize))
+        );
+        assert!(first_block + count <= CHUNK_BLOCKS);
+        self.healthy()?;
+        if self.index.pending_len() > PENDING_MAX {
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
+        let reserve = self.admit(key, first_block, count)?;
+        let row = self.index.get_or_insert_row(key);
+        let mut done = 0;
+        let mut left_to_reserve = reserve;
+        while done < count {
+            if !self.open_frame(ENTRY_BYTES + 4, true) {
+                self.want_ready = true;
+                return Err(WriteError::Busy { accepted: done });
+            }
+            let open = self.hot.open.as_mut().expect("just opened");
+            let by_header = ((open.header_room() - ENTRY_BYTES) / 4) as u32;
+            let n = (count - done).min(open.data_room()).min(by_header);
+            let start = u32::from(open.progress.data_blocks);
+            let (seq, addr, at) = (open.seq, open.addr, open.tail_at);
+            let reserved = left_to_reserve.min(u64::from(n) + 2 * u64::from(LEAF_DISK_BLOCKS));
+            let reserved = if done + n == count {
+                left_to_reserve
+            } else {
+                reserved
+            };
+            open.reserved += reserved;
+            left_to_reserve -= reserved;
+            self.reserved += reserved;
+
+            let from = done as usize * BLOCK_BYTES;
+            let source = &data[from..from + n as usize * BLOCK_BYTES];
+            self.tail
+                .slice_mut(at + FRAME_HEADER_BLOCKS + start, n)
+                .copy_from_slice(source);
+            let mut crcs = [0u32; MAX_WRITE_BLOCKS];
+            for (i, block) in source.chunks_exact(BLOCK_BYTES).enumerate() {
+                let crc = crc32fast::hash(block);
+                crcs[i] = crc;
+                let addr = Addr(addr.0 + FRAME_HEADER_BLOCKS + start + i as u32);
+                self.index.set_pending(
+                    row,
+                    first_block + done + i as u32,
+                    Pending {
+                        version: version.0,
+                        seq,
+                        addr,
+                        crc,
+                    },
+                );
+            }
+            let entry = Entry {
+                kind: EntryKind::Data,
+                key,
+                first_block: first_block + done,
+                count: n,
+                version: version.0,
+                data_start: start,
+            };
+            self.publish_entry(&entry, &crcs[..n as usize]);
+            done += n;
+        }
+        self.counters.client_blocks += u64::from(count);
+        if durable.is_some() {
+            self.wait_durable(durable);
+        }
+        Ok(())
+    }
+
+    /// Makes blocks of one chunk read as zeros and gives their space back. Takes effect like [`Store::write`]; never
+    /// refused for want of space.
+    pub fn write_zeroes(
+        &mut self,
+        key: ExtentKey,
+        first_block: u32,
+        count: u32,
+        version: Version,
+        durable: Option<OpId>,
+    ) -> Result<(), WriteError> {
+        assert!(count > 0 && first_block + count <= CHUNK_BLOCKS);
+        self.healthy()?;
+        if self.index.pending_len() > PENDING_MAX {
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
+        // What was never written reads as zeros already.
+        if let Some(row) = self.index.row_of(key) {
+            if !self.open_frame(ENTRY_BYTES, false) {
+                self.want_ready = true;
+                return Err(WriteError::Busy { accepted: 0 });
+            }
+            let seq = self.hot.open.as_ref().expect("just opened").seq;
+            self.mark_zero(row, first_block, count, version.0, seq);
+            let entry = Entry {
+                kind: EntryKind::Zero,
+                key,
+                first_block,
+                count,
+                version: version.0,
+                data_start: 0,
+            };
+            self.publish_entry(&entry, &[]);
+        }
+        if durable.is_some() {
+            self.wait_durable(durable);
+        }
+        Ok(())
+    }
+
+    /// Notes zeros that frame `seq` carries.
+    pub(super) fn mark_zero(
+        &mut self,
+        row: RowId,
+        first_block: u32,
+        count: u32,
+        version: u64,
+        seq: u64,
+    ) {
+        let mut block = first_block;
+        let end = first_block + count;
+        while block < end {
+            let leaf = leaf_of(block);
+            let leaf_end = ((leaf + 1) * LEAF_BLOCKS).min(end);
+            if leaf_end - block == LEAF_BLOCKS {
+                self.index
+                    .set_zero_mark(row, leaf, ZeroMark { version, seq });
+            } else {
+                for b in block..leaf_end {
+                    self.index.set_pending(
+                        row,
+                        b,
+                        Pending {
+                            version,
+                            seq,
+                            addr: Addr::ZERO,
+                            crc: 0,
+                        },
+                    );
+                }
+            }
+            block = leaf_end;
+        }
+    }
+
+    /// Puts the end of a layer into the log; its space comes back in the background. `Done` follows when the end is
+    /// durable. Nothing may use the layer any more.
+    pub fn drop_layer(&mut self, op: OpId, layer: LayerId) -> Result<(), WriteError> {
+        self.healthy()?;
+        if !self.open_frame(ENTRY_BYTES, false) {
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
+        let key = ExtentKey {
+            layer,
+            chunk: crate::units::ChunkIndex(0),
+        };
+        let entry = Entry {
+            kind: EntryKind::DropLayer,
+            key,
+            first_block: 0,
+            count: 0,
+            version: 0,
+            data_start: 0,
+        };
+        self.publish_entry(&entry, &[]);
+        self.wait_durable(Some(op));
+        Ok(())
+    }
+
+    /// Whether `count` blocks may be written, and how many blocks they may add to those in use.
+    fn admit(&mut self, key: ExtentKey, first_block: u32, count: u32) -> Result<u64, WriteError> {
+        let capacity = self.capacity_blocks();
+        let leaves = u64::from(leaf_of(first_block + count - 1) - leaf_of(first_block) + 1);
+        let row = self.index.row_of(key);
+        if row.is_none() && self.index.row_count() >= self.rows_max() {
+            return Err(StoreError::DirectoryFull.into());
+        }
+        // Far from full, all may be new.
+        let most = u64::from(count) + leaves * u64::from(LEAF_DISK_BLOCKS);
+        if self.used_blocks() + self.reserved + most <= capacity {
+            return Ok(most);
+        }
+        // Near full, count what really is.
+        let mut new = 0;
+        match row {
+            None => new = most,
+            Some(row) => {
+                for block in first_block..first_block + count {
+                    match self.index.lookup(row, block) {
+                        Lookup::Stored { .. } | Lookup::Lost => {}
+                        Lookup::Hole | Lookup::Zero => new += 1,
+                        Lookup::NeedLeaf => {
+                            self.load_leaf(row, leaf_of(block)).background = true;
+                            self.want_ready = true;
+                            return Err(WriteError::Busy { accepted: 0 });
+                        }
+                    }
+                }
+                for leaf in leaf_of(first_block)..=leaf_of(first_block + count - 1) {
+                    let on_disk = self.index.row(row).leaves[leaf as usize].addr().is_stored();
+                    if !on_disk && self.index.slot_of(row, leaf).is_none() {
+                        new += u64::from(LEAF_DISK_BLOCKS);
+                    }
+                }
+            }
+        }
+        if new == 0 || self.used_blocks() + self.reserved + new <= capacity {
+            return Ok(new);
+        }
+        if self.reserved > 0 {
+            // Some of what is reserved will turn out to be overwrites: look again when it is applied.
+            self.wait_durable(None);
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
+        Err(WriteError::NoSpace)
+    }
+
+    /// Whether a writer that was told "busy" has a chance now.
+    pub(super) fn could_accept(&self) -> bool {
+        if self.index.pending_len() > PENDING_MAX || !self.loads.is_empty() {
+            return false;
+        }
+        let near_full =
+            self.used_blocks() + self.reserved + MAX_WRITE_BLOCKS as u64 > self.capacity_blocks();
+        if near_full && self.reserved > 0 && self.hot.applied_seq < self.hot.last_acked_seq() {
+            return false;
+        }
+        let room_in_segment = self.segments.geometry.segment_blocks - self.hot.next_block >= 2
+            || self.segments.free_count() > self.keep_for_cold();
+        self.hot.open.is_some() || (self.tail.place().is_some() && room_in_segment)
+    }
+}
