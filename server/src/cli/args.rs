@@ -1,7 +1,5 @@
 //! The command line, as clap reads it.
 
-use std::path::PathBuf;
-
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -45,24 +43,12 @@ pub(super) enum Format {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    #[command(flatten)]
-    Daemon(DaemonCommand),
-    /// Look at and look after stores
-    #[command(subcommand)]
-    Store(StoreCommand),
-    /// Print a completion script for a shell
-    Completions {
-        /// Which shell
-        shell: Shell,
-    },
-}
-
-/// What a daemon answers.
-#[derive(Debug, Subcommand)]
-pub(super) enum DaemonCommand {
     /// Create, list, show, change and delete volumes
     #[command(subcommand, visible_alias = "vol")]
     Volume(VolumeCommand),
+    /// Look at and look after stores
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// The daemon, its listeners, its stores and what needs attention
     Status,
     /// Open NBD connections
@@ -72,6 +58,11 @@ pub(super) enum DaemonCommand {
     },
     /// What every volume and store is doing, live
     Top(TopArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -141,9 +132,8 @@ pub(super) struct SetArgs {
     pub(super) write_through: Option<bool>,
 }
 
-/// What a daemon does for its stores.
 #[derive(Debug, Subcommand)]
-pub(super) enum DaemonStoreCommand {
+pub(super) enum StoreCommand {
     /// List the daemon's stores
     #[command(visible_alias = "ls")]
     List,
@@ -159,22 +149,6 @@ pub(super) enum DaemonStoreCommand {
     Checkpoint {
         /// Id or path of one store; without it all of them
         store: Option<String>,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(super) enum StoreCommand {
-    #[command(flatten)]
-    Daemon(DaemonStoreCommand),
-    /// Print what a store holds, without a daemon; never writes
-    Inspect {
-        /// Directory of the store, its file, or its block device
-        path: PathBuf,
-    },
-    /// Verify every checksum of a store, without a daemon; never writes
-    Check {
-        /// Directory of the store, its file, or its block device
-        path: PathBuf,
     },
 }
 
@@ -204,7 +178,7 @@ mod tests {
         let set = |args: &[&str]| {
             let argv = ["ashlar", "volume", "set"].iter().chain(args);
             Cli::try_parse_from(argv).map(|cli| match cli.command {
-                Command::Daemon(DaemonCommand::Volume(VolumeCommand::Set(set))) => {
+                Command::Volume(VolumeCommand::Set(set)) => {
                     (set.volume, set.read_only, set.write_through)
                 }
                 other => panic!("parsed as {other:?}"),

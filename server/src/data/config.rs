@@ -1,0 +1,225 @@
+//! What the data plane is told and what it answers, in the words of the rest of the daemon.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ashlar_core::records::Placement;
+use ashlar_core::store::{OpenError, OpenReport, StoreError, StoreStatus};
+use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
+
+use crate::engine::{EngineChoice, FaultPlan, OpenStoreError};
+use crate::tail::TailError;
+
+/// Everything needed to start the data plane.
+#[derive(Clone, Debug)]
+pub struct DataConfig {
+    /// This daemon; its stores carry the id.
+    pub node: NodeId,
+    /// Data threads. Stores are dealt out to them in order; never more threads than stores.
+    pub threads: usize,
+    pub engine: EngineChoice,
+    /// Injected faults, for tests.
+    pub fault: Option<FaultPlan>,
+    pub stores: Vec<StoreConfig>,
+    /// The daemon's data directory; the last place for tails.
+    pub data_dir: PathBuf,
+    /// The only directory for new tails; `None`: the first of /run, /dev/shm and `data_dir` with room.
+    pub tail_dir: Option<PathBuf>,
+    /// Bytes of acknowledged writes a store's tail holds.
+    pub tail_bytes: u64,
+    /// Bytes of leaves each store keeps in memory.
+    pub cache_bytes: u64,
+    pub limits: Limits,
+    /// Bytes a scrub reads per second and store.
+    pub scrub_bytes_per_second: u64,
+    /// How long a drain waits for requests under way and for clients to read their replies.
+    pub drain_timeout: Duration,
+    /// Open stores whose tail is missing or damaged; acknowledged writes may be lost.
+    pub accept_tail_loss: bool,
+    /// How long a data thread that has just answered looks again for requests before it sleeps. Zero: not at all.
+    pub spin: Duration,
+}
+
+impl DataConfig {
+    /// The defaults for one store.
+    pub fn new(node: NodeId, data_dir: PathBuf, stores: Vec<StoreConfig>) -> DataConfig {
+        DataConfig {
+            node,
+            threads: 1,
+            engine: EngineChoice::Auto,
+            fault: None,
+            stores,
+            data_dir,
+            tail_dir: None,
+            tail_bytes: DataConfig::TAIL_BYTES,
+            cache_bytes: DataConfig::CACHE_BYTES,
+            limits: Limits::default(),
+            scrub_bytes_per_second: 32 << 20,
+            drain_timeout: Duration::from_secs(10),
+            accept_tail_loss: false,
+            spin: Duration::ZERO,
+        }
+    }
+
+    /// Default of [`DataConfig::tail_bytes`]: what a disk of 1 GB/s carries away in 64 ms, so that bursts are taken
+    /// at the speed of memory.
+    pub const TAIL_BYTES: u64 = 64 << 20;
+    /// Default of [`DataConfig::cache_bytes`]: maps 32 GiB of data.
+    pub const CACHE_BYTES: u64 = 128 << 20;
+}
+
+/// One store of this daemon.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// File or block device.
+    pub path: PathBuf,
+    /// The store that was here before, from the metadata. With it, a missing or empty file is an error and is never
+    /// formatted: its data would be gone without a word.
+    pub expected: Option<StoreId>,
+    /// Bytes a new file may grow to. A device is used whole. An existing store keeps what it was made with.
+    pub capacity_bytes: u64,
+}
+
+/// Bounds on what clients can make the daemon hold. Exceeding one pauses the reading of a socket, never fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests of one connection taken and not yet answered. The kernel's client sends at most 128.
+    pub requests_per_connection: u32,
+    /// Bytes of payloads and replies held for one connection; one request more than this is let in.
+    pub bytes_per_connection: usize,
+    /// Bytes of buffers lent by all data threads together.
+    pub bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            requests_per_connection: 1024,
+            bytes_per_connection: 64 << 20,
+            bytes: 512 << 20,
+        }
+    }
+}
+
+/// A volume to serve, from its record.
+#[derive(Clone, Debug)]
+pub struct VolumeSpec {
+    pub id: VolumeId,
+    /// For logs and metrics.
+    pub name: String,
+    pub size_bytes: u64,
+    /// The live layer.
+    pub layer: LayerId,
+    /// Claimed for this opening; never used before.
+    pub epoch: Epoch,
+    pub write_through: bool,
+    pub read_only: bool,
+    pub placement: Placement,
+}
+
+/// A store that was opened.
+#[derive(Clone, Debug)]
+pub struct OpenedStore {
+    pub id: StoreId,
+    pub path: PathBuf,
+    /// Made by this start.
+    pub formatted: bool,
+    pub is_device: bool,
+    /// False: the file system takes no O_DIRECT.
+    pub direct: bool,
+    pub tail_path: PathBuf,
+    /// Data thread that owns it.
+    pub thread: usize,
+    /// How long opening took, recovery included.
+    pub took: Duration,
+    /// What recovery did.
+    pub report: OpenReport,
+}
+
+/// A store as it is now.
+#[derive(Clone, Debug)]
+pub struct StoreReport {
+    pub id: StoreId,
+    pub path: PathBuf,
+    pub thread: usize,
+    /// "io_uring" or "posix".
+    pub engine: &'static str,
+    pub status: StoreStatus,
+}
+
+/// A volume as it is served now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeRuntime {
+    pub connections: Vec<ConnectionReport>,
+    pub size_bytes: u64,
+    pub epoch: Epoch,
+    /// Requests taken and not yet answered, and how many of them wait for another.
+    pub in_flight: usize,
+    pub waiting: usize,
+}
+
+/// One client of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionReport {
+    pub peer: String,
+    pub read_only: bool,
+    pub in_flight: u32,
+}
+
+/// Why the data plane did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    File(#[from] OpenStoreError),
+    #[error(transparent)]
+    Tail(#[from] TailError),
+    #[error("store {path}: {source}", path = path.display())]
+    Store { path: PathBuf, source: OpenError },
+    #[error("store {path} is empty, but store {expected} was here before; if its data are really gone, remove it from the configuration and the metadata", path = path.display(), expected = expected.0)]
+    Emptied { path: PathBuf, expected: StoreId },
+    #[error("store {path} is {found}, but {expected} was here before; is another disk mounted there?", path = path.display(), found = found.0, expected = expected.0)]
+    Swapped {
+        path: PathBuf,
+        found: StoreId,
+        expected: StoreId,
+    },
+    #[error("{path} holds something that is not an Ashlar store; nothing was changed. Remove it, or choose another path, to have a store made", path = path.display())]
+    NotAStore { path: PathBuf },
+    #[error("store {path} cannot be made with {bytes} bytes: too small; give it at least 64 MiB", path = path.display())]
+    TooSmall { path: PathBuf, bytes: u64 },
+    #[error("{first} and {second} are the same store (a copy?); remove one from the configuration", first = first.display(), second = second.display())]
+    Twice { first: PathBuf, second: PathBuf },
+    #[error("no store is configured")]
+    NoStore,
+    #[error("{what}: {source}")]
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
+}
+
+/// Why the data plane refused something.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DataError {
+    #[error("volume {} is not open", .0.0)]
+    NotOpen(VolumeId),
+    #[error("volume {} is open already", .0.0)]
+    AlreadyOpen(VolumeId),
+    #[error("volume {volume} is in use by {connections} connections", volume = volume.0)]
+    InUse {
+        volume: VolumeId,
+        connections: usize,
+    },
+    #[error("store {} is not one of this daemon's", .0.0)]
+    NoSuchStore(StoreId),
+    #[error("the stores of one volume must belong to one data thread")]
+    StoresApart,
+    #[error("{0}")]
+    Resize(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the daemon is shutting down")]
+    Draining,
+    #[error("socket: {0}")]
+    Socket(String),
+}

@@ -1,0 +1,431 @@
+//! The data plane as the rest of the daemon sees it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use ashlar_core::store::StoreError;
+use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use tokio::sync::oneshot;
+
+use super::command::Command;
+use super::config::{
+    DataConfig, DataError, OpenedStore, StartError, StoreReport, VolumeRuntime, VolumeSpec,
+};
+use super::open::open_store;
+use super::thread::{DataThread, Parts, StoreDriver};
+use crate::engine::{self, FaultEngine, Waker};
+use crate::metrics::Metrics;
+use crate::nbd::{Attach, AttachError, AttachedClient};
+
+/// Handle to the data threads. Cheap to clone; the threads end with [`DataPlane::drain`].
+#[derive(Clone)]
+pub struct DataPlane(Arc<Inner>);
+
+struct Inner {
+    threads: Vec<Mailbox>,
+    stores: Vec<OpenedStore>,
+    /// Which thread a volume is on.
+    volumes: Mutex<HashMap<VolumeId, usize>>,
+    metrics: Metrics,
+    drain_timeout: std::time::Duration,
+    joins: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Mailbox {
+    commands: mpsc::Sender<Command>,
+    waker: Waker,
+}
+
+impl Mailbox {
+    /// Fails when the thread has ended.
+    fn send(&self, command: Command) -> Result<(), DataError> {
+        self.commands
+            .send(command)
+            .map_err(|_| DataError::Draining)?;
+        self.waker.wake();
+        Ok(())
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, DataError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(command(answer))?;
+        answered.await.map_err(|_| DataError::Draining)
+    }
+}
+
+/// Nothing is left half-done under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A panic of a data thread must not leave a daemon that looks alive and serves nothing, or serves from broken state.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(
+                "a data thread panicked; ending the daemon, which loses nothing that was acknowledged"
+            );
+            std::process::abort();
+        }
+    }
+}
+
+impl DataPlane {
+    /// Opens (or makes) and recovers every store, then serves. On an error nothing is left running.
+    pub async fn start(config: DataConfig) -> Result<DataPlane, StartError> {
+        if config.stores.is_empty() {
+            return Err(StartError::NoStore);
+        }
+        let count = config.threads.clamp(1, config.stores.len());
+        let metrics = Metrics::new();
+        let config = Arc::new(config);
+        let mut starting = Vec::new();
+        let mut joins = Vec::new();
+        for index in 0..count {
+            let (config, metrics) = (config.clone(), metrics.clone());
+            let (started, answer) = oneshot::channel();
+            let join = std::thread::Builder::new()
+                .name(format!("data-{index}"))
+                .spawn(move || {
+                    let _abort = AbortOnPanic;
+                    run_thread(index, count, &config, metrics, started);
+                })
+                .map_err(|source| StartError::Io {
+                    what: "cannot start a data thread",
+                    source,
+                })?;
+            joins.push(join);
+            starting.push(answer);
+        }
+        let mut threads = Vec::new();
+        let mut stores: Vec<OpenedStore> = Vec::new();
+        let mut failure = None;
+        for answer in starting {
+            match answer.await {
+                Ok(Ok((mailbox, opened))) => {
+                    threads.push(mailbox);
+                    stores.extend(opened);
+                }
+                Ok(Err(error)) => {
+                    failure.get_or_insert(error);
+                }
+                Err(_) => {
+                    let source = std::io::Error::other("the thread ended");
+                    failure.get_or_insert(StartError::Io {
+                        what: "cannot start a data thread",
+                        source,
+                    });
+                }
+            }
+        }
+        for (i, store) in stores.iter().enumerate() {
+            if let Some(same) = stores[..i].iter().find(|other| other.id == store.id) {
+                failure.get_or_insert(StartError::Twice {
+                    first: same.path.clone(),
+                    second: store.path.clone(),
+                });
+            }
+        }
+        // In the order of the configuration.
+        stores.sort_by_key(|store| config.stores.iter().position(|c| c.path == store.path));
+        let plane = DataPlane(Arc::new(Inner {
+            threads,
+            stores,
+            volumes: Mutex::default(),
+            metrics,
+            drain_timeout: config.drain_timeout,
+            joins: Mutex::new(joins),
+        }));
+        match failure {
+            None => Ok(plane),
+            Some(failure) => {
+                plane.drain().await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// The stores that were opened, in the order of the configuration.
+    pub fn stores(&self) -> &[OpenedStore] {
+        &self.0.stores
+    }
+
+    /// Stores that may hold one volume together, each group on one thread.
+    pub fn store_groups(&self) -> Vec<Vec<StoreId>> {
+        let mut groups = vec![Vec::new(); self.0.threads.len()];
+        for store in &self.0.stores {
+            groups[store.thread].push(store.id);
+        }
+        groups
+    }
+
+    fn thread_of(&self, id: VolumeId) -> Result<&Mailbox, DataError> {
+        let thread = *lock(&self.0.volumes)
+            .get(&id)
+            .ok_or(DataError::NotOpen(id))?;
+        Ok(&self.0.threads[thread])
+    }
+
+    /// Serves a volume. Its epoch must be a fresh claim.
+    pub async fn open_volume(&self, spec: VolumeSpec) -> Result<(), DataError> {
+        let mut thread = None;
+        for id in &spec.placement.stores {
+            let of = self
+                .0
+                .stores
+                .iter()
+                .find(|store| store.id == *id)
+                .ok_or(DataError::NoSuchStore(*id))?
+                .thread;
+            if thread.is_some_and(|thread| thread != of) {
+                return Err(DataError::StoresApart);
+            }
+            thread = Some(of);
+        }
+        let thread = thread.ok_or(DataError::StoresApart)?;
+        let id = spec.id;
+        self.0.threads[thread]
+            .ask(|answer| Command::OpenVolume(Box::new(spec), answer))
+            .await??;
+        lock(&self.0.volumes).insert(id, thread);
+        Ok(())
+    }
+
+    /// Stops serving a volume: refused while it has connections unless `force`, which ends them after what they have
+    /// in flight. Returns when nothing is in flight any more.
+    pub async fn close_volume(&self, id: VolumeId, force: bool) -> Result<(), DataError> {
+        let closed = self
+            .thread_of(id)?
+            .ask(|answer| Command::CloseVolume { id, force, answer })
+            .await??;
+        lock(&self.0.volumes).remove(&id);
+        closed.await.map_err(|_| DataError::Draining)
+    }
+
+    /// Grows a volume. Connected clients may use the new range at once.
+    pub async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::ResizeVolume {
+                id,
+                size_bytes,
+                answer,
+            })
+            .await?
+    }
+
+    /// Refuses changes from now on, or accepts them again.
+    pub async fn set_read_only(&self, id: VolumeId, read_only: bool) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::SetReadOnly {
+                id,
+                read_only,
+                answer,
+            })
+            .await?
+    }
+
+    /// `None`: not open.
+    pub async fn volume_status(&self, id: VolumeId) -> Option<VolumeRuntime> {
+        self.thread_of(id)
+            .ok()?
+            .ask(|answer| Command::VolumeStatus { id, answer })
+            .await
+            .ok()?
+    }
+
+    /// Drops a layer from every store; returns when that is durable everywhere. The space comes back in the background.
+    pub async fn delete_layer(&self, layer: LayerId) -> Result<(), DataError> {
+        let mut pending = Vec::new();
+        for thread in &self.0.threads {
+            pending.extend(
+                thread
+                    .ask(|answer| Command::DropLayer { layer, answer })
+                    .await?,
+            );
+        }
+        wait_all(pending).await
+    }
+
+    /// Layers with blocks, by store; what the metadata does not know of is an orphan.
+    pub async fn layers(&self) -> Result<Vec<(StoreId, Vec<LayerId>)>, DataError> {
+        let mut layers = Vec::new();
+        for thread in &self.0.threads {
+            layers.extend(thread.ask(Command::Layers).await?);
+        }
+        Ok(layers)
+    }
+
+    /// Every store as it is now.
+    pub async fn store_statuses(&self) -> Vec<StoreReport> {
+        let mut reports = Vec::new();
+        for thread in &self.0.threads {
+            reports.extend(thread.ask(Command::StoreStatuses).await.unwrap_or_default());
+        }
+        reports
+    }
+
+    /// Starts verifying a store, or all of them; progress is in their status.
+    pub async fn scrub(&self, store: Option<StoreId>) -> Result<(), DataError> {
+        let mut found = false;
+        for thread in &self.0.threads {
+            match thread
+                .ask(|answer| Command::Scrub { store, answer })
+                .await?
+            {
+                Ok(()) => found = true,
+                Err(DataError::NoSuchStore(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match store {
+            Some(id) if !found => Err(DataError::NoSuchStore(id)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a checkpoint of every store.
+    pub async fn checkpoint(&self) -> Result<(), DataError> {
+        let mut pending = Vec::new();
+        for thread in &self.0.threads {
+            pending.extend(thread.ask(Command::Checkpoint).await?);
+        }
+        wait_all(pending).await
+    }
+
+    /// The counters of the data path.
+    pub fn metrics(&self) -> Metrics {
+        self.0.metrics.clone()
+    }
+
+    /// Takes no more requests, finishes and answers those taken, closes the stores in order, closes the sockets, and
+    /// ends the threads.
+    pub async fn drain(&self) {
+        let patience = self.0.drain_timeout;
+        let mut answers = Vec::new();
+        for thread in &self.0.threads {
+            let (answer, answered) = oneshot::channel();
+            if thread.send(Command::Drain { patience, answer }).is_ok() {
+                answers.push(answered);
+            }
+        }
+        for answer in answers {
+            let _ = answer.await;
+        }
+        let joins = std::mem::take(&mut *lock(&self.0.joins));
+        let _ = tokio::task::spawn_blocking(move || {
+            joins.into_iter().for_each(|join| drop(join.join()))
+        })
+        .await;
+    }
+}
+
+impl Attach for DataPlane {
+    fn attach(&self, client: AttachedClient) -> Result<(), AttachError> {
+        let thread = self
+            .thread_of(client.session.volume)
+            .map_err(|_| AttachError::NotOpen)?;
+        thread
+            .send(Command::Attach(Box::new(client)))
+            .map_err(|_| AttachError::ShuttingDown)
+    }
+}
+
+async fn wait_all(
+    pending: Vec<oneshot::Receiver<Result<(), StoreError>>>,
+) -> Result<(), DataError> {
+    for answer in pending {
+        answer.await.map_err(|_| DataError::Draining)??;
+    }
+    Ok(())
+}
+
+type Started = Result<(Mailbox, Vec<OpenedStore>), StartError>;
+
+/// The body of a data thread: everything it owns is made here and stays here.
+fn run_thread(
+    index: usize,
+    count: usize,
+    config: &DataConfig,
+    metrics: Metrics,
+    started: oneshot::Sender<Started>,
+) {
+    let (thread, mailbox, opened) = match build_thread(index, count, config, metrics) {
+        Ok(built) => built,
+        Err(error) => {
+            let _ = started.send(Err(error));
+            return;
+        }
+    };
+    let mut thread = thread;
+    if started.send(Ok((mailbox, opened))).is_err() {
+        return;
+    }
+    if let Err(error) = thread.run() {
+        tracing::error!(%error, "the I/O engine failed; ending the daemon, which loses nothing that was acknowledged");
+        std::process::abort();
+    }
+}
+
+fn build_thread(
+    index: usize,
+    count: usize,
+    config: &DataConfig,
+    metrics: Metrics,
+) -> Result<(DataThread, Mailbox, Vec<OpenedStore>), StartError> {
+    let (engine, reason) = engine::open(config.engine).map_err(|source| StartError::Io {
+        what: "no I/O engine",
+        source,
+    })?;
+    tracing::info!(thread = index, "I/O engine {reason}");
+    let mut engine = match &config.fault {
+        Some(plan) => {
+            tracing::warn!("faults are being injected into disk operations");
+            Box::new(FaultEngine::new(engine, plan.clone()))
+        }
+        None => engine,
+    };
+    let mut drivers = Vec::new();
+    let mut reports = Vec::new();
+    for store in config.stores.iter().skip(index).step_by(count) {
+        let opened = open_store(config, store, index)?;
+        let file = engine
+            .add_file(opened.fd)
+            .map_err(|source| StartError::Io {
+                what: "the I/O engine refused a store",
+                source,
+            })?;
+        drivers.push(StoreDriver {
+            store: opened.store,
+            id: opened.report.id,
+            path: opened.report.path.clone(),
+            file,
+            metrics: metrics.add_store(opened.report.id),
+            parked: Default::default(),
+            waiting_for_index: Vec::new(),
+        });
+        reports.push(opened.report);
+    }
+    let (commands, inbox) = mpsc::channel();
+    let mailbox = Mailbox {
+        commands,
+        waker: engine.waker(),
+    };
+    let mut limits = config.limits;
+    limits.bytes /= count;
+    let parts = Parts {
+        index,
+        engine,
+        stores: drivers,
+        limits,
+        registry: metrics,
+        commands: inbox,
+        spin: config.spin,
+    };
+    Ok((DataThread::new(parts), mailbox, reports))
+}

@@ -1,0 +1,28 @@
+//! The data plane: threads that own stores, volumes and connections, and serve requests from socket to disk and back
+//! without crossing to another thread.
+//!
+//! [`DataPlane`] is what the rest of the daemon sees. Each thread (`thread`) runs one event loop over one
+//! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply, `receiver` and `outbox` are
+//! the two directions of a connection, `pool` lends the buffers between them and the disk.
+
+mod command;
+mod config;
+mod connection;
+mod execute;
+mod facade;
+mod open;
+mod operation;
+mod outbox;
+mod pool;
+mod receiver;
+mod thread;
+
+pub use config::{
+    ConnectionReport, DataConfig, DataError, Limits, OpenedStore, StartError, StoreConfig,
+    StoreReport, VolumeRuntime, VolumeSpec,
+};
+pub use facade::DataPlane;
+pub use open::FileDisk;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,401 @@
+//! The receiving side of a connection: bytes from the socket become requests with their payloads.
+//!
+//! Small requests are received many at a time into one buffer and handed on as slices of it. A payload that is not
+//! complete and too long to wait for in that buffer is received straight into a block-aligned buffer of its own, placed
+//! as its blocks will lie, so that it is not copied again before the store takes it. When nothing is pending the
+//! receiver holds no buffer at all.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use ashlar_core::nbd::errors::RequestError;
+use ashlar_core::nbd::request::{CloseReason, RawRequest, Request, Verdict};
+use ashlar_core::nbd::session::Session;
+use ashlar_core::units::BLOCK_BYTES;
+
+use super::pool::{Buffer, Pool};
+
+/// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
+pub(super) const RECEIVE_BYTES: usize = 256 << 10;
+/// An incomplete payload of at least this is received into a buffer of its own rather than moved to the front of
+/// the receive buffer.
+const OWN_BUFFER_BYTES: usize = 32 << 10;
+/// A request header at most.
+const STASH_BYTES: usize = 32;
+
+/// A payload being received into its own buffer.
+struct Incoming {
+    request: Request,
+    buffer: Buffer,
+    /// Where its next byte goes.
+    at: usize,
+    left: usize,
+}
+
+/// What [`Receiver::next`] found.
+pub(super) enum Next {
+    /// Receive more first.
+    Incomplete,
+    /// The limits do not allow the next request now; ask again when something has been given back.
+    Paused,
+    /// A request; a payload, if it has one, is bytes `from..from + len` of the receive buffer, valid until the next
+    /// call of anything here.
+    Request {
+        request: Request,
+        from: usize,
+        len: usize,
+    },
+    /// A request whose payload lies in its own buffer, from byte [`payload_start`] on.
+    Buffered {
+        request: Request,
+        buffer: Buffer,
+    },
+    /// Answer this error.
+    Refuse {
+        cookie: u64,
+        offset: u64,
+        command: u16,
+        error: RequestError,
+    },
+    Disconnect,
+    Close(CloseReason),
+}
+
+/// Where a payload for byte `offset` of a volume starts in a buffer that begins with that byte's block.
+pub(super) fn payload_start(offset: u64) -> usize {
+    (offset % BLOCK_BYTES as u64) as usize
+}
+
+/// Bytes of the blocks that a range touches, and two more blocks when it begins or ends inside one: room to read them.
+pub(super) fn covering_bytes(offset: u64, len: u64) -> usize {
+    let block = BLOCK_BYTES as u64;
+    let covered = (offset + len).next_multiple_of(block) - offset / block * block;
+    (if covered == len {
+        covered
+    } else {
+        covered + 2 * block
+    }) as usize
+}
+
+/// See the module text.
+pub(super) struct Receiver {
+    buffer: Option<Buffer>,
+    start: usize,
+    end: usize,
+    /// The beginning of a header, kept here so that an idle connection holds no buffer.
+    stash: [u8; STASH_BYTES],
+    stashed: usize,
+    incoming: Option<Incoming>,
+    /// Payload bytes of a refused request still to be thrown away.
+    discard: u64,
+    /// Answer that follows a discarded payload.
+    refusal: Option<(u64, u64, u16, RequestError)>,
+}
+
+/// What one receive call brought.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Received {
+    /// So many bytes. `drained`: fewer than there was room for, so the socket is empty for now.
+    Bytes {
+        count: usize,
+        drained: bool,
+    },
+    WouldBlock,
+    /// The client closed its side.
+    End,
+}
+
+impl Receiver {
+    /// `leftover`: bytes that came with the handshake.
+    pub(super) fn new(leftover: &[u8], pool: &mut Pool) -> Receiver {
+        let mut receiver = Receiver {
+            buffer: None,
+            start: 0,
+            end: 0,
+            stash: [0; STASH_BYTES],
+            stashed: 0,
+            incoming: None,
+            discard: 0,
+            refusal: None,
+        };
+        if !leftover.is_empty() {
+            let mut buffer = pool.take(leftover.len().max(RECEIVE_BYTES));
+            buffer.put(0, leftover);
+            receiver.end = leftover.len();
+            receiver.buffer = Some(buffer);
+        }
+        receiver
+    }
+
+    /// The receive buffer, for the payload of [`Next::Request`].
+    pub(super) fn buffer(&self) -> Option<&Buffer> {
+        self.buffer.as_ref()
+    }
+
+    /// Whether bytes were received that no request has consumed.
+    pub(super) fn has_bytes(&self) -> bool {
+        self.end > self.start
+    }
+
+    /// Whether it holds a receive buffer.
+    pub(super) fn holds_buffer(&self) -> bool {
+        self.buffer.is_some()
+    }
+
+    /// Whether the client stopped in the middle of a request.
+    pub(super) fn is_mid_request(&self) -> bool {
+        self.has_bytes() || self.stashed > 0 || self.incoming.is_some() || self.discard > 0
+    }
+
+    /// Receives once, as much as there is room for.
+    pub(super) fn receive(&mut self, fd: RawFd, pool: &mut Pool) -> io::Result<Received> {
+        let stashed = std::mem::take(&mut self.stashed);
+        let buffer = self.buffer.get_or_insert_with(|| pool.take(RECEIVE_BYTES));
+        if stashed > 0 {
+            buffer.put(0, &self.stash[..stashed]);
+            self.start = 0;
+            self.end = stashed;
+        }
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+        let room = buffer.capacity() - self.end;
+        let mut pieces = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; 2];
+        let mut used = 0;
+        let mut offered = room;
+        if let Some(incoming) = &self.incoming {
+            pieces[0] = libc::iovec {
+                iov_base: incoming.buffer.at(incoming.at).cast(),
+                iov_len: incoming.left,
+            };
+            used = 1;
+            offered += incoming.left;
+        }
+        pieces[used] = libc::iovec {
+            iov_base: buffer.at(self.end).cast(),
+            iov_len: room,
+        };
+        used += 1;
+        debug_assert!(offered > 0);
+        // SAFETY: an all-zero msghdr is valid.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = pieces.as_mut_ptr();
+        message.msg_iovlen = used as _;
+        let count = loop {
+            // SAFETY: the pieces lie in buffers owned by `self`, past what has been received into them.
+            let result = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT) };
+            if result >= 0 {
+                break result as usize;
+            }
+            let error = io::Error::last_os_error();
+            match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::WouldBlock => return Ok(Received::WouldBlock),
+                _ => return Err(error),
+            }
+        };
+        if count == 0 {
+            return Ok(Received::End);
+        }
+        let mut rest = count;
+        if let Some(incoming) = &mut self.incoming {
+            let taken = rest.min(incoming.left);
+            incoming.at += taken;
+            incoming.left -= taken;
+            rest -= taken;
+        }
+        self.end += rest;
+        Ok(Received::Bytes {
+            count,
+            drained: count < offered,
+        })
+    }
+
+    /// The next request that is whole. `admit` is asked once a header is there, with the bytes of memory the request
+    /// will need; when it says no, the request stays where it is.
+    pub(super) fn next(
+        &mut self,
+        session: &Session,
+        pool: &mut Pool,
+        admit: impl FnOnce(usize) -> bool,
+    ) -> Next {
+        if let Some(incoming) = self.incoming.take_if(|incoming| incoming.left == 0) {
+            return Next::Buffered {
+                request: incoming.request,
+                buffer: incoming.buffer,
+            };
+        }
+        if self.incoming.is_some() {
+            return Next::Incomplete;
+        }
+        if let Some(next) = self.discarded() {
+            return next;
+        }
+        let Some(buffer) = &mut self.buffer else {
+            return Next::Incomplete;
+        };
+        let header_bytes = RawRequest::header_bytes(session.style);
+        // SAFETY: `start..end` was filled by `receive`.
+        let bytes = unsafe { buffer.bytes(self.start, self.end - self.start) };
+        let raw = match RawRequest::parse(session.style, bytes) {
+            None => {
+                if buffer.capacity() - self.end < STASH_BYTES {
+                    self.move_down();
+                }
+                return Next::Incomplete;
+            }
+            Some(Err(reason)) => return Next::Close(reason),
+            Some(Ok(raw)) => raw,
+        };
+        let have = self.end - self.start - header_bytes;
+        let request = match raw.check(session) {
+            Verdict::Serve(request) => request,
+            Verdict::Refuse {
+                error,
+                payload_bytes,
+            } => {
+                self.start += header_bytes;
+                self.discard = u64::from(payload_bytes);
+                self.refusal = Some((raw.cookie, raw.offset, raw.command, error));
+                return self.discarded().unwrap_or(Next::Incomplete);
+            }
+            Verdict::Disconnect => return Next::Disconnect,
+            Verdict::Close(reason) => return Next::Close(reason),
+        };
+        let payload = request.payload_bytes() as usize;
+        let needs = match request.command {
+            ashlar_core::nbd::request::Command::Read { .. } => request.length as usize,
+            _ => payload,
+        };
+        if payload <= have {
+            if !admit(needs) {
+                return Next::Paused;
+            }
+            let from = self.start + header_bytes;
+            self.start = from + payload;
+            return Next::Request {
+                request,
+                from,
+                len: payload,
+            };
+        }
+        let room = buffer.capacity() - self.start - header_bytes;
+        if payload <= room {
+            return Next::Incomplete;
+        }
+        if payload < OWN_BUFFER_BYTES {
+            self.move_down();
+            return Next::Incomplete;
+        }
+        if !admit(needs) {
+            return Next::Paused;
+        }
+        self.start_incoming(request, header_bytes, have, pool);
+        Next::Incomplete
+    }
+
+    /// Goes on throwing a refused payload away; when it is gone, the answer.
+    fn discarded(&mut self) -> Option<Next> {
+        let gone = self.discard.min((self.end - self.start) as u64);
+        self.start += gone as usize;
+        self.discard -= gone;
+        if self.discard > 0 {
+            return Some(Next::Incomplete);
+        }
+        let (cookie, offset, command, error) = self.refusal.take()?;
+        Some(Next::Refuse {
+            cookie,
+            offset,
+            command,
+            error,
+        })
+    }
+
+    /// Moves an incomplete request to the front of the receive buffer.
+    fn move_down(&mut self) {
+        if let Some(buffer) = &mut self.buffer {
+            buffer.copy_within(self.start, 0, self.end - self.start);
+            self.end -= self.start;
+            self.start = 0;
+        }
+    }
+
+    /// Receives the rest of a payload, of which `have` bytes are here, into its own buffer.
+    fn start_incoming(
+        &mut self,
+        request: Request,
+        header_bytes: usize,
+        have: usize,
+        pool: &mut Pool,
+    ) {
+        let Some(source) = &self.buffer else { return };
+        let payload = request.payload_bytes() as usize;
+        let at = payload_start(request.offset);
+        let mut buffer = pool.take(covering_bytes(request.offset, payload as u64));
+        // SAFETY: received, as `have` says.
+        buffer.put(at, unsafe { source.bytes(self.start + header_bytes, have) });
+        self.start = 0;
+        self.end = 0;
+        self.incoming = Some(Incoming {
+            request,
+            buffer,
+            at: at + have,
+            left: payload - have,
+        });
+    }
+
+    /// Gives the receive buffer back, keeping the beginning of a request elsewhere. Called when the socket is empty.
+    /// Returns false when that is not possible within the limits (`admit` as in [`Receiver::next`]).
+    pub(super) fn release(
+        &mut self,
+        session: &Session,
+        pool: &mut Pool,
+        admit: impl FnOnce(usize) -> bool,
+    ) -> bool {
+        let have = self.end - self.start;
+        if let Some(buffer) = &self.buffer {
+            let header_bytes = RawRequest::header_bytes(session.style);
+            // SAFETY: `start..end` was filled by `receive`.
+            let bytes = unsafe { buffer.bytes(self.start, have) };
+            if have < header_bytes {
+                self.stash[..have].copy_from_slice(bytes);
+                self.stashed = have;
+            } else {
+                let Some(Ok(raw)) = RawRequest::parse(session.style, bytes) else {
+                    return false;
+                };
+                let Verdict::Serve(request) = raw.check(session) else {
+                    return false;
+                };
+                let payload = request.payload_bytes() as usize;
+                if payload <= have - header_bytes || self.incoming.is_some() || !admit(payload) {
+                    return false;
+                }
+                self.start_incoming(request, header_bytes, have - header_bytes, pool);
+            }
+        }
+        self.start = 0;
+        self.end = 0;
+        if let Some(buffer) = self.buffer.take() {
+            pool.give(buffer);
+        }
+        true
+    }
+
+    /// Forgets everything; the client is gone.
+    pub(super) fn clear(&mut self, pool: &mut Pool) {
+        if let Some(buffer) = self.buffer.take() {
+            pool.give(buffer);
+        }
+        if let Some(incoming) = self.incoming.take() {
+            pool.give(incoming.buffer);
+        }
+        self.start = 0;
+        self.end = 0;
+        self.stashed = 0;
+    }
+}

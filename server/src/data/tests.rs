@@ -1,0 +1,757 @@
+//! The whole data plane in one process: real stores on real files, clients on socket pairs.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use ashlar_core::nbd::request::{RawRequest, encode};
+use ashlar_core::nbd::session::{ReplyStyle, Session};
+use ashlar_core::nbd::wire::{command, command_flag};
+use ashlar_core::records::Placement;
+use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
+use uuid::Uuid;
+
+use super::*;
+use crate::engine::EngineChoice;
+use crate::nbd::{Attach, AttachedClient, ConnectionCount};
+
+const MIB: u64 = 1 << 20;
+const NODE: NodeId = NodeId(Uuid::from_u128(7));
+const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
+
+fn config(dir: &Path, stores: usize) -> DataConfig {
+    let stores = (0..stores)
+        .map(|i| StoreConfig {
+            path: dir.join(format!("store-{i}")),
+            expected: None,
+            capacity_bytes: 1024 * MIB,
+        })
+        .collect();
+    let mut config = DataConfig::new(NODE, dir.to_path_buf(), stores);
+    config.tail_dir = Some(dir.to_path_buf());
+    config.tail_bytes = 8 * MIB;
+    config
+}
+
+fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
+    VolumeSpec {
+        id: VOLUME,
+        name: "v".to_owned(),
+        size_bytes,
+        layer: LayerId(1),
+        epoch: Epoch(epoch),
+        write_through: false,
+        read_only: false,
+        placement: Placement {
+            stores: plane.stores().iter().map(|s| s.id).collect(),
+        },
+    }
+}
+
+/// A client that has its handshake behind it.
+struct Client {
+    stream: UnixStream,
+    style: ReplyStyle,
+    cookie: u64,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Reply {
+    Ok(Vec<u8>),
+    Err(u32),
+}
+
+impl Client {
+    fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        ours.set_read_timeout(Some(Duration::from_secs(60)))
+            .expect("timeout");
+        let session = Session {
+            volume: VOLUME,
+            style,
+            base_allocation: true,
+            read_only: false,
+            size_bytes,
+        };
+        let slot = ConnectionCount::new(100).try_slot().expect("slot");
+        let client = AttachedClient {
+            stream: OwnedFd::from(theirs),
+            session,
+            leftover: Vec::new(),
+            peer: "test".to_owned(),
+            slot,
+        };
+        plane.attach(client).expect("attach");
+        Client {
+            stream: ours,
+            style,
+            cookie: 0,
+        }
+    }
+
+    fn encode(
+        &mut self,
+        out: &mut Vec<u8>,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u64,
+        payload: &[u8],
+    ) -> u64 {
+        self.cookie += 1;
+        let flags = if command == command::WRITE && self.style == ReplyStyle::Extended {
+            flags | command_flag::PAYLOAD_LEN
+        } else {
+            flags
+        };
+        encode(
+            self.style,
+            &RawRequest {
+                flags,
+                command,
+                cookie: self.cookie,
+                offset,
+                length,
+            },
+            out,
+        );
+        out.extend_from_slice(payload);
+        self.cookie
+    }
+
+    fn send(&mut self, command: u16, flags: u16, offset: u64, length: u64, payload: &[u8]) -> u64 {
+        let mut out = Vec::new();
+        let cookie = self.encode(&mut out, command, flags, offset, length, payload);
+        self.stream.write_all(&out).expect("send");
+        cookie
+    }
+
+    fn u16(&mut self) -> u16 {
+        u16::from_be_bytes(self.take(2).try_into().expect("two"))
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_be_bytes(self.take(4).try_into().expect("four"))
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_be_bytes(self.take(8).try_into().expect("eight"))
+    }
+
+    fn take(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.stream.read_exact(&mut bytes).expect("receive");
+        bytes
+    }
+
+    /// The next whole reply. `read_len`: the length of the request if it was a READ at `offset`.
+    fn reply(&mut self, offset: u64, read_len: Option<usize>) -> (u64, Reply) {
+        let mut data = vec![0xEE; read_len.unwrap_or(0)];
+        let mut error = None;
+        loop {
+            let magic = self.u32();
+            if magic == 0x6744_6698 {
+                let code = self.u32();
+                let cookie = self.u64();
+                if code != 0 {
+                    return (cookie, Reply::Err(code));
+                }
+                if let (ReplyStyle::Simple, Some(len)) = (self.style, read_len) {
+                    data = self.take(len);
+                }
+                return (cookie, Reply::Ok(data));
+            }
+            let (flags, kind) = (self.u16(), self.u16());
+            let cookie = self.u64();
+            let length = match magic {
+                0x668e_33ef => u64::from(self.u32()),
+                0x6e8a_278c => {
+                    assert_eq!(self.u64(), offset);
+                    self.u64()
+                }
+                other => panic!("reply magic {other:#x}"),
+            } as usize;
+            match kind {
+                0 => assert_eq!(length, 0),
+                1 => {
+                    let at = (self.u64() - offset) as usize;
+                    let bytes = self.take(length - 8);
+                    assert!(data[at..at + bytes.len()].iter().all(|b| *b == 0xEE));
+                    data[at..at + bytes.len()].copy_from_slice(&bytes);
+                }
+                2 => {
+                    let at = (self.u64() - offset) as usize;
+                    let len = self.u32() as usize;
+                    data[at..at + len].fill(0);
+                }
+                5 | 6 => data = self.take(length),
+                0x8001 => {
+                    error = Some(self.u32());
+                    let len = self.u16() as usize;
+                    assert!(len > 0 && len + 6 == length);
+                    self.take(len);
+                }
+                other => panic!("chunk type {other}"),
+            }
+            if flags & 1 == 1 {
+                return (cookie, error.map_or(Reply::Ok(data), Reply::Err));
+            }
+        }
+    }
+
+    fn call(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u64,
+        payload: &[u8],
+    ) -> Reply {
+        let cookie = self.send(command, flags, offset, length, payload);
+        let read = (command == command::READ).then_some(length as usize);
+        let (got, reply) = self.reply(offset, read);
+        assert_eq!(got, cookie);
+        reply
+    }
+
+    fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+        match self.call(command::READ, 0, offset, length, &[]) {
+            Reply::Ok(data) => data,
+            Reply::Err(code) => panic!("read at {offset}: error {code}"),
+        }
+    }
+
+    fn write(&mut self, flags: u16, offset: u64, payload: &[u8]) {
+        assert_eq!(
+            self.call(command::WRITE, flags, offset, payload.len() as u64, payload),
+            Reply::Ok(vec![]),
+            "write at {offset}"
+        );
+    }
+
+    fn is_closed(&mut self) -> bool {
+        let mut rest = Vec::new();
+        match self.stream.read_to_end(&mut rest) {
+            Ok(_) => true,
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+/// Small, fast, and the same every time.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("runtime")
+}
+
+fn start(config: DataConfig) -> (tokio::runtime::Runtime, DataPlane) {
+    let runtime = runtime();
+    let plane = runtime.block_on(DataPlane::start(config)).expect("start");
+    (runtime, plane)
+}
+
+/// Random requests of every kind against a model in memory, in one style on one engine.
+fn like_the_model(style: ReplyStyle, engine: EngineChoice, stores: usize, seed: u64) {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), stores);
+    config.engine = engine;
+    let (runtime, plane) = start(config.clone());
+    // Three chunks, the last one short.
+    let size = 130 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    let mut client = Client::attach(&plane, style, size);
+    let mut model = vec![0u8; size as usize];
+    let mut random = Random(seed);
+    for step in 0..400 {
+        let base =
+            [0, 64 * MIB - 20_000, 128 * MIB - 50_000, size - 40_000][random.below(4) as usize];
+        let mut offset = base + random.below(40_000);
+        let most = if random.below(20) == 0 {
+            2 * MIB
+        } else {
+            30_000
+        };
+        let mut length = 1 + random.below(most);
+        if random.below(2) == 0 {
+            offset &= !4095;
+            length = length.next_multiple_of(4096);
+        }
+        let length = length.min(size - offset);
+        let range = offset as usize..(offset + length) as usize;
+        let fua = if random.below(8) == 0 {
+            command_flag::FUA
+        } else {
+            0
+        };
+        match random.below(10) {
+            0..=3 => {
+                let payload: Vec<u8> = (0..length).map(|_| random.next() as u8 | 1).collect();
+                client.write(fua, offset, &payload);
+                model[range].copy_from_slice(&payload);
+            }
+            4 => {
+                let flags = if random.below(2) == 0 {
+                    command_flag::NO_HOLE
+                } else {
+                    0
+                };
+                assert_eq!(
+                    client.call(command::WRITE_ZEROES, flags | fua, offset, length, &[]),
+                    Reply::Ok(vec![])
+                );
+                model[range].fill(0);
+            }
+            5 => {
+                assert_eq!(
+                    client.call(command::TRIM, fua, offset, length, &[]),
+                    Reply::Ok(vec![])
+                );
+                let (first, end) = (
+                    offset.next_multiple_of(4096),
+                    (offset + length) / 4096 * 4096,
+                );
+                if first < end {
+                    model[first as usize..end as usize].fill(0);
+                }
+            }
+            6 => assert_eq!(client.call(command::FLUSH, 0, 0, 0, &[]), Reply::Ok(vec![])),
+            7 => assert_eq!(
+                client.call(command::CACHE, 0, offset, length, &[]),
+                Reply::Ok(vec![])
+            ),
+            _ => {
+                let flags = if style != ReplyStyle::Simple && random.below(3) == 0 {
+                    command_flag::DF
+                } else {
+                    0
+                };
+                let got = client.call(command::READ, flags, offset, length, &[]);
+                assert!(
+                    got == Reply::Ok(model[range].to_vec()),
+                    "step {step}: read {length} at {offset}"
+                );
+            }
+        }
+    }
+    // Everything is there after a restart.
+    drop(client);
+    runtime.block_on(plane.drain());
+    let (runtime, plane) = start(config);
+    assert!(
+        plane
+            .stores()
+            .iter()
+            .all(|s| !s.formatted && s.report.clean)
+    );
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 2)))
+        .expect("open");
+    let mut client = Client::attach(&plane, style, size);
+    for offset in (0..size).step_by(MIB as usize) {
+        let range = offset as usize..(offset + MIB) as usize;
+        assert!(
+            client.read(offset, MIB) == model[range],
+            "after the restart, at {offset}"
+        );
+    }
+    runtime.block_on(plane.drain());
+    assert!(client.is_closed());
+}
+
+#[test]
+fn simple_replies_on_io_uring() {
+    like_the_model(ReplyStyle::Simple, EngineChoice::Auto, 1, 1);
+}
+
+#[test]
+fn structured_replies_on_io_uring_over_two_stores() {
+    like_the_model(ReplyStyle::Structured, EngineChoice::Auto, 2, 2);
+}
+
+#[test]
+fn extended_replies_on_posix() {
+    like_the_model(ReplyStyle::Extended, EngineChoice::Posix, 1, 3);
+}
+
+/// Many requests in flight on several connections, more than the tail holds: out-of-order replies, parked writes, and
+/// every byte right.
+#[test]
+fn pipelined_clients_that_fill_the_tail() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (runtime, plane) = start(config(dir.path(), 1));
+    let size = 256 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    std::thread::scope(|scope| {
+        for worker in 0..3u64 {
+            let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+            scope.spawn(move || {
+                // Each worker has its own 64 MiB, written whole in pieces of 4 KiB to 512 KiB, 64 at a time.
+                let base = worker * 64 * MIB;
+                let mut random = Random(worker + 11);
+                let mut at = base;
+                let mut writes = Vec::new();
+                while at < base + 64 * MIB {
+                    let most = if random.below(4) == 0 { 128 } else { 4 };
+                    let length = (4096 * (1 + random.below(most))).min(base + 64 * MIB - at);
+                    writes.push((at, length));
+                    at += length;
+                }
+                for batch in writes.chunks(64) {
+                    let mut out = Vec::new();
+                    let mut waiting = Vec::new();
+                    for (offset, length) in batch {
+                        let payload = vec![(offset / 4096 % 251) as u8 + 1; *length as usize];
+                        waiting.push(client.encode(
+                            &mut out,
+                            command::WRITE,
+                            0,
+                            *offset,
+                            *length,
+                            &payload,
+                        ));
+                    }
+                    let mut sender = client.stream.try_clone().expect("clone");
+                    let sending = std::thread::spawn(move || sender.write_all(&out).expect("send"));
+                    for _ in batch {
+                        let (cookie, reply) = client.reply(0, None);
+                        assert_eq!(reply, Reply::Ok(vec![]));
+                        let at = waiting
+                            .iter()
+                            .position(|w| *w == cookie)
+                            .expect("answered once");
+                        waiting.swap_remove(at);
+                    }
+                    sending.join().expect("join");
+                }
+                for (offset, length) in writes {
+                    let data = client.read(offset, length);
+                    assert!(
+                        data.iter().all(|b| *b == (offset / 4096 % 251) as u8 + 1),
+                        "at {offset}"
+                    );
+                }
+            });
+        }
+    });
+    let thread = &plane.metrics().threads()[0];
+    assert!(
+        thread.parked_writes.get() > 0,
+        "the tail was never full: the test shows less than it should"
+    );
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn errors_leave_the_stream_in_step() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (runtime, plane) = start(config(dir.path(), 1));
+    let size = 64 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    for style in [
+        ReplyStyle::Simple,
+        ReplyStyle::Structured,
+        ReplyStyle::Extended,
+    ] {
+        let mut client = Client::attach(&plane, style, size);
+        // A refused write's payload is thrown away, however long.
+        for len in [512, 4096, 1 << 20, 32 << 20] {
+            assert_eq!(
+                client.call(command::WRITE, 0, size - 100, len, &vec![1; len as usize]),
+                Reply::Err(28),
+                "{style:?} {len}"
+            );
+        }
+        assert_eq!(
+            client.call(command::READ, 0, size - 100, 101, &[]),
+            Reply::Err(22)
+        );
+        assert_eq!(client.call(99, 0, 0, 0, &[]), Reply::Err(22));
+        assert_eq!(
+            client.call(
+                command::WRITE_ZEROES,
+                command_flag::FAST_ZERO | command_flag::NO_HOLE,
+                0,
+                4096,
+                &[]
+            ),
+            Reply::Err(95)
+        );
+        for command in [
+            command::READ,
+            command::WRITE,
+            command::TRIM,
+            command::WRITE_ZEROES,
+            command::CACHE,
+        ] {
+            assert_eq!(
+                client.call(command, 0, 0, 0, &[]),
+                Reply::Ok(vec![]),
+                "{style:?}: nothing of {command}"
+            );
+        }
+        client.write(0, 8, b"still in step");
+        assert_eq!(client.read(8, 13), b"still in step");
+    }
+    // One client's nonsense ends that client only.
+    let mut good = Client::attach(&plane, ReplyStyle::Simple, size);
+    let mut bad = Client::attach(&plane, ReplyStyle::Simple, size);
+    bad.stream.write_all(&[7; 64]).expect("send");
+    assert!(bad.is_closed());
+    good.write(0, 0, &[1; 4096]);
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn a_client_that_hangs_up_in_a_payload_writes_nothing() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (runtime, plane) = start(config(dir.path(), 1));
+    let size = 64 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    for sent in [1, 4095, 100_000, 900_000] {
+        let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+        let mut out = Vec::new();
+        client.encode(&mut out, command::WRITE, 0, 0, 1 << 20, &vec![9; sent]);
+        client.stream.write_all(&out).expect("send");
+        drop(client);
+    }
+    // A write followed by DISC is carried out and answered.
+    let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+    let mut out = Vec::new();
+    let cookie = client.encode(
+        &mut out,
+        command::WRITE,
+        command_flag::FUA,
+        8192,
+        4096,
+        &[5; 4096],
+    );
+    client.encode(&mut out, command::DISC, 0, 0, 0, &[]);
+    client.stream.write_all(&out).expect("send");
+    assert_eq!(client.reply(0, None), (cookie, Reply::Ok(vec![])));
+    assert!(client.is_closed());
+
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    let data = client.read(0, 1 << 20);
+    assert!(
+        data[..8192].iter().all(|b| *b == 0)
+            && data[8192..12288].iter().all(|b| *b == 5)
+            && data[12288..].iter().all(|b| *b == 0)
+    );
+    // The others are gone, and nothing of theirs is held.
+    runtime.block_on(async {
+        for _ in 0..1000 {
+            let status = plane.volume_status(VOLUME).await.expect("open");
+            if status.connections.len() == 1 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("connections of dead clients stay");
+    });
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn block_status_tells_data_from_holes() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (runtime, plane) = start(config(dir.path(), 1));
+    let size = 192 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    client.write(0, 4096, &[1; 8192]);
+    client.write(0, 64 * MIB, &[1; 4096]);
+    let Reply::Ok(status) = client.call(command::BLOCK_STATUS, 0, 100, size - 100, &[]) else {
+        panic!("an error")
+    };
+    let words: Vec<u32> = status
+        .chunks(4)
+        .map(|w| u32::from_be_bytes(w.try_into().expect("four")))
+        .collect();
+    let rest = (size - 64 * MIB - 4096) as u32;
+    assert_eq!(
+        words,
+        [
+            1,
+            3996,
+            3,
+            8192,
+            0,
+            (64 * MIB) as u32 - 12288,
+            3,
+            4096,
+            0,
+            rest,
+            3
+        ]
+    );
+    let Reply::Ok(status) = client.call(
+        command::BLOCK_STATUS,
+        command_flag::REQ_ONE,
+        4096,
+        8192,
+        &[],
+    ) else {
+        panic!("an error")
+    };
+    assert_eq!(status, [0, 0, 0, 1, 0, 0, 0x20, 0, 0, 0, 0, 0]);
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn volumes_grow_under_their_clients_and_close_only_when_told_to() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (runtime, plane) = start(config(dir.path(), 1));
+    let size = 64 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    assert_eq!(
+        runtime.block_on(plane.open_volume(spec(&plane, size, 1))),
+        Err(DataError::AlreadyOpen(VOLUME))
+    );
+    let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+    assert_eq!(
+        client.call(command::READ, 0, size, 4096, &[]),
+        Reply::Err(22)
+    );
+    runtime
+        .block_on(plane.resize_volume(VOLUME, 2 * size))
+        .expect("grow");
+    assert!(matches!(
+        runtime.block_on(plane.resize_volume(VOLUME, size)),
+        Err(DataError::Resize(_))
+    ));
+    client.write(0, size, &[3; 4096]);
+    assert_eq!(
+        runtime.block_on(plane.close_volume(VOLUME, false)),
+        Err(DataError::InUse {
+            volume: VOLUME,
+            connections: 1
+        })
+    );
+    runtime
+        .block_on(plane.close_volume(VOLUME, true))
+        .expect("close");
+    assert!(client.is_closed());
+    assert_eq!(
+        runtime.block_on(plane.close_volume(VOLUME, true)),
+        Err(DataError::NotOpen(VOLUME))
+    );
+    // Its layer can go; a volume opened on it again reads zeros.
+    runtime
+        .block_on(plane.delete_layer(LayerId(1)))
+        .expect("drop");
+    let mut again = spec(&plane, 2 * size, 2);
+    again.layer = LayerId(2);
+    runtime.block_on(plane.open_volume(again)).expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Simple, 2 * size);
+    assert_eq!(client.read(size, 4096), vec![0; 4096]);
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn a_failed_write_poisons_the_store_and_says_so() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), 1);
+    let trigger = dir.path().join("now");
+    config.fault = Some(
+        format!("write:when={},errno=EIO", trigger.display())
+            .parse()
+            .expect("plan"),
+    );
+    let (runtime, plane) = start(config.clone());
+    let size = 64 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    client.write(command_flag::FUA, 0, &[1; 4096]);
+    client.write(0, 4096, &[2; 4096]);
+    std::fs::write(&trigger, b"").expect("trigger");
+    assert_eq!(client.call(command::FLUSH, 0, 0, 0, &[]), Reply::Err(5));
+    assert_eq!(
+        client.call(command::WRITE, 0, 0, 4096, &[1; 4096]),
+        Reply::Err(5)
+    );
+    assert_eq!(client.call(command::READ, 0, 0, 4096, &[]), Reply::Err(5));
+    assert!(
+        runtime.block_on(plane.store_statuses())[0]
+            .status
+            .poisoned
+            .is_some()
+    );
+    runtime.block_on(plane.drain());
+    // Nothing that was answered is lost: the tail has it.
+    config.fault = None;
+    let (runtime, plane) = start(config);
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 2)))
+        .expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+    assert_eq!(client.read(0, 4096), vec![1; 4096]);
+    assert_eq!(client.read(4096, 4096), vec![2; 4096]);
+    runtime.block_on(plane.drain());
+}
+
+#[test]
+fn strange_files_and_vanished_stores_are_refused() {
+    let dir = tempfile::tempdir().expect("dir");
+    let runtime = runtime();
+    let mut config = config(dir.path(), 1);
+    let path = config.stores[0].path.clone();
+    let start = |config: &DataConfig| runtime.block_on(DataPlane::start(config.clone())).map(drop);
+
+    std::fs::write(&path, b"a letter to my aunt").expect("write");
+    assert!(matches!(start(&config), Err(StartError::NotAStore { .. })));
+    assert_eq!(std::fs::read(&path).expect("read"), b"a letter to my aunt");
+    std::fs::remove_file(&path).expect("remove");
+
+    let plane = runtime
+        .block_on(DataPlane::start(config.clone()))
+        .expect("start");
+    let id = plane.stores()[0].id;
+    assert!(
+        matches!(start(&config), Err(StartError::File(_))),
+        "open in another daemon"
+    );
+    runtime.block_on(plane.drain());
+
+    config.stores[0].expected = Some(ashlar_core::units::StoreId(Uuid::from_u128(1)));
+    assert!(matches!(start(&config), Err(StartError::Swapped { .. })));
+    config.stores[0].expected = Some(id);
+    config.node = NodeId(Uuid::from_u128(8));
+    assert!(matches!(start(&config), Err(StartError::Store { .. })));
+    config.node = NODE;
+    std::fs::remove_file(&path).expect("remove");
+    assert!(matches!(start(&config), Err(StartError::Emptied { .. })));
+    assert!(!path.exists());
+}
