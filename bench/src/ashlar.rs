@@ -14,6 +14,8 @@ use crate::servers::{EXPORT, Running, ServerProcess, uri, wait_for};
 
 /// The counter of everything that stores write: frames, leaves, checkpoints, what the cleaner moves.
 const STORED_BYTES: &str = "ashlar_store_written_bytes_total";
+/// What the stores' tails hold at most.
+const TAIL_BYTES: &str = "ashlar_store_tail_bytes";
 const START_LIMIT: Duration = Duration::from_secs(120);
 const HTTP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -115,6 +117,11 @@ impl Ashlar {
     /// does not say.
     pub(crate) fn stored_bytes(&self) -> Result<Option<f64>> {
         Ok(self.metrics()?.sum(STORED_BYTES, ""))
+    }
+
+    /// Bytes that the stores' tails hold at most; None while the daemon does not say.
+    pub(crate) fn tail_bytes(&self) -> Result<Option<f64>> {
+        Ok(self.metrics()?.sum(TAIL_BYTES, ""))
     }
 
     fn metrics(&self) -> Result<Metrics> {

@@ -37,6 +37,9 @@ pub(crate) struct Sample {
     /// Processor time in cores that neither the server nor fio's job used: the kernel's own threads, interrupts,
     /// and whatever else ran on the machine.
     pub(crate) other_cores: f64,
+    /// How many times Ashlar's tail was filled by the run: below 4, what was measured is the tail rather than the
+    /// store.
+    pub(crate) tails_written: Option<f64>,
 }
 
 /// What a cell of the table shows; of several rounds, each is the median.
@@ -126,6 +129,12 @@ impl Field {
             let sent = pid.and_then(procfs::storage_write_bytes).zip(sent_before);
             sent_amplification = sent.map(|(after, before)| (after - before) as f64 / told);
         }
+        let tail = match &self.ashlar {
+            Some(ashlar) if contender == Contender::Ashlar && !row.is_read() => {
+                ashlar.tail_bytes()?
+            }
+            _ => None,
+        };
         let operations = outcome.operations as f64;
         let flushed = row.group == Group::SyncedWrites && outcome.flushes > 0;
         Ok(Sample {
@@ -136,6 +145,7 @@ impl Field {
             seconds: outcome.seconds,
             other_cores: (machine_us - server_us.unwrap_or(0.0) - outcome.client_cpu_us).max(0.0)
                 / wall_us,
+            tails_written: tail.map(|tail| operations * row.block_bytes as f64 / tail),
             figures: Figures {
                 operations_per_second: operations / outcome.seconds,
                 mean_us: outcome.mean_us,

@@ -288,6 +288,9 @@ pub(crate) fn line(sample: &Sample) -> String {
     if let Some(amplification) = figures.write_amplification {
         text += &format!("  write amplification {amplification:.2}");
     }
+    if let Some(tails) = sample.tails_written.filter(|&tails| tails < 4.0) {
+        text += &format!("  TOO SHORT: {tails:.1} tails");
+    }
     text += &format!("  others {:.2} cores", sample.other_cores);
     text
 }

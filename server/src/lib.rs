@@ -7,5 +7,6 @@ pub mod engine;
 pub mod meta;
 pub mod metrics;
 pub mod nbd;
+pub mod offline;
 pub mod tail;
 pub mod volumes;

@@ -1,5 +1,7 @@
 //! The command line, as clap reads it.
 
+use std::path::PathBuf;
+
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -43,12 +45,24 @@ pub(super) enum Format {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Create, list, show, change and delete volumes
-    #[command(subcommand, visible_alias = "vol")]
-    Volume(VolumeCommand),
+    #[command(flatten)]
+    Daemon(DaemonCommand),
     /// Look at and look after stores
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+}
+
+/// What a daemon answers.
+#[derive(Debug, Subcommand)]
+pub(super) enum DaemonCommand {
+    /// Create, list, show, change and delete volumes
+    #[command(subcommand, visible_alias = "vol")]
+    Volume(VolumeCommand),
     /// The daemon, its listeners, its stores and what needs attention
     Status,
     /// Open NBD connections
@@ -58,11 +72,6 @@ pub(super) enum Command {
     },
     /// What every volume and store is doing, live
     Top(TopArgs),
-    /// Print a completion script for a shell
-    Completions {
-        /// Which shell
-        shell: Shell,
-    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -132,8 +141,9 @@ pub(super) struct SetArgs {
     pub(super) write_through: Option<bool>,
 }
 
+/// What a daemon does for its stores.
 #[derive(Debug, Subcommand)]
-pub(super) enum StoreCommand {
+pub(super) enum DaemonStoreCommand {
     /// List the daemon's stores
     #[command(visible_alias = "ls")]
     List,
@@ -149,6 +159,22 @@ pub(super) enum StoreCommand {
     Checkpoint {
         /// Id or path of one store; without it all of them
         store: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StoreCommand {
+    #[command(flatten)]
+    Daemon(DaemonStoreCommand),
+    /// Print what a store holds, without a daemon; never writes
+    Inspect {
+        /// Directory of the store, its file, or its block device
+        path: PathBuf,
+    },
+    /// Verify every checksum of a store, without a daemon; never writes
+    Check {
+        /// Directory of the store, its file, or its block device
+        path: PathBuf,
     },
 }
 
@@ -178,7 +204,7 @@ mod tests {
         let set = |args: &[&str]| {
             let argv = ["ashlar", "volume", "set"].iter().chain(args);
             Cli::try_parse_from(argv).map(|cli| match cli.command {
-                Command::Volume(VolumeCommand::Set(set)) => {
+                Command::Daemon(DaemonCommand::Volume(VolumeCommand::Set(set))) => {
                     (set.volume, set.read_only, set.write_through)
                 }
                 other => panic!("parsed as {other:?}"),

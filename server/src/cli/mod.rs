@@ -4,6 +4,7 @@ mod args;
 mod attach;
 mod connect;
 mod error;
+mod offline;
 mod output;
 mod progress;
 mod size;
@@ -20,7 +21,8 @@ use std::{
 
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command};
+use args::{Cli, Command, DaemonCommand, Format, StoreCommand};
+use connect::Daemon;
 use error::{CliError, Exit};
 
 /// Runs the program on the process's arguments.
@@ -39,29 +41,31 @@ fn run(cli: Cli) -> Result<(), CliError> {
             clap_complete::generate(shell, &mut Cli::command(), "ashlar", &mut script);
             Ok(io::stdout().write_all(&script)?)
         }
-        command => {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .map_err(|e| CliError::new(Exit::Failed, format_args!("starting: {e}")))?;
-            runtime.block_on(ask(cli.admin, cli.output, command))
-        }
+        Command::Store(StoreCommand::Inspect { path }) => offline::inspect(cli.output, &path),
+        Command::Store(StoreCommand::Check { path }) => offline::check(cli.output, &path),
+        Command::Store(StoreCommand::Daemon(command)) => wait_for(async {
+            store::run(&mut connect::connect(cli.admin).await?, cli.output, command).await
+        }),
+        Command::Daemon(command) => wait_for(async {
+            ask(&mut connect::connect(cli.admin).await?, cli.output, command).await
+        }),
     }
 }
 
-/// What needs a daemon.
-async fn ask(
-    admin: Option<connect::AdminAddress>,
-    format: args::Format,
-    command: Command,
-) -> Result<(), CliError> {
-    let mut daemon = connect::connect(admin).await?;
+fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime =
+        runtime.map_err(|e| CliError::new(Exit::Failed, format_args!("starting: {e}")))?;
+    runtime.block_on(answer)
+}
+
+async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Result<(), CliError> {
     match command {
-        Command::Volume(command) => volume::run(&mut daemon, format, command).await,
-        Command::Store(command) => store::run(&mut daemon, format, command).await,
-        Command::Status => status::status(&mut daemon, format).await,
-        Command::Connections { volume } => status::connections(&mut daemon, format, volume).await,
-        Command::Top(args) => top::run(&mut daemon, format, args).await,
-        Command::Completions { .. } => unreachable!("answered without a daemon"),
+        DaemonCommand::Volume(command) => volume::run(daemon, format, command).await,
+        DaemonCommand::Status => status::status(daemon, format).await,
+        DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
+        DaemonCommand::Top(args) => top::run(daemon, format, args).await,
     }
 }

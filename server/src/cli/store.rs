@@ -9,7 +9,7 @@ use ashlar_proto::admin::{CheckpointRequest, ListStoresRequest, ScrubRequest};
 use serde::Serialize;
 
 use super::{
-    args::{Format, StoreCommand},
+    args::{DaemonStoreCommand, Format},
     connect::Daemon,
     error::{CliError, Exit},
     output::{self, Answer},
@@ -21,14 +21,14 @@ use super::{
 pub(super) async fn run(
     daemon: &mut Daemon,
     format: Format,
-    command: StoreCommand,
+    command: DaemonStoreCommand,
 ) -> Result<(), CliError> {
     match command {
-        StoreCommand::List => {
+        DaemonStoreCommand::List => {
             let stores = list(daemon).await?;
             output::print(format, &Stores(stores))
         }
-        StoreCommand::Scrub { store, rate } => {
+        DaemonStoreCommand::Scrub { store, rate } => {
             let store_id = store_id(daemon, store).await?;
             let request = ScrubRequest {
                 store_id,
@@ -36,7 +36,7 @@ pub(super) async fn run(
             };
             scrub(daemon, format, request).await
         }
-        StoreCommand::Checkpoint { store } => {
+        DaemonStoreCommand::Checkpoint { store } => {
             let store_id = store_id(daemon, store).await?;
             let spinner = progress::spinner("taking a checkpoint");
             let answer = daemon

@@ -1,6 +1,9 @@
 //! What the deciding half spends on the path of one 4 KiB operation, without sockets and disks:
 //! `cargo bench -p ashlar-bench`.
 
+mod memory_disk;
+mod store;
+
 use std::hint::black_box;
 
 use ashlar_core::nbd::request::RawRequest;
@@ -82,5 +85,5 @@ fn request(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, checksum, request);
+criterion_group!(benches, checksum, request, store::write);
 criterion_main!(benches);
