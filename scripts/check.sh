@@ -35,7 +35,7 @@ audit() {
     fi
 }
 
-tidy() { cargo test --release --locked --quiet -p ashlar-tests tidy; }
+tidy() { cargo test --release --locked --quiet -p ashlar-tests --test all tidy; }
 
 gate format cargo fmt --all -- --check
 gate lints cargo clippy --release --locked --workspace --all-targets -- -D warnings
