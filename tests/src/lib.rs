@@ -1,1 +1,20 @@
-//! Harness shared by the integration tests.
+//! What the integration tests are built from: a real daemon under control, outside programs under a time limit, an NBD
+//! client of the tests' own, and the checkers.
+//!
+//! Nothing here is shared with the product's code: a checker that used the server's codec or checksum would agree with
+//! the server's mistakes. docs/testing.md says which test checks which promise.
+
+pub mod admin;
+pub mod campaign;
+pub mod daemon;
+pub mod history;
+pub mod http;
+pub mod log;
+pub mod nbd;
+pub mod pattern;
+pub mod process;
+pub mod reference;
+pub mod scratch;
+pub mod seed;
+pub mod tool;
+pub mod wait;
