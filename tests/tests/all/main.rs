@@ -1,4 +1,5 @@
 //! The integration tests, one binary with a module per topic. docs/testing.md says which promise each one checks.
 
 mod controls;
+mod protocol;
 mod tidy;
