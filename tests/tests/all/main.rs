@@ -1,5 +1,6 @@
 //! The integration tests, one binary with a module per topic. docs/testing.md says which promise each one checks.
 
 mod controls;
+mod interop;
 mod protocol;
 mod tidy;
