@@ -303,10 +303,14 @@ fn fio_verifies_mixed_sizes_with_fsync() {
 #[test]
 fn fio_trims_at_random() {
     let (_daemon, uri) = serve("fio-trim", "128MiB");
-    Fio::plain(&uri).args(["--rw=randtrim", "--bs=4k", "--iodepth=16", "--size=32m"]).succeed();
-    // Written, partly trimmed, and verified, trimmed blocks included.
-    let trimming = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64m", "--trim_percentage=30", "--trim_backlog=64", "--trim_verify_zero=1"];
-    Fio::verify(&uri).args(trimming).succeed();
+    let written = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64m"];
+    Fio::verify(&uri).args(written).succeed();
+    Fio::plain(&uri).args(["--rw=randtrim", "--bs=4k", "--iodepth=16", "--offset=64m", "--size=32m"]).succeed();
+    Fio::plain(&uri).args(["--rw=trimwrite", "--bs=64k", "--iodepth=8", "--offset=96m", "--size=16m"]).succeed();
+    Fio::verify(&uri).args(written).arg("--verify_only").succeed();
+    let trimmed = ["-f", "raw", &uri, "-c", "read -P 0 64M 32M"];
+    let said = Tool::new("qemu-io").args(trimmed).succeed();
+    assert!(!said.contains("verification failed"), "{said}");
 }
 
 /// A client that reconnects sees a pause and nothing else, over kill -9 and a restart.
