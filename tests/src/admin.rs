@@ -16,12 +16,16 @@ pub struct Admin {
 
 impl Admin {
     pub fn new(socket: &Path) -> Admin {
-        Admin { address: format!("unix:{}", socket.display()) }
+        Admin {
+            address: format!("unix:{}", socket.display()),
+        }
     }
 
     fn tool<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Tool {
         let tool = Tool::new(binary("ashlar").to_str().expect("a UTF-8 path"));
-        tool.args(["--admin", &self.address]).args(arguments).limit(Duration::from_secs(60))
+        tool.args(["--admin", &self.address])
+            .args(arguments)
+            .limit(Duration::from_secs(60))
     }
 
     /// Runs it and demands success; returns its standard output.
@@ -48,5 +52,8 @@ impl Admin {
 
 /// `ashlar store …`, which needs no daemon.
 pub fn offline<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Finished {
-    Tool::new(binary("ashlar").to_str().expect("a UTF-8 path")).args(arguments).limit(Duration::from_secs(120)).run()
+    Tool::new(binary("ashlar").to_str().expect("a UTF-8 path"))
+        .args(arguments)
+        .limit(Duration::from_secs(120))
+        .run()
 }

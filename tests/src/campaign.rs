@@ -14,6 +14,7 @@ use crate::history::{History, Read, Tick, Write, ZEROS};
 use crate::nbd::{self, Address, Failure, Request, Transmission, Wishes, wire};
 use crate::pattern::{self, BLOCK, Content};
 use crate::seed::Rng;
+use crate::wait;
 
 /// A server that can be killed.
 pub trait Victim {
@@ -85,7 +86,8 @@ impl Campaign {
 
     /// Bytes of volume it needs.
     pub fn volume_bytes(&self) -> u64 {
-        (self.owned_from + self.owned_each * self.connections as u64).max(self.shared.end) * BLOCK as u64
+        (self.owned_from + self.owned_each * self.connections as u64).max(self.shared.end)
+            * BLOCK as u64
     }
 
     fn owned(&self, connection: usize) -> Range<u64> {
@@ -94,7 +96,10 @@ impl Campaign {
     }
 
     fn registers(&self) -> [Range<u64>; 2] {
-        [self.shared.clone(), self.owned_from..self.owned_from + self.owned_each * self.connections as u64]
+        [
+            self.shared.clone(),
+            self.owned_from..self.owned_from + self.owned_each * self.connections as u64,
+        ]
     }
 }
 
@@ -115,22 +120,43 @@ pub fn run(campaign: &Campaign, victim: &mut impl Victim) -> Result<Report, Stri
     let mut rng = Rng::new(campaign.seed);
     // Blocks carry it, so that data of an earlier run is recognised as foreign.
     let volume = rng.next() | 1;
-    let mut known: HashMap<u64, u64> = campaign.registers().into_iter().flatten().map(|block| (block, ZEROS)).collect();
+    let mut known: HashMap<u64, u64> = campaign
+        .registers()
+        .into_iter()
+        .flatten()
+        .map(|block| (block, ZEROS))
+        .collect();
     let mut report = Report::default();
     let mut versions = 0;
     for round in 0..campaign.rounds {
-        let place = |what: String| {
-            format!("round {round} of seed {}: {what}\n--- the server's last words\n{}", campaign.seed, "")
+        let place = |what: String, words: String| {
+            format!(
+                "round {round} of seed {}: {what}\n--- the server's last words\n{words}",
+                campaign.seed
+            )
         };
         let end_after = rng.logarithmic(campaign.most_operations);
-        let state = Round { clock: AtomicU64::new(1), answered: AtomicU64::new(0), end_after, volume };
-        let logs = one_round(campaign, victim, &state, &mut rng, round, &mut versions, &mut report);
-        let logs = logs.map_err(|what| format!("{}{}", place(what), victim.words()))?;
+        let state = Round {
+            clock: AtomicU64::new(1),
+            answered: AtomicU64::new(0),
+            end_after,
+            volume,
+        };
+        let logs = one_round(
+            campaign,
+            victim,
+            &state,
+            &mut rng,
+            round,
+            &mut versions,
+            &mut report,
+        );
+        let logs = logs.map_err(|what| place(what, victim.words()))?;
         // Everything in flight is decided by now: the process that could still apply it is gone.
         let crash = state.tick();
         while campaign.ending == Ending::Kill && rng.chance(campaign.kill_starts_percent) {
             victim.spawn();
-            std::thread::sleep(Duration::from_micros(rng.below(60_000)));
+            wait::pass(Duration::from_micros(rng.below(60_000)));
             victim.kill();
             report.kills += 1;
         }
@@ -138,14 +164,23 @@ pub fn run(campaign: &Campaign, victim: &mut impl Victim) -> Result<Report, Stri
         victim.start();
         report.longest_start = report.longest_start.max(start.elapsed());
         let mut histories = merge(campaign, &known, logs, crash, &mut report);
-        for (block, version, start, finish) in read_all(campaign, victim, &state)? {
-            histories.entry(block).or_default().reads.push(Read { version, start, finish });
+        for (block, version, start, finish) in
+            read_all(campaign, victim, &state).map_err(|what| place(what, victim.words()))?
+        {
+            histories.entry(block).or_default().reads.push(Read {
+                version,
+                start,
+                finish,
+            });
             known.insert(block, version);
         }
         for (block, history) in &histories {
-            let verdict =
-                if campaign.shared.contains(block) { history.check_unique() } else { history.check_sequential() };
-            verdict.map_err(|what| format!("{}{}", place(format!("block {block}: {what}")), victim.words()))?;
+            let verdict = if campaign.shared.contains(block) {
+                history.check_unique()
+            } else {
+                history.check_sequential()
+            };
+            verdict.map_err(|what| place(format!("block {block}: {what}"), victim.words()))?;
         }
         // Decided once: nothing was written since, so nothing may change, not even over one more crash.
         if rng.chance(30) && campaign.ending == Ending::Kill {
@@ -153,10 +188,15 @@ pub fn run(campaign: &Campaign, victim: &mut impl Victim) -> Result<Report, Stri
             report.kills += 1;
             victim.start();
         }
-        for (block, version, _, _) in read_all(campaign, victim, &state)? {
+        for (block, version, _, _) in
+            read_all(campaign, victim, &state).map_err(|what| place(what, victim.words()))?
+        {
             if known[&block] != version {
-                let what = format!("block {block} was {} after the restart and is {version} now", known[&block]);
-                return Err(format!("{}{}", place(what), victim.words()));
+                let what = format!(
+                    "block {block} was {} after the restart and is {version} now",
+                    known[&block]
+                );
+                return Err(place(what, victim.words()));
             }
         }
         report.rounds += 1;
@@ -180,8 +220,19 @@ impl Round {
 
 /// One operation as its connection saw it.
 enum Event {
-    Write { first: u64, count: u64, version: u64, start: Tick, finish: Option<Tick> },
-    Read { first: u64, versions: Vec<u64>, start: Tick, finish: Tick },
+    Write {
+        first: u64,
+        count: u64,
+        version: u64,
+        start: Tick,
+        finish: Option<Tick>,
+    },
+    Read {
+        first: u64,
+        versions: Vec<u64>,
+        start: Tick,
+        finish: Tick,
+    },
 }
 
 fn one_round(
@@ -198,7 +249,8 @@ fn one_round(
     let mut workers = Vec::new();
     for number in 0..campaign.connections {
         let wishes = campaign.styles[(number + round as usize) % campaign.styles.len()];
-        let transmission = nbd::open(&address, &export, wishes).map_err(|error| format!("cannot connect: {error}"))?;
+        let transmission = nbd::open(&address, &export, wishes)
+            .map_err(|error| format!("cannot connect: {error}"))?;
         let depth = *rng.pick(&[1, 4, 16, 48]);
         // Room for more versions than a connection can use in a round; version 0 means zeros.
         let version = *versions + 1;
@@ -220,7 +272,10 @@ fn one_round(
     }
     drop(moment);
     std::thread::scope(|scope| {
-        let threads: Vec<_> = workers.into_iter().map(|worker| scope.spawn(|| worker.work())).collect();
+        let threads: Vec<_> = workers
+            .into_iter()
+            .map(|worker| scope.spawn(|| worker.work()))
+            .collect();
         // An end of the channel instead of the moment means that all connections broke by themselves.
         let came = reached.recv_timeout(Duration::from_secs(120));
         match campaign.ending {
@@ -232,7 +287,9 @@ fn one_round(
         for thread in threads {
             events.extend(thread.join().expect("a worker does not panic")?);
         }
-        came.map_err(|error| format!("no progress, or all connections were lost, before the end was due: {error}"))?;
+        came.map_err(|error| {
+            format!("no progress, or all connections were lost, before the end was due: {error}")
+        })?;
         Ok(events)
     })
 }
@@ -281,9 +338,25 @@ impl Worker<'_> {
                 Err(other) => return Err(other.to_string()),
             }
         }
-        for operation in self.in_flight.into_values().filter(|operation| changes(operation.command)) {
-            let Operation { first, count, version, start, .. } = operation;
-            self.events.push(Event::Write { first, count, version, start, finish: None });
+        for operation in self
+            .in_flight
+            .into_values()
+            .filter(|operation| changes(operation.command))
+        {
+            let Operation {
+                first,
+                count,
+                version,
+                start,
+                ..
+            } = operation;
+            self.events.push(Event::Write {
+                first,
+                count,
+                version,
+                start,
+                finish: None,
+            });
         }
         Ok(self.events)
     }
@@ -293,9 +366,17 @@ impl Worker<'_> {
         let kind = self.rng.below(100);
         let mine = self.rng.chance(80);
         let most = if self.rng.chance(3) { 200 } else { 12 };
-        let (first, count) = if mine { self.somewhere(self.owned.clone(), most) } else { self.somewhere(self.campaign.shared.clone(), 4) };
+        let (first, count) = if mine {
+            self.somewhere(self.owned.clone(), most)
+        } else {
+            self.somewhere(self.campaign.shared.clone(), 4)
+        };
         let blocks = first..first + count;
-        let fua = if self.rng.chance(8) { wire::CMD_FLAG_FUA } else { 0 };
+        let fua = if self.rng.chance(8) {
+            wire::CMD_FLAG_FUA
+        } else {
+            0
+        };
         let command = match kind {
             0..60 => wire::CMD_WRITE,
             60..68 if mine => wire::CMD_TRIM,
@@ -304,12 +385,20 @@ impl Worker<'_> {
             _ => wire::CMD_READ,
         };
         if changes(command) && mine && blocks.clone().any(|block| self.busy.contains_key(&block)) {
-            return !self.in_flight.is_empty() && self.in_flight.len() < self.depth && self.rng.chance(50);
+            return !self.in_flight.is_empty()
+                && self.in_flight.len() < self.depth
+                && self.rng.chance(50);
         }
         if command == wire::CMD_READ && self.read_blocks + count > READ_BLOCKS_MAX {
             return !self.in_flight.is_empty() && self.rng.chance(50);
         }
-        let mut operation = Operation { command, first, count, version: ZEROS, start: 0 };
+        let mut operation = Operation {
+            command,
+            first,
+            count,
+            version: ZEROS,
+            start: 0,
+        };
         let mut payload = Vec::new();
         if command == wire::CMD_WRITE {
             operation.version = self.version;
@@ -328,7 +417,13 @@ impl Worker<'_> {
         };
         let flags = if changes(command) { fua } else { 0 };
         operation.start = self.state.tick();
-        match self.transmission.submit(&Request { flags, command, offset, length, payload: &payload }) {
+        match self.transmission.submit(&Request {
+            flags,
+            command,
+            offset,
+            length,
+            payload: &payload,
+        }) {
             Ok(cookie) => {
                 self.in_flight.insert(cookie, operation);
                 true
@@ -348,20 +443,42 @@ impl Worker<'_> {
 
     fn finish(&mut self, answer: nbd::Answer) -> Result<(), String> {
         let finish = self.state.tick();
-        let Operation { command, first, count, version, start } =
-            self.in_flight.remove(&answer.cookie).ok_or("an answer nobody waits for")?;
+        let Operation {
+            command,
+            first,
+            count,
+            version,
+            start,
+        } = self
+            .in_flight
+            .remove(&answer.cookie)
+            .ok_or("an answer nobody waits for")?;
         if answer.errno != 0 {
-            return Err(format!("command {command} at block {first}+{count} got errno {}: {}", answer.errno, answer.text));
+            return Err(format!(
+                "command {command} at block {first}+{count} got errno {}: {}",
+                answer.errno, answer.text
+            ));
         }
         if command == wire::CMD_READ {
             self.read_blocks -= count;
             let versions = versions_of(&answer.data, self.state.volume, first)?;
-            self.events.push(Event::Read { first, versions, start, finish });
+            self.events.push(Event::Read {
+                first,
+                versions,
+                start,
+                finish,
+            });
         } else if changes(command) {
             for block in first..first + count {
                 self.busy.remove(&block);
             }
-            self.events.push(Event::Write { first, count, version, start, finish: Some(finish) });
+            self.events.push(Event::Write {
+                first,
+                count,
+                version,
+                start,
+                finish: Some(finish),
+            });
         }
         if self.state.answered.fetch_add(1, Ordering::Relaxed) + 1 == self.state.end_after {
             let _ = self.moment.send(());
@@ -371,16 +488,21 @@ impl Worker<'_> {
 }
 
 fn changes(command: u16) -> bool {
-    matches!(command, wire::CMD_WRITE | wire::CMD_TRIM | wire::CMD_WRITE_ZEROES)
+    matches!(
+        command,
+        wire::CMD_WRITE | wire::CMD_TRIM | wire::CMD_WRITE_ZEROES
+    )
 }
 
 fn versions_of(data: &[u8], volume: u64, first: u64) -> Result<Vec<u64>, String> {
     let blocks = data.chunks_exact(BLOCK).enumerate();
     blocks
-        .map(|(at, block)| match pattern::identify(block, volume, first + at as u64)? {
-            Content::Zeros => Ok(ZEROS),
-            Content::Version(version) => Ok(version),
-        })
+        .map(
+            |(at, block)| match pattern::identify(block, volume, first + at as u64)? {
+                Content::Zeros => Ok(ZEROS),
+                Content::Version(version) => Ok(version),
+            },
+        )
         .collect()
 }
 
@@ -391,24 +513,59 @@ fn merge(
     crash: Tick,
     report: &mut Report,
 ) -> HashMap<u64, History> {
-    let blank = |block: u64| (block, History { initial: known[&block], ..History::default() });
-    let mut histories: HashMap<u64, History> = campaign.registers().into_iter().flatten().map(blank).collect();
+    let blank = |block: u64| {
+        (
+            block,
+            History {
+                initial: known[&block],
+                ..History::default()
+            },
+        )
+    };
+    let mut histories: HashMap<u64, History> = campaign
+        .registers()
+        .into_iter()
+        .flatten()
+        .map(blank)
+        .collect();
     for event in events {
         match event {
-            Event::Write { first, count, version, start, finish } => {
+            Event::Write {
+                first,
+                count,
+                version,
+                start,
+                finish,
+            } => {
                 report.answered_writes += u64::from(finish.is_some());
                 report.in_doubt += if finish.is_none() { count } else { 0 };
                 for block in first..first + count {
                     let history = histories.get_mut(&block).expect("a block of the campaign");
                     let answered = finish.is_some();
-                    history.writes.push(Write { version, start, finish: finish.unwrap_or(crash), answered });
+                    history.writes.push(Write {
+                        version,
+                        start,
+                        finish: finish.unwrap_or(crash),
+                        answered,
+                    });
                 }
             }
-            Event::Read { first, versions, start, finish } => {
+            Event::Read {
+                first,
+                versions,
+                start,
+                finish,
+            } => {
                 report.answered_reads += 1;
                 for (at, version) in versions.into_iter().enumerate() {
-                    let history = histories.get_mut(&(first + at as u64)).expect("a block of the campaign");
-                    history.reads.push(Read { version, start, finish });
+                    let history = histories
+                        .get_mut(&(first + at as u64))
+                        .expect("a block of the campaign");
+                    history.reads.push(Read {
+                        version,
+                        start,
+                        finish,
+                    });
                 }
             }
         }
@@ -417,19 +574,31 @@ fn merge(
 }
 
 /// Every block of the campaign, as `(block, version, start, finish)`.
-fn read_all(campaign: &Campaign, victim: &impl Victim, state: &Round) -> Result<Vec<(u64, u64, Tick, Tick)>, String> {
-    let failed = |error: Failure| format!("reading everything: {error}\n{}", victim.words());
-    let mut transmission = nbd::open(&victim.address(), &victim.export(), campaign.styles[0]).map_err(failed)?;
+fn read_all(
+    campaign: &Campaign,
+    victim: &impl Victim,
+    state: &Round,
+) -> Result<Vec<(u64, u64, Tick, Tick)>, String> {
+    let failed = |error: Failure| format!("reading everything: {error}");
+    let mut transmission =
+        nbd::open(&victim.address(), &victim.export(), campaign.styles[0]).map_err(failed)?;
     let mut all = Vec::new();
     for range in campaign.registers() {
         let mut first = range.start;
         while first < range.end {
             let count = (range.end - first).min(256);
             let start = state.tick();
-            let data = transmission.read(first * BLOCK as u64, count * BLOCK as u64).map_err(failed)?;
+            let data = transmission
+                .read(first * BLOCK as u64, count * BLOCK as u64)
+                .map_err(failed)?;
             let finish = state.tick();
             let versions = versions_of(&data, state.volume, first)?;
-            all.extend(versions.into_iter().enumerate().map(|(at, version)| (first + at as u64, version, start, finish)));
+            all.extend(
+                versions
+                    .into_iter()
+                    .enumerate()
+                    .map(|(at, version)| (first + at as u64, version, start, finish)),
+            );
             first += count;
         }
     }

@@ -15,6 +15,7 @@ use crate::log::Log;
 use crate::nbd::{self, Address, Failure, Transmission, Wishes};
 use crate::process::{Group, Usage, describe, usage};
 use crate::scratch::{Scratch, free_port};
+use crate::wait;
 
 /// Longest wait for a daemon to be ready. A start formats a store, which writes it once with zeros.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -30,16 +31,30 @@ pub fn binary(name: &str) -> PathBuf {
         }
         // A test runs from TARGET/PROFILE/deps; the binaries are one level up.
         let own = std::env::current_exe().expect("a test knows its own path");
-        let directory = own.ancestors().nth(2).expect("TARGET/PROFILE/deps").to_path_buf();
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+        let directory = own
+            .ancestors()
+            .nth(2)
+            .expect("TARGET/PROFILE/deps")
+            .to_path_buf();
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .expect("the workspace");
         let target = directory.parent().expect("TARGET");
         // Always asked for, because a stale binary would be tested in silence; cargo does nothing when it is fresh.
-        let built = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
-            .args(["build", "--release", "-p", "ashlar-server", "--bins", "--target-dir"])
-            .arg(target)
-            .current_dir(workspace)
-            .status()
-            .expect("cargo runs");
+        let built =
+            Command::new(std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
+                .args([
+                    "build",
+                    "--release",
+                    "-p",
+                    "ashlar-server",
+                    "--bins",
+                    "--target-dir",
+                ])
+                .arg(target)
+                .current_dir(workspace)
+                .status()
+                .expect("cargo runs");
         assert!(built.success(), "cargo build of the daemon failed");
         target.join("release")
     });
@@ -54,12 +69,19 @@ pub struct Setup {
     arguments: Vec<OsString>,
     environment: Vec<(String, String)>,
     store_size: Option<String>,
+    own_tail: bool,
     nbd: Vec<String>,
 }
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { arguments: Vec::new(), environment: Vec::new(), store_size: Some("1GiB".to_owned()), nbd: Vec::new() }
+        Setup {
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            store_size: Some("1GiB".to_owned()),
+            own_tail: false,
+            nbd: Vec::new(),
+        }
     }
 }
 
@@ -88,6 +110,12 @@ impl Setup {
     /// No `--store-size`: the test names its stores itself.
     pub fn own_stores(mut self) -> Setup {
         self.store_size = None;
+        self
+    }
+
+    /// The tail in the data directory and not in memory, so that a copy of the directory is a copy of everything.
+    pub fn tail_in_data_dir(mut self) -> Setup {
+        self.own_tail = true;
         self
     }
 
@@ -131,7 +159,14 @@ impl Daemon {
     /// A daemon over an existing data directory.
     pub fn at(setup: Setup, scratch: Scratch, data: PathBuf) -> Daemon {
         let log = Log::new(scratch.join("ashlard.log"));
-        Daemon { setup, scratch, log, data, http_port: free_port(), process: None }
+        Daemon {
+            setup,
+            scratch,
+            log,
+            data,
+            http_port: free_port(),
+            process: None,
+        }
     }
 
     pub fn data_dir(&self) -> &Path {
@@ -151,12 +186,21 @@ impl Daemon {
     pub fn command(&self) -> Command {
         let mut command = Command::new(binary("ashlard"));
         command.arg("--data-dir").arg(&self.data);
-        command.arg("--listen-http").arg(format!("127.0.0.1:{}", self.http_port));
+        command
+            .arg("--listen-http")
+            .arg(format!("127.0.0.1:{}", self.http_port));
         if let Some(size) = &self.setup.store_size {
             command.arg("--store-size").arg(size);
         }
+        if self.setup.own_tail {
+            command.arg("--tail-dir").arg(self.data.join("tail"));
+        } else {
+            command.arg("--tail-dir").arg(self.scratch.memory());
+        }
         if !self.setup.nbd.is_empty() {
-            command.arg("--listen-nbd").arg(format!("unix:{}", self.data.join("nbd.sock").display()));
+            command
+                .arg("--listen-nbd")
+                .arg(format!("unix:{}", self.data.join("nbd.sock").display()));
         }
         for address in &self.setup.nbd {
             command.arg("--listen-nbd").arg(address);
@@ -166,7 +210,12 @@ impl Daemon {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")) {
             command.env_remove(name);
         }
-        command.envs(self.setup.environment.iter().map(|(name, value)| (name, value)));
+        command.envs(
+            self.setup
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        );
         command.stdin(Stdio::null());
         command
     }
@@ -174,7 +223,13 @@ impl Daemon {
     /// Starts it without waiting.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "already running");
-        let open = || OpenOptions::new().create(true).append(true).open(self.log.path()).expect("the log can be opened");
+        let open = || {
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(self.log.path())
+                .expect("the log can be opened")
+        };
         let mut command = self.command();
         command.stdout(open()).stderr(open());
         self.process = Some(Group::spawn(&mut command).expect("ashlard starts"));
@@ -190,20 +245,21 @@ impl Daemon {
 
     pub fn wait_ready(&mut self) {
         let port = self.http_port;
-        let start = Instant::now();
-        loop {
+        wait::until(READY_LIMIT, "ashlard is ready", || {
             match http::get(port, "/readyz") {
-                Ok((200, _)) => return,
+                Ok((200, _)) => Ok(()),
                 other => {
                     if let Some(status) = self.process().exited() {
-                        panic!("ashlard ended with {} before it was ready:\n{}", describe(status), self.log.tail());
+                        panic!(
+                            "ashlard ended with {} before it was ready:\n{}",
+                            describe(status),
+                            self.log.tail()
+                        );
                     }
-                    let late = start.elapsed() > READY_LIMIT;
-                    assert!(!late, "not ready within {READY_LIMIT:?} ({other:?}):\n{}", self.log.tail());
-                    std::thread::sleep(Duration::from_millis(2));
+                    Err(format!("{other:?}\n{}", self.log.tail()))
                 }
             }
-        }
+        });
     }
 
     /// Starts it, expects it to give up, and returns what it said.
@@ -211,10 +267,15 @@ impl Daemon {
         let before = self.log.text().len();
         self.spawn();
         let ended = self.process().wait(READY_LIMIT);
-        let status = ended.unwrap_or_else(|| panic!("ashlard should refuse to start:\n{}", self.log.tail()));
+        let status =
+            ended.unwrap_or_else(|| panic!("ashlard should refuse to start:\n{}", self.log.tail()));
         self.process = None;
         let said = self.log.text()[before..].to_owned();
-        assert!(status.code().is_some_and(|code| code != 0), "{}:\n{said}", describe(status));
+        assert!(
+            status.code().is_some_and(|code| code != 0),
+            "{}:\n{said}",
+            describe(status)
+        );
         assert!(!said.contains("panicked at"), "{said}");
         said
     }
@@ -224,7 +285,9 @@ impl Daemon {
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.process.as_mut().is_some_and(|process| process.exited().is_none())
+        self.process
+            .as_mut()
+            .is_some_and(|process| process.exited().is_none())
     }
 
     pub fn pid(&self) -> u32 {
@@ -236,7 +299,13 @@ impl Daemon {
         let status = self.process().kill();
         self.process = None;
         use std::os::unix::process::ExitStatusExt;
-        assert_eq!(status.signal(), Some(9), "it had ended by itself: {}\n{}", describe(status), self.log.tail());
+        assert_eq!(
+            status.signal(),
+            Some(9),
+            "it had ended by itself: {}\n{}",
+            describe(status),
+            self.log.tail()
+        );
     }
 
     /// SIGTERM, and gone with exit code 0 when this returns. Returns how long that took.
@@ -244,7 +313,12 @@ impl Daemon {
         let start = Instant::now();
         self.terminate();
         let status = self.wait_ended(STOP_LIMIT);
-        assert!(status.success(), "after SIGTERM: {}\n{}", describe(status), self.log.tail());
+        assert!(
+            status.success(),
+            "after SIGTERM: {}\n{}",
+            describe(status),
+            self.log.tail()
+        );
         start.elapsed()
     }
 
@@ -255,7 +329,8 @@ impl Daemon {
 
     pub fn wait_ended(&mut self, limit: Duration) -> ExitStatus {
         let ended = self.process().wait(limit);
-        let status = ended.unwrap_or_else(|| panic!("still running after {limit:?}:\n{}", self.log.tail()));
+        let status =
+            ended.unwrap_or_else(|| panic!("still running after {limit:?}:\n{}", self.log.tail()));
         self.process = None;
         status
     }
@@ -287,7 +362,8 @@ impl Daemon {
 
     /// A connection of the tests' own client.
     pub fn open(&self, volume: &str, wishes: Wishes) -> Transmission {
-        self.try_open(volume, wishes).unwrap_or_else(|error| panic!("{volume}: {error}\n{}", self.log.tail()))
+        self.try_open(volume, wishes)
+            .unwrap_or_else(|error| panic!("{volume}: {error}\n{}", self.log.tail()))
     }
 
     pub fn try_open(&self, volume: &str, wishes: Wishes) -> Result<Transmission, Failure> {
@@ -296,7 +372,8 @@ impl Daemon {
 
     /// Creates a volume.
     pub fn create(&self, volume: &str, size: &str) {
-        self.admin().run(["volume", "create", volume, "--size", size]);
+        self.admin()
+            .run(["volume", "create", volume, "--size", size]);
     }
 }
 
@@ -308,11 +385,19 @@ impl Drop for Daemon {
             if let Some(status) = ended
                 && !std::thread::panicking()
             {
-                panic!("ashlard had ended with {}:\n{}", describe(status), self.log.tail());
+                panic!(
+                    "ashlard had ended with {}:\n{}",
+                    describe(status),
+                    self.log.tail()
+                );
             }
         }
         if std::thread::panicking() {
-            eprintln!("--- the end of {}\n{}", self.log.path().display(), self.log.tail());
+            eprintln!(
+                "--- the end of {}\n{}",
+                self.log.path().display(),
+                self.log.tail()
+            );
         } else {
             self.log.check();
         }

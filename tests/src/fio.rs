@@ -12,13 +12,23 @@ impl Fio {
     /// A run of fio on `uri`.
     pub fn plain(uri: &str) -> Tool {
         Tool::new("fio")
-            .args(["--name=job", "--ioengine=nbd", "--thread", "--minimal", "--eta=never"])
+            .args([
+                "--name=job",
+                "--ioengine=nbd",
+                "--thread",
+                "--minimal",
+                "--eta=never",
+            ])
             .arg(format!("--uri={uri}"))
             .limit(Duration::from_secs(240))
     }
 
     /// A run that verifies everything it wrote, and stops at the first difference.
     pub fn verify(uri: &str) -> Tool {
-        Fio::plain(uri).args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=1024"])
+        Fio::plain(uri).args([
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_backlog=1024",
+        ])
     }
 }

@@ -60,8 +60,13 @@ struct Cluster {
 impl History {
     /// Checks a block whose versions are all different.
     pub fn check_unique(&self) -> Result<(), String> {
-        let mut clusters =
-            vec![Cluster { version: self.initial, write_start: 0, min_finish: 0, max_start: 0, certain: true }];
+        let mut clusters = vec![Cluster {
+            version: self.initial,
+            write_start: 0,
+            min_finish: 0,
+            max_start: 0,
+            certain: true,
+        }];
         let mut index = HashMap::from([(self.initial, 0)]);
         for write in &self.writes {
             if index.insert(write.version, clusters.len()).is_some() {
@@ -77,11 +82,17 @@ impl History {
         }
         for read in &self.reads {
             let Some(at) = index.get(&read.version) else {
-                return Err(self.explain(&format!("read {} is of a version that is gone or never was", read.version)));
+                return Err(self.explain(&format!(
+                    "read {} is of a version that is gone or never was",
+                    read.version
+                )));
             };
             let cluster = &mut clusters[*at];
             if read.finish < cluster.write_start {
-                return Err(self.explain(&format!("version {} was read before it was written", read.version)));
+                return Err(self.explain(&format!(
+                    "version {} was read before it was written",
+                    read.version
+                )));
             }
             cluster.certain = true;
             cluster.min_finish = cluster.min_finish.min(read.finish);
@@ -89,13 +100,17 @@ impl History {
         }
         // A forward zone is a time in which the block certainly had this version. No two may overlap, and a version that
         // lived at one moment only cannot have lived inside another's.
-        let (mut forward, backward): (Vec<Cluster>, Vec<Cluster>) =
-            clusters.into_iter().filter(|c| c.certain).partition(|c| c.min_finish < c.max_start);
+        let (mut forward, backward): (Vec<Cluster>, Vec<Cluster>) = clusters
+            .into_iter()
+            .filter(|c| c.certain)
+            .partition(|c| c.min_finish < c.max_start);
         forward.sort_by_key(|cluster| cluster.min_finish);
         for pair in forward.windows(2) {
             if pair[1].min_finish < pair[0].max_start {
                 let (one, other) = (pair[0].version, pair[1].version);
-                return Err(self.explain(&format!("versions {one} and {other} come and go, or one of them was lost")));
+                return Err(self.explain(&format!(
+                    "versions {one} and {other} come and go, or one of them was lost"
+                )));
             }
         }
         for inner in &backward {
@@ -103,7 +118,10 @@ impl History {
             if let Some(outer) = after.checked_sub(1).map(|at| &forward[at])
                 && inner.min_finish < outer.max_start
             {
-                return Err(self.explain(&format!("version {} was lost under version {}", inner.version, outer.version)));
+                return Err(self.explain(&format!(
+                    "version {} was lost under version {}",
+                    inner.version, outer.version
+                )));
             }
         }
         Ok(())
@@ -113,8 +131,19 @@ impl History {
     pub fn check_sequential(&self) -> Result<(), String> {
         let mut writes = self.writes.clone();
         writes.sort_by_key(|write| write.start);
-        writes.insert(0, Write { version: self.initial, start: 0, finish: 0, answered: true });
-        if let Some(pair) = writes.windows(2).find(|pair| pair[1].start < pair[0].finish) {
+        writes.insert(
+            0,
+            Write {
+                version: self.initial,
+                start: 0,
+                finish: 0,
+                answered: true,
+            },
+        );
+        if let Some(pair) = writes
+            .windows(2)
+            .find(|pair| pair[1].start < pair[0].finish)
+        {
             return Err(format!("the test let two writes overlap: {pair:?}"));
         }
         let mut reads = self.reads.clone();
@@ -122,13 +151,30 @@ impl History {
         // (finish of a read, position it showed): later reads may not be before it.
         let mut shown: Vec<(Tick, usize)> = Vec::with_capacity(reads.len());
         for read in &reads {
-            let done = writes.iter().rposition(|write| write.answered && write.finish < read.start).unwrap_or(0);
-            let seen = shown.iter().filter(|(finish, _)| *finish < read.start).map(|(_, at)| *at).max().unwrap_or(0);
+            let done = writes
+                .iter()
+                .rposition(|write| write.answered && write.finish < read.start)
+                .unwrap_or(0);
+            let seen = shown
+                .iter()
+                .filter(|(finish, _)| *finish < read.start)
+                .map(|(_, at)| *at)
+                .max()
+                .unwrap_or(0);
             let lowest = done.max(seen);
-            let highest = writes.iter().rposition(|write| write.start < read.finish).unwrap_or(0);
+            let highest = writes
+                .iter()
+                .rposition(|write| write.start < read.finish)
+                .unwrap_or(0);
             let Some(at) = (lowest..=highest).find(|at| writes[*at].version == read.version) else {
-                let allowed: Vec<u64> = writes[lowest.min(highest)..=highest].iter().map(|write| write.version).collect();
-                let what = format!("read at {}..{} gave {}, allowed {allowed:?}", read.start, read.finish, read.version);
+                let allowed: Vec<u64> = writes[lowest.min(highest)..=highest]
+                    .iter()
+                    .map(|write| write.version)
+                    .collect();
+                let what = format!(
+                    "read at {}..{} gave {}, allowed {allowed:?}",
+                    read.start, read.finish, read.version
+                );
                 return Err(self.explain(&what));
             };
             shown.push((read.finish, at));
@@ -139,17 +185,35 @@ impl History {
     fn explain(&self, what: &str) -> String {
         let mut lines: Vec<(Tick, String)> = Vec::new();
         for write in &self.writes {
-            let end = if write.answered { format!("answered at {}", write.finish) } else { "not answered".to_owned() };
-            lines.push((write.start, format!("{:>8} write {} {end}", write.start, write.version)));
+            let end = if write.answered {
+                format!("answered at {}", write.finish)
+            } else {
+                "not answered".to_owned()
+            };
+            lines.push((
+                write.start,
+                format!("{:>8} write {} {end}", write.start, write.version),
+            ));
         }
         for read in &self.reads {
-            let line = format!("{:>8} read  {} answered at {}", read.start, read.version, read.finish);
+            let line = format!(
+                "{:>8} read  {} answered at {}",
+                read.start, read.version, read.finish
+            );
             lines.push((read.start, line));
         }
         lines.sort();
         let skipped = lines.len().saturating_sub(40);
-        let text: Vec<String> = lines.into_iter().skip(skipped).map(|(_, line)| line).collect();
-        format!("{what}\n  it was {} at the start; {skipped} earlier events\n  {}", self.initial, text.join("\n  "))
+        let text: Vec<String> = lines
+            .into_iter()
+            .skip(skipped)
+            .map(|(_, line)| line)
+            .collect();
+        format!(
+            "{what}\n  it was {} at the start; {skipped} earlier events\n  {}",
+            self.initial,
+            text.join("\n  ")
+        )
     }
 }
 
@@ -159,70 +223,152 @@ mod tests {
     use crate::seed::Rng;
 
     fn write(version: u64, start: Tick, finish: Tick) -> Write {
-        Write { version, start, finish, answered: true }
+        Write {
+            version,
+            start,
+            finish,
+            answered: true,
+        }
     }
 
     fn doubt(version: u64, start: Tick, crash: Tick) -> Write {
-        Write { version, start, finish: crash, answered: false }
+        Write {
+            version,
+            start,
+            finish: crash,
+            answered: false,
+        }
     }
 
     fn read(version: u64, start: Tick, finish: Tick) -> Read {
-        Read { version, start, finish }
+        Read {
+            version,
+            start,
+            finish,
+        }
     }
 
     fn both(writes: &[Write], reads: &[Read]) -> [bool; 2] {
-        let history = History { initial: 0, writes: writes.to_vec(), reads: reads.to_vec() };
-        [history.check_unique().is_ok(), history.check_sequential().is_ok()]
+        let history = History {
+            initial: 0,
+            writes: writes.to_vec(),
+            reads: reads.to_vec(),
+        };
+        [
+            history.check_unique().is_ok(),
+            history.check_sequential().is_ok(),
+        ]
     }
 
     #[test]
     fn a_lost_write_is_found() {
         assert_eq!(both(&[write(1, 1, 2)], &[read(1, 3, 4)]), [true; 2]);
         assert_eq!(both(&[write(1, 1, 2)], &[read(0, 3, 4)]), [false; 2]);
-        assert_eq!(both(&[write(1, 1, 2), write(2, 3, 4)], &[read(1, 5, 6)]), [false; 2]);
+        assert_eq!(
+            both(&[write(1, 1, 2), write(2, 3, 4)], &[read(1, 5, 6)]),
+            [false; 2]
+        );
         // Nothing reads version 2, and yet it must not be lost.
-        assert_eq!(both(&[write(1, 1, 2), write(2, 3, 4)], &[read(1, 3, 4), read(1, 7, 8)]), [false; 2]);
+        assert_eq!(
+            both(
+                &[write(1, 1, 2), write(2, 3, 4)],
+                &[read(1, 3, 4), read(1, 7, 8)]
+            ),
+            [false; 2]
+        );
     }
 
     #[test]
     fn a_write_in_doubt_is_decided_once() {
         let writes = [write(1, 1, 2), doubt(2, 3, 10)];
-        assert_eq!(both(&writes, &[read(1, 11, 12), read(1, 13, 14)]), [true; 2]);
-        assert_eq!(both(&writes, &[read(2, 11, 12), read(2, 13, 14)]), [true; 2]);
-        assert_eq!(both(&writes, &[read(2, 4, 5), read(1, 11, 12)]), [false; 2], "seen, then gone");
-        assert_eq!(both(&writes, &[read(2, 11, 12), read(1, 13, 14)]), [false; 2], "there, then gone");
-        let history = History { initial: 0, writes: writes.to_vec(), reads: vec![read(1, 11, 12), read(2, 13, 14)] };
+        assert_eq!(
+            both(&writes, &[read(1, 11, 12), read(1, 13, 14)]),
+            [true; 2]
+        );
+        assert_eq!(
+            both(&writes, &[read(2, 11, 12), read(2, 13, 14)]),
+            [true; 2]
+        );
+        assert_eq!(
+            both(&writes, &[read(2, 4, 5), read(1, 11, 12)]),
+            [false; 2],
+            "seen, then gone"
+        );
+        assert_eq!(
+            both(&writes, &[read(2, 11, 12), read(1, 13, 14)]),
+            [false; 2],
+            "there, then gone"
+        );
+        let history = History {
+            initial: 0,
+            writes: writes.to_vec(),
+            reads: vec![read(1, 11, 12), read(2, 13, 14)],
+        };
         assert!(history.check_unique().is_err(), "gone, then there");
     }
 
     #[test]
     fn a_read_never_goes_back() {
         let slow = [write(1, 1, 100)];
-        assert_eq!(both(&slow, &[read(0, 2, 3), read(1, 4, 5), read(1, 6, 7)]), [true; 2]);
+        assert_eq!(
+            both(&slow, &[read(0, 2, 3), read(1, 4, 5), read(1, 6, 7)]),
+            [true; 2]
+        );
         assert_eq!(both(&slow, &[read(1, 2, 3), read(0, 4, 5)]), [false; 2]);
         // Reads that overlap each other may come in either order.
         assert_eq!(both(&slow, &[read(1, 2, 8), read(0, 4, 9)]), [true; 2]);
-        assert_eq!(both(&[write(1, 10, 20)], &[read(1, 2, 3)]), [false; 2], "read before it was written");
+        assert_eq!(
+            both(&[write(1, 10, 20)], &[read(1, 2, 3)]),
+            [false; 2],
+            "read before it was written"
+        );
     }
 
     #[test]
     fn concurrent_writers_may_win_in_either_order() {
         let writes = vec![write(1, 1, 10), write(2, 2, 9)];
         for last in [1, 2] {
-            let history = History { initial: 0, writes: writes.clone(), reads: vec![read(last, 11, 12)] };
+            let history = History {
+                initial: 0,
+                writes: writes.clone(),
+                reads: vec![read(last, 11, 12)],
+            };
             assert_eq!(history.check_unique(), Ok(()));
         }
         let reads = vec![read(1, 11, 12), read(2, 13, 14)];
-        assert!(History { initial: 0, writes, reads }.check_unique().is_err());
+        assert!(
+            History {
+                initial: 0,
+                writes,
+                reads
+            }
+            .check_unique()
+            .is_err()
+        );
     }
 
     #[test]
     fn zeros_may_come_again() {
-        let writes = [write(1, 1, 2), write(ZEROS, 3, 4), write(2, 5, 6), write(ZEROS, 7, 8)];
+        let writes = [
+            write(1, 1, 2),
+            write(ZEROS, 3, 4),
+            write(2, 5, 6),
+            write(ZEROS, 7, 8),
+        ];
         let sound = |reads: &[Read]| {
-            History { initial: 0, writes: writes.to_vec(), reads: reads.to_vec() }.check_sequential().is_ok()
+            History {
+                initial: 0,
+                writes: writes.to_vec(),
+                reads: reads.to_vec(),
+            }
+            .check_sequential()
+            .is_ok()
         };
-        assert!(sound(&[read(ZEROS, 4, 5), read(2, 6, 7), read(ZEROS, 9, 10)]));
+        assert!(sound(&[
+            read(ZEROS, 4, 5),
+            read(2, 6, 7),
+            read(ZEROS, 9, 10)
+        ]));
         assert!(!sound(&[read(2, 9, 10)]));
         // Between 4 and 7 only zeros, version 2, or zeros again; not back from 2 to the first zeros.
         assert!(!sound(&[read(2, 5, 6), read(1, 7, 8)]));
@@ -249,7 +395,9 @@ mod tests {
                 if rng.chance(50) {
                     history.writes.push(write(number + 1, start, finish));
                 } else {
-                    history.reads.push(read(rng.below(count + 1), start, finish));
+                    history
+                        .reads
+                        .push(read(rng.below(count + 1), start, finish));
                 }
             }
             let truth = linearizable(&history);
@@ -261,19 +409,32 @@ mod tests {
             }
             if truth { sound += 1 } else { unsound += 1 }
         }
-        assert!(sound > 300 && unsound > 300, "{sound} sound, {unsound} not: the draw is one-sided");
+        assert!(
+            sound > 300 && unsound > 300,
+            "{sound} sound, {unsound} not: the draw is one-sided"
+        );
     }
 
     fn linearizable(history: &History) -> bool {
         // (start, finish, version, is it a write)
-        let mut operations: Vec<(Tick, Tick, u64, bool)> =
-            history.writes.iter().map(|w| (w.start, w.finish, w.version, true)).collect();
-        operations.extend(history.reads.iter().map(|r| (r.start, r.finish, r.version, false)));
+        let mut operations: Vec<(Tick, Tick, u64, bool)> = history
+            .writes
+            .iter()
+            .map(|w| (w.start, w.finish, w.version, true))
+            .collect();
+        operations.extend(
+            history
+                .reads
+                .iter()
+                .map(|r| (r.start, r.finish, r.version, false)),
+        );
         fn search(left: &[(Tick, Tick, u64, bool)], value: u64) -> bool {
             left.is_empty()
                 || (0..left.len()).any(|at| {
                     let (start, _, version, is_write) = left[at];
-                    let first = left.iter().all(|other| other.1 > start || *other == left[at]);
+                    let first = left
+                        .iter()
+                        .all(|other| other.1 > start || *other == left[at]);
                     let fits = is_write || version == value;
                     let mut rest = left.to_vec();
                     rest.remove(at);

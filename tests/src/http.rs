@@ -9,15 +9,29 @@ pub fn get(port: u16, path: &str) -> std::io::Result<(u16, String)> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    stream.write_all(
+        format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes(),
+    )?;
     let mut all = Vec::new();
     stream.read_to_end(&mut all)?;
     let text = String::from_utf8(all).map_err(std::io::Error::other)?;
-    let (head, body) = text.split_once("\r\n\r\n").ok_or(std::io::Error::other("no end of the headers"))?;
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .ok_or(std::io::Error::other("no end of the headers"))?;
     let code = head.split(' ').nth(1).and_then(|code| code.parse().ok());
     let code = code.ok_or(std::io::Error::other("no status code"))?;
-    let chunked = head.lines().any(|line| line.to_ascii_lowercase().starts_with("transfer-encoding: chunked"));
-    Ok((code, if chunked { unchunk(body) } else { body.to_owned() }))
+    let chunked = head.lines().any(|line| {
+        line.to_ascii_lowercase()
+            .starts_with("transfer-encoding: chunked")
+    });
+    Ok((
+        code,
+        if chunked {
+            unchunk(body)
+        } else {
+            body.to_owned()
+        },
+    ))
 }
 
 fn unchunk(mut body: &str) -> String {
@@ -52,17 +66,25 @@ impl Metrics {
     /// Parses the text format; a line that is neither a comment nor a sample is an error.
     pub fn parse(text: &str) -> Result<Metrics, String> {
         let mut samples = Vec::new();
-        for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        for line in text
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        {
             samples.push(parse_sample(line).ok_or_else(|| format!("not a sample: {line}"))?);
         }
-        Ok(Metrics { samples, text: text.to_owned() })
+        Ok(Metrics {
+            samples,
+            text: text.to_owned(),
+        })
     }
 
     /// The sum of all samples of `name` that carry every one of `labels`; `None` when there is no such sample.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let mut found = None;
         for sample in &self.samples {
-            let has = |(key, value): &(&str, &str)| sample.labels.iter().any(|(k, v)| k == key && v == value);
+            let has = |(key, value): &(&str, &str)| {
+                sample.labels.iter().any(|(k, v)| k == key && v == value)
+            };
             if sample.name == name && labels.iter().all(has) {
                 found = Some(found.unwrap_or(0.0) + sample.value);
             }
@@ -85,12 +107,22 @@ fn parse_sample(line: &str) -> Option<Sample> {
     let mut parsed = Vec::new();
     let mut rest = labels;
     while let Some((key, after)) = rest.split_once("=\"") {
-        let end = after.char_indices().find(|(at, c)| *c == '"' && !after[..*at].ends_with('\\')).map(|(at, _)| at)?;
-        parsed.push((key.trim_start_matches(',').to_owned(), after[..end].to_owned()));
+        let end = after
+            .char_indices()
+            .find(|(at, c)| *c == '"' && !after[..*at].ends_with('\\'))
+            .map(|(at, _)| at)?;
+        parsed.push((
+            key.trim_start_matches(',').to_owned(),
+            after[..end].to_owned(),
+        ));
         rest = &after[end + 1..];
     }
     let value = value.split_whitespace().next()?.parse().ok()?;
-    Some(Sample { name: name.to_owned(), labels: parsed, value })
+    Some(Sample {
+        name: name.to_owned(),
+        labels: parsed,
+        value,
+    })
 }
 
 #[cfg(test)]
@@ -99,7 +131,9 @@ mod tests {
 
     #[test]
     fn prometheus_text_is_parsed() {
-        let metrics = Metrics::parse("# TYPE a counter\na_total{v=\"x y\",c=\"read\"} 3\na_total{c=\"write\"} 4\nb 0.5\n");
+        let metrics = Metrics::parse(
+            "# TYPE a counter\na_total{v=\"x y\",c=\"read\"} 3\na_total{c=\"write\"} 4\nb 0.5\n",
+        );
         let metrics = metrics.unwrap();
         assert_eq!(metrics.sum("a_total", &[]), Some(7.0));
         assert_eq!(metrics.sum("a_total", &[("v", "x y")]), Some(3.0));

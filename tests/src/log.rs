@@ -13,7 +13,10 @@ pub struct Log {
 
 impl Log {
     pub fn new(path: PathBuf) -> Log {
-        Log { path, expected: Vec::new() }
+        Log {
+            path,
+            expected: Vec::new(),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -21,7 +24,10 @@ impl Log {
     }
 
     pub fn text(&self) -> String {
-        std::fs::read(&self.path).map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
+        std::fs::read(&self.path).map_or_else(
+            |_| String::new(),
+            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
+        )
     }
 
     /// Lines at WARN or ERROR that contain `part` are meant to be there.
@@ -33,16 +39,28 @@ impl Log {
     pub fn surprises(&self) -> Vec<String> {
         let unexpected = |line: &&str| match severity(line) {
             Severity::Fine => false,
-            Severity::Alarming => !self.expected.iter().any(|part| line.contains(part.as_str())),
+            Severity::Alarming => !self
+                .expected
+                .iter()
+                .any(|part| line.contains(part.as_str())),
             Severity::Panic => true,
         };
-        self.text().lines().filter(unexpected).map(str::to_owned).collect()
+        self.text()
+            .lines()
+            .filter(unexpected)
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Panics when there is a line that should not be there.
     pub fn check(&self) {
         let surprises = self.surprises();
-        assert!(surprises.is_empty(), "unexpected in {}:\n{}", self.path.display(), surprises.join("\n"));
+        assert!(
+            surprises.is_empty(),
+            "unexpected in {}:\n{}",
+            self.path.display(),
+            surprises.join("\n")
+        );
     }
 
     /// The last lines, for the message of a failure.
@@ -67,9 +85,18 @@ fn severity(line: &str) -> Severity {
     }
     let level = match serde_json::from_str::<serde_json::Value>(line) {
         Ok(value) if value.is_object() => value["level"].as_str().unwrap_or("").to_owned(),
-        _ => line.split_whitespace().take(2).find(|word| matches!(*word, "WARN" | "ERROR")).unwrap_or("").to_owned(),
+        _ => line
+            .split_whitespace()
+            .take(2)
+            .find(|word| matches!(*word, "WARN" | "ERROR"))
+            .unwrap_or("")
+            .to_owned(),
     };
-    if level == "WARN" || level == "ERROR" { Severity::Alarming } else { Severity::Fine }
+    if level == "WARN" || level == "ERROR" {
+        Severity::Alarming
+    } else {
+        Severity::Fine
+    }
 }
 
 #[cfg(test)]
@@ -78,11 +105,29 @@ mod tests {
 
     #[test]
     fn levels_are_found_in_both_formats() {
-        assert_eq!(severity("2026-11-23T20:00:00Z  INFO ashlard: an ERROR in words"), Severity::Fine);
-        assert_eq!(severity("2026-11-23T20:00:00Z  WARN ashlard: x"), Severity::Alarming);
-        assert_eq!(severity("2026-11-23T20:00:00Z ERROR ashlard: x"), Severity::Alarming);
-        assert_eq!(severity(r#"{"timestamp":"t","level":"ERROR","fields":{}}"#), Severity::Alarming);
-        assert_eq!(severity(r#"{"timestamp":"t","level":"INFO","fields":{"m":"WARN"}}"#), Severity::Fine);
-        assert_eq!(severity("thread 'data-0' panicked at server/src/x.rs:1:2:"), Severity::Panic);
+        assert_eq!(
+            severity("2026-11-23T20:00:00Z  INFO ashlard: an ERROR in words"),
+            Severity::Fine
+        );
+        assert_eq!(
+            severity("2026-11-23T20:00:00Z  WARN ashlard: x"),
+            Severity::Alarming
+        );
+        assert_eq!(
+            severity("2026-11-23T20:00:00Z ERROR ashlard: x"),
+            Severity::Alarming
+        );
+        assert_eq!(
+            severity(r#"{"timestamp":"t","level":"ERROR","fields":{}}"#),
+            Severity::Alarming
+        );
+        assert_eq!(
+            severity(r#"{"timestamp":"t","level":"INFO","fields":{"m":"WARN"}}"#),
+            Severity::Fine
+        );
+        assert_eq!(
+            severity("thread 'data-0' panicked at server/src/x.rs:1:2:"),
+            Severity::Panic
+        );
     }
 }

@@ -53,7 +53,11 @@ pub fn identify(block: &[u8], volume: u64, number: u64) -> Result<Content, Strin
     if whole == block {
         return Ok(Content::Version(version));
     }
-    let first_bad = whole.iter().zip(block).position(|(a, b)| a != b).expect("they differ");
+    let first_bad = whole
+        .iter()
+        .zip(block)
+        .position(|(a, b)| a != b)
+        .expect("they differ");
     Err(format!(
         "block {number} is no version of itself: magic {:#x}, volume {:#x}, block {}, version {version:#x}, first wrong \
          byte {first_bad}",

@@ -27,11 +27,18 @@ impl Group {
         // SAFETY: between fork and exec only prctl is called, which is async-signal-safe and touches no memory.
         unsafe {
             command.pre_exec(|| {
-                rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(io::Error::from)
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+                    .map_err(io::Error::from)
             });
         }
-        let child = command.spawn().map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
-        Ok(Group { child, name, status: None })
+        let child = command
+            .spawn()
+            .map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
+        Ok(Group {
+            child,
+            name,
+            status: None,
+        })
     }
 
     pub fn child(&mut self) -> &mut Child {
@@ -49,7 +56,8 @@ impl Group {
     /// Sends `signal` to the leader alone.
     pub fn signal(&mut self, signal: Signal) {
         if self.exited().is_none() {
-            kill_process(self.rustix_pid(), signal).expect("a child that was not reaped can be signalled");
+            kill_process(self.rustix_pid(), signal)
+                .expect("a child that was not reaped can be signalled");
         }
     }
 
@@ -80,10 +88,14 @@ impl Group {
             return Some(status);
         }
         let deadline = Instant::now() + limit;
-        let pidfd = pidfd_open(self.rustix_pid(), PidfdFlags::empty()).expect("a pidfd of a child (Linux 5.3)");
+        let pidfd = pidfd_open(self.rustix_pid(), PidfdFlags::empty())
+            .expect("a pidfd of a child (Linux 5.3)");
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            let timeout = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
             match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
                 Ok(0) => return None,
                 Ok(_) => return self.exited(),
@@ -108,7 +120,11 @@ pub struct Collector {
 }
 
 impl Collector {
-    pub fn start(mut source: impl Read + Send + 'static, limit_bytes: u64, group_leader: u32) -> Collector {
+    pub fn start(
+        mut source: impl Read + Send + 'static,
+        limit_bytes: u64,
+        group_leader: u32,
+    ) -> Collector {
         let overflow = Arc::new(AtomicBool::new(false));
         let flag = overflow.clone();
         let total = AtomicU64::new(0);
@@ -119,7 +135,9 @@ impl Collector {
                 match source.read(&mut piece) {
                     Ok(0) => break,
                     Ok(count) => {
-                        if total.fetch_add(count as u64, Ordering::Relaxed) + (count as u64) <= limit_bytes {
+                        if total.fetch_add(count as u64, Ordering::Relaxed) + (count as u64)
+                            <= limit_bytes
+                        {
                             kept.extend_from_slice(&piece[..count]);
                         } else if !flag.swap(true, Ordering::Relaxed)
                             && let Some(pid) = Pid::from_raw(group_leader as i32)
@@ -139,7 +157,10 @@ impl Collector {
     /// All that was kept, and whether the limit was passed.
     pub fn finish(self) -> (String, bool) {
         let bytes = self.thread.join().expect("the collector does not panic");
-        (String::from_utf8_lossy(&bytes).into_owned(), self.overflow.load(Ordering::Relaxed))
+        (
+            String::from_utf8_lossy(&bytes).into_owned(),
+            self.overflow.load(Ordering::Relaxed),
+        )
     }
 }
 
@@ -166,11 +187,19 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         // A thread may end while the list is read.
         if let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) {
-            nanos += text.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            nanos += text
+                .split_whitespace()
+                .next()
+                .and_then(|word| word.parse::<u64>().ok())
+                .unwrap_or(0);
         }
     }
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-    Ok(Usage { resident_bytes: kib * 1024, processor_time: Duration::from_nanos(nanos), descriptors })
+    Ok(Usage {
+        resident_bytes: kib * 1024,
+        processor_time: Duration::from_nanos(nanos),
+        descriptors,
+    })
 }
 
 /// Words for how a process ended.

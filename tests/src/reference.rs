@@ -33,10 +33,20 @@ impl Reference {
     fn launch(program: &'static str, size_bytes: u64, arguments: &[&str]) -> Reference {
         let scratch = Scratch::new(program);
         let image = scratch.join("image");
-        std::fs::File::create(&image).and_then(|file| file.set_len(size_bytes)).expect("a sparse image");
+        std::fs::File::create(&image)
+            .and_then(|file| file.set_len(size_bytes))
+            .expect("a sparse image");
         let image = image.to_str().expect("a UTF-8 path");
-        let arguments = arguments.iter().map(|argument| argument.replace("{image}", image)).collect();
-        let mut server = Reference { scratch, program, arguments, process: None };
+        let arguments = arguments
+            .iter()
+            .map(|argument| argument.replace("{image}", image))
+            .collect();
+        let mut server = Reference {
+            scratch,
+            program,
+            arguments,
+            process: None,
+        };
         server.start();
         server
     }
@@ -57,12 +67,20 @@ impl Victim for Reference {
         let mut command = Command::new(self.program);
         match self.program {
             "nbdkit" => command.args(["-f", "-U"]).arg(&socket),
-            _ => command.args(["-f", "raw", "-t", "-e", "0", "-k"]).arg(&socket),
+            _ => command
+                .args(["-f", "raw", "-t", "-e", "0", "-k"])
+                .arg(&socket),
         };
-        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         self.process = Some(Group::spawn(&mut command).expect("the reference server starts"));
         let address = self.address();
-        wait::until(Duration::from_secs(10), self.program, || address.connect().map(drop).map_err(|e| e.to_string()));
+        wait::until(Duration::from_secs(10), self.program, || {
+            address.connect().map(drop).map_err(|e| e.to_string())
+        });
     }
 
     fn spawn(&mut self) {

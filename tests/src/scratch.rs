@@ -7,22 +7,39 @@ use std::sync::atomic::{AtomicU16, Ordering};
 /// A directory that goes away with its owner, unless the test fails and `ASHLAR_TESTS_KEEP` is set.
 pub struct Scratch {
     directory: Option<tempfile::TempDir>,
+    /// For what must be in memory and outlive a process: on a tmpfs where there is one.
+    memory: tempfile::TempDir,
 }
 
 impl Scratch {
     /// Under `ASHLAR_TESTS_DIR`, else /var/tmp: on a disk where O_DIRECT works, and with a path short enough for a Unix
     /// socket (108 bytes).
     pub fn new(test: &str) -> Scratch {
-        let base = std::env::var_os("ASHLAR_TESTS_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-        let directory = tempfile::Builder::new()
-            .prefix(&format!("ashlar-{test}-"))
-            .tempdir_in(&base)
+        let base = std::env::var_os("ASHLAR_TESTS_DIR")
+            .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let make = |base: &Path| {
+            tempfile::Builder::new()
+                .prefix(&format!("ashlar-{test}-"))
+                .tempdir_in(base)
+        };
+        let directory = make(&base)
             .unwrap_or_else(|error| panic!("no scratch directory in {}: {error}", base.display()));
-        Scratch { directory: Some(directory) }
+        let memory = make(Path::new("/dev/shm"))
+            .or_else(|_| make(&base))
+            .expect("a second scratch directory");
+        Scratch {
+            directory: Some(directory),
+            memory,
+        }
     }
 
     pub fn path(&self) -> &Path {
         self.directory.as_ref().expect("kept until drop").path()
+    }
+
+    /// A directory on a tmpfs, where there is one.
+    pub fn memory(&self) -> &Path {
+        self.memory.path()
     }
 
     pub fn join(&self, name: &str) -> PathBuf {

@@ -16,7 +16,10 @@ impl Rng {
         Rng::new(self.next())
     }
 
-    #[expect(clippy::should_implement_trait, reason = "an endless stream is not an iterator of options")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an endless stream is not an iterator of options"
+    )]
     pub fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut word = self.state;

@@ -32,8 +32,19 @@ impl Tool {
         let mut command = Command::new(program);
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("/usr/bin:/usr/sbin:/bin:/sbin:{path}"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Tool { command, limit: Duration::from_secs(60), line: program.to_owned() }
+        // What the person who runs the tests has set must not decide their outcome.
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")) {
+            command.env_remove(name);
+        }
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Tool {
+            command,
+            limit: Duration::from_secs(60),
+            line: program.to_owned(),
+        }
     }
 
     pub fn arg(mut self, argument: impl AsRef<std::ffi::OsStr>) -> Tool {
@@ -64,8 +75,12 @@ impl Tool {
 
     /// Starts it, to be waited for later.
     pub fn start(mut self) -> Running {
-        let mut group = Group::spawn(&mut self.command)
-            .unwrap_or_else(|error| panic!("cannot run {}: {error} (`make test` installs what the tests need)", self.line));
+        let mut group = Group::spawn(&mut self.command).unwrap_or_else(|error| {
+            panic!(
+                "cannot run {}: {error} (`make test` installs what the tests need)",
+                self.line
+            )
+        });
         let pid = group.pid();
         let stdout = group.child().stdout.take().expect("stdout is piped");
         let stderr = group.child().stderr.take().expect("stderr is piped");
@@ -108,9 +123,18 @@ impl Running {
         let ended = self.group.wait(self.limit);
         // Also ends what the leader left behind and holds the pipes open.
         let status = self.group.kill();
-        let ((stdout, stdout_full), (stderr, stderr_full)) = (self.stdout.finish(), self.stderr.finish());
-        let finished = Finished { line: self.line, status, stdout, stderr };
-        assert!(!stdout_full && !stderr_full, "more than {OUTPUT_MAX} bytes of output\n{finished}");
+        let ((stdout, stdout_full), (stderr, stderr_full)) =
+            (self.stdout.finish(), self.stderr.finish());
+        let finished = Finished {
+            line: self.line,
+            status,
+            stdout,
+            stderr,
+        };
+        assert!(
+            !stdout_full && !stderr_full,
+            "more than {OUTPUT_MAX} bytes of output\n{finished}"
+        );
         assert!(ended.is_some(), "killed after {:?}\n{finished}", self.limit);
         finished
     }
@@ -119,7 +143,12 @@ impl Running {
     pub fn abandon(mut self) -> Finished {
         let status = self.group.kill();
         let ((stdout, _), (stderr, _)) = (self.stdout.finish(), self.stderr.finish());
-        Finished { line: self.line, status, stdout, stderr }
+        Finished {
+            line: self.line,
+            status,
+            stdout,
+            stderr,
+        }
     }
 }
 
@@ -132,7 +161,10 @@ impl Finished {
 
     /// Demands a failure and returns both streams.
     pub fn failure(self) -> String {
-        assert!(self.status.code().is_some_and(|code| code != 0), "expected a failure\n{self}");
+        assert!(
+            self.status.code().is_some_and(|code| code != 0),
+            "expected a failure\n{self}"
+        );
         format!("{}{}", self.stdout, self.stderr)
     }
 }
@@ -145,6 +177,11 @@ impl std::fmt::Display for Finished {
             text.chars().skip(skipped).collect::<String>()
         };
         writeln!(out, "$ {}\n{}", self.line, describe(self.status))?;
-        writeln!(out, "--- stdout\n{}\n--- stderr\n{}", tail(&self.stdout), tail(&self.stderr))
+        writeln!(
+            out,
+            "--- stdout\n{}\n--- stderr\n{}",
+            tail(&self.stdout),
+            tail(&self.stderr)
+        )
     }
 }

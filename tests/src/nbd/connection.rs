@@ -102,7 +102,10 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     break Err(io::Error::new(
                         io::ErrorKind::TimedOut,
-                        format!("the server kept the connection open for {patience:?} ({} bytes came)", all.len()),
+                        format!(
+                            "the server kept the connection open for {patience:?} ({} bytes came)",
+                            all.len()
+                        ),
                     ));
                 }
                 Err(error) => break Err(error),

@@ -33,10 +33,17 @@ impl OptionReply {
 /// What a server tells about an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Info {
-    Export { size_bytes: u64, flags: u16 },
+    Export {
+        size_bytes: u64,
+        flags: u16,
+    },
     Name(String),
     Description(String),
-    BlockSize { minimum: u32, preferred: u32, max_payload: u32 },
+    BlockSize {
+        minimum: u32,
+        preferred: u32,
+        max_payload: u32,
+    },
     Other(u16, Vec<u8>),
 }
 
@@ -60,8 +67,14 @@ impl Info {
             wire::INFO_DESCRIPTION => Ok(Info::Description(text()?)),
             wire::INFO_BLOCK_SIZE => {
                 let body: [u8; 12] = body.try_into().map_err(|_| bad())?;
-                let word = |at: usize| u32::from_be_bytes([body[at], body[at + 1], body[at + 2], body[at + 3]]);
-                Ok(Info::BlockSize { minimum: word(0), preferred: word(4), max_payload: word(8) })
+                let word = |at: usize| {
+                    u32::from_be_bytes([body[at], body[at + 1], body[at + 2], body[at + 3]])
+                };
+                Ok(Info::BlockSize {
+                    minimum: word(0),
+                    preferred: word(4),
+                    max_payload: word(8),
+                })
             }
             other => Ok(Info::Other(other, body.to_vec())),
         }
@@ -104,7 +117,10 @@ pub struct Handshake {
 impl Handshake {
     /// Reads the greeting and answers with both known client flags.
     pub fn begin(address: &Address) -> Result<Handshake, Failure> {
-        Handshake::with_client_flags(address, u32::from(wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES))
+        Handshake::with_client_flags(
+            address,
+            u32::from(wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES),
+        )
     }
 
     /// Reads the greeting and answers with `flags`, whatever they mean.
@@ -112,12 +128,21 @@ impl Handshake {
         let mut connection = address.connect()?;
         let (magic, version) = (connection.take_u64()?, connection.take_u64()?);
         if magic != wire::NBDMAGIC || version != wire::IHAVEOPT {
-            return Err(Failure::Protocol(format!("greeting {magic:#x} {version:#x}")));
+            return Err(Failure::Protocol(format!(
+                "greeting {magic:#x} {version:#x}"
+            )));
         }
         let server_flags = connection.take_u16()?;
         connection.send(&flags.to_be_bytes())?;
-        let no_zeroes = server_flags & wire::FLAG_NO_ZEROES != 0 && flags & u32::from(wire::FLAG_NO_ZEROES) != 0;
-        Ok(Handshake { connection, server_flags, no_zeroes, style: HeaderStyle::Simple, allocation: None })
+        let no_zeroes = server_flags & wire::FLAG_NO_ZEROES != 0
+            && flags & u32::from(wire::FLAG_NO_ZEROES) != 0;
+        Ok(Handshake {
+            connection,
+            server_flags,
+            no_zeroes,
+            style: HeaderStyle::Simple,
+            allocation: None,
+        })
     }
 
     /// Sends an option and waits for nothing.
@@ -141,7 +166,11 @@ impl Handshake {
         if length > 1 << 20 {
             return Err(Failure::Protocol(format!("option reply of {length} bytes")));
         }
-        Ok(OptionReply { option, kind, data: self.connection.take(length)? })
+        Ok(OptionReply {
+            option,
+            kind,
+            data: self.connection.take(length)?,
+        })
     }
 
     /// Sends an option and reads all its replies, the last one being final.
@@ -151,7 +180,10 @@ impl Handshake {
         loop {
             let reply = self.reply()?;
             if reply.option != option {
-                return Err(Failure::Protocol(format!("asked option {option}, answered {}", reply.option)));
+                return Err(Failure::Protocol(format!(
+                    "asked option {option}, answered {}",
+                    reply.option
+                )));
             }
             let done = reply.is_final();
             replies.push(reply);
@@ -163,7 +195,11 @@ impl Handshake {
 
     /// The kind of the final reply to an option.
     pub fn verdict(&mut self, option: u32, data: &[u8]) -> Result<u32, Failure> {
-        Ok(self.option(option, data)?.last().expect("a final reply").kind)
+        Ok(self
+            .option(option, data)?
+            .last()
+            .expect("a final reply")
+            .kind)
     }
 
     /// Like [`Handshake::option`], but anything except an acknowledgement is an error. Remembers what was negotiated.
@@ -171,7 +207,11 @@ impl Handshake {
         let replies = self.option(option, data)?;
         let last = replies.last().expect("a final reply");
         if last.is_error() {
-            return Err(Failure::Refused { option, kind: last.kind, text: last.text() });
+            return Err(Failure::Refused {
+                option,
+                kind: last.kind,
+                text: last.text(),
+            });
         }
         match option {
             wire::OPT_STRUCTURED_REPLY => self.style = HeaderStyle::Structured,
@@ -189,9 +229,15 @@ impl Handshake {
             [context, _ack] if context.kind == wire::REP_META_CONTEXT => context,
             other => return Err(Failure::Protocol(format!("contexts selected: {other:?}"))),
         };
-        let (id, name) = context.data.split_at_checked(4).ok_or(Failure::Protocol("short context reply".into()))?;
+        let (id, name) = context
+            .data
+            .split_at_checked(4)
+            .ok_or(Failure::Protocol("short context reply".into()))?;
         if name != b"base:allocation" {
-            return Err(Failure::Protocol(format!("selected {:?}", String::from_utf8_lossy(name))));
+            return Err(Failure::Protocol(format!(
+                "selected {:?}",
+                String::from_utf8_lossy(name)
+            )));
         }
         let id = u32::from_be_bytes([id[0], id[1], id[2], id[3]]);
         self.allocation = Some(id);
@@ -199,14 +245,27 @@ impl Handshake {
     }
 
     /// All that `NBD_OPT_INFO` or `NBD_OPT_GO` tells.
-    pub fn infos(&mut self, option: u32, export: &str, wanted: &[u16]) -> Result<Vec<Info>, Failure> {
+    pub fn infos(
+        &mut self,
+        option: u32,
+        export: &str,
+        wanted: &[u16],
+    ) -> Result<Vec<Info>, Failure> {
         let replies = self.acknowledged(option, &export_request(export.as_bytes(), wanted))?;
-        replies.iter().filter(|reply| reply.kind == wire::REP_INFO).map(|reply| Info::parse(&reply.data)).collect()
+        replies
+            .iter()
+            .filter(|reply| reply.kind == wire::REP_INFO)
+            .map(|reply| Info::parse(&reply.data))
+            .collect()
     }
 
     /// Enters transmission with `NBD_OPT_GO`.
     pub fn go(mut self, export: &str) -> Result<Transmission, Failure> {
-        let wanted = [wire::INFO_NAME, wire::INFO_DESCRIPTION, wire::INFO_BLOCK_SIZE];
+        let wanted = [
+            wire::INFO_NAME,
+            wire::INFO_DESCRIPTION,
+            wire::INFO_BLOCK_SIZE,
+        ];
         let infos = self.infos(wire::OPT_GO, export, &wanted)?;
         let (size_bytes, flags) = infos
             .iter()
@@ -215,7 +274,13 @@ impl Handshake {
                 _ => None,
             })
             .ok_or(Failure::Protocol("GO without INFO_EXPORT".into()))?;
-        Ok(Transmission::new(self.connection, self.style, self.allocation, size_bytes, flags))
+        Ok(Transmission::new(
+            self.connection,
+            self.style,
+            self.allocation,
+            size_bytes,
+            flags,
+        ))
     }
 
     /// Enters transmission with `NBD_OPT_EXPORT_NAME`.
@@ -225,9 +290,17 @@ impl Handshake {
         if !self.no_zeroes {
             let zeroes = self.connection.take(124)?;
             if zeroes.iter().any(|byte| *byte != 0) {
-                return Err(Failure::Protocol("the 124 reserved bytes are not zero".into()));
+                return Err(Failure::Protocol(
+                    "the 124 reserved bytes are not zero".into(),
+                ));
             }
         }
-        Ok(Transmission::new(self.connection, self.style, self.allocation, size_bytes, flags))
+        Ok(Transmission::new(
+            self.connection,
+            self.style,
+            self.allocation,
+            size_bytes,
+            flags,
+        ))
     }
 }

@@ -26,11 +26,23 @@ pub struct Wishes {
 
 impl Wishes {
     /// 28-byte requests and 16-byte replies, as the Linux kernel speaks.
-    pub const SIMPLE: Wishes = Wishes { structured: false, extended: false, allocation: false };
+    pub const SIMPLE: Wishes = Wishes {
+        structured: false,
+        extended: false,
+        allocation: false,
+    };
     /// Structured replies with block status.
-    pub const STRUCTURED: Wishes = Wishes { structured: true, extended: false, allocation: true };
+    pub const STRUCTURED: Wishes = Wishes {
+        structured: true,
+        extended: false,
+        allocation: true,
+    };
     /// Extended headers with block status.
-    pub const EXTENDED: Wishes = Wishes { structured: false, extended: true, allocation: true };
+    pub const EXTENDED: Wishes = Wishes {
+        structured: false,
+        extended: true,
+        allocation: true,
+    };
 }
 
 /// Shakes hands, asks for `wishes` and enters transmission with `NBD_OPT_GO`. Fails when a wish is refused.

@@ -18,10 +18,20 @@ pub enum Failure {
     Protocol(String),
     /// The server answered an option with an error.
     #[error("option {option} refused with {kind:#x} {text:?}")]
-    Refused { option: u32, kind: u32, text: String },
+    Refused {
+        option: u32,
+        kind: u32,
+        text: String,
+    },
     /// The server answered a request with an error.
     #[error("{command} at {offset}+{length} failed with errno {errno}: {text:?}")]
-    Errno { command: u16, offset: u64, length: u64, errno: u32, text: String },
+    Errno {
+        command: u16,
+        offset: u64,
+        length: u64,
+        errno: u32,
+        text: String,
+    },
 }
 
 impl Failure {
@@ -102,7 +112,15 @@ impl Transmission {
     ) -> Transmission {
         // A cookie that uses all 64 bits: a server that keeps only 32 of them is found out.
         let next_cookie = 0xc00c_1e00_0000_0001;
-        Transmission { connection, style, size_bytes, flags, allocation, next_cookie, pending: HashMap::new() }
+        Transmission {
+            connection,
+            style,
+            size_bytes,
+            flags,
+            allocation,
+            next_cookie,
+            pending: HashMap::new(),
+        }
     }
 
     /// Requests sent and not yet answered.
@@ -125,7 +143,8 @@ impl Transmission {
         match self.style {
             HeaderStyle::Extended => bytes.extend_from_slice(&request.length.to_be_bytes()),
             HeaderStyle::Simple | HeaderStyle::Structured => {
-                let length = u32::try_from(request.length).expect("a length that fits the compact header");
+                let length =
+                    u32::try_from(request.length).expect("a length that fits the compact header");
                 bytes.extend_from_slice(&length.to_be_bytes());
             }
         }
@@ -149,7 +168,10 @@ impl Transmission {
 
     /// Tells the client that `request` with `cookie` is (or will be) on the wire: for bytes sent by hand.
     pub fn expect(&mut self, request: &Request<'_>, cookie: u64) {
-        let answer = Answer { cookie, ..Answer::default() };
+        let answer = Answer {
+            cookie,
+            ..Answer::default()
+        };
         let pending = Pending {
             command: request.command,
             flags: request.flags,
@@ -158,7 +180,10 @@ impl Transmission {
             answer,
             covered: Vec::new(),
         };
-        assert!(self.pending.insert(cookie, pending).is_none(), "cookie {cookie:#x} twice in flight");
+        assert!(
+            self.pending.insert(cookie, pending).is_none(),
+            "cookie {cookie:#x} twice in flight"
+        );
     }
 
     /// The next answer that is complete, whichever request it belongs to.
@@ -168,12 +193,22 @@ impl Transmission {
             let answer = match magic {
                 wire::SIMPLE_REPLY_MAGIC => Some(self.simple_reply()?),
                 wire::CHUNK_MAGIC if self.style == HeaderStyle::Structured => self.chunk(false)?,
-                wire::EXTENDED_REPLY_MAGIC if self.style == HeaderStyle::Extended => self.chunk(true)?,
-                other => return Err(Failure::Protocol(format!("reply magic {other:#010x} under {:?}", self.style))),
+                wire::EXTENDED_REPLY_MAGIC if self.style == HeaderStyle::Extended => {
+                    self.chunk(true)?
+                }
+                other => {
+                    return Err(Failure::Protocol(format!(
+                        "reply magic {other:#010x} under {:?}",
+                        self.style
+                    )));
+                }
             };
             if let Some(answer) = answer {
                 if answer.errno != 0 && !wire::KNOWN_ERRORS.contains(&answer.errno) {
-                    return Err(Failure::Protocol(format!("errno {} is not one of the protocol's", answer.errno)));
+                    return Err(Failure::Protocol(format!(
+                        "errno {} is not one of the protocol's",
+                        answer.errno
+                    )));
                 }
                 return Ok(answer);
             }
@@ -192,12 +227,23 @@ impl Transmission {
     fn simple_reply(&mut self) -> Result<Answer, Failure> {
         let errno = self.connection.take_u32()?;
         let cookie = self.connection.take_u64()?;
-        let pending = self.pending.remove(&cookie).ok_or_else(|| unknown_cookie(cookie))?;
-        if self.style == HeaderStyle::Extended || (self.style == HeaderStyle::Structured && pending.command == wire::CMD_READ)
+        let pending = self
+            .pending
+            .remove(&cookie)
+            .ok_or_else(|| unknown_cookie(cookie))?;
+        if self.style == HeaderStyle::Extended
+            || (self.style == HeaderStyle::Structured && pending.command == wire::CMD_READ)
         {
-            return Err(Failure::Protocol(format!("simple reply to command {} under {:?}", pending.command, self.style)));
+            return Err(Failure::Protocol(format!(
+                "simple reply to command {} under {:?}",
+                pending.command, self.style
+            )));
         }
-        let mut answer = Answer { errno, simple: true, ..pending.answer };
+        let mut answer = Answer {
+            errno,
+            simple: true,
+            ..pending.answer
+        };
         if errno == 0 && pending.command == wire::CMD_READ {
             answer.data = self.connection.take(pending.length as usize)?;
         }
@@ -207,24 +253,39 @@ impl Transmission {
     fn chunk(&mut self, extended: bool) -> Result<Option<Answer>, Failure> {
         let (flags, kind) = (self.connection.take_u16()?, self.connection.take_u16()?);
         let cookie = self.connection.take_u64()?;
-        let offset = if extended { Some(self.connection.take_u64()?) } else { None };
-        let length = if extended { self.connection.take_u64()? } else { u64::from(self.connection.take_u32()?) };
+        let offset = if extended {
+            Some(self.connection.take_u64()?)
+        } else {
+            None
+        };
+        let length = if extended {
+            self.connection.take_u64()?
+        } else {
+            u64::from(self.connection.take_u32()?)
+        };
         if length > (wire::PAYLOAD_MAX as u64) * 2 {
             return Err(Failure::Protocol(format!("chunk of {length} bytes")));
         }
         let payload = self.connection.take(length as usize)?;
-        let pending = self.pending.get_mut(&cookie).ok_or_else(|| unknown_cookie(cookie))?;
+        let pending = self
+            .pending
+            .get_mut(&cookie)
+            .ok_or_else(|| unknown_cookie(cookie))?;
         if let Some(offset) = offset
             && offset != pending.offset
         {
-            return Err(Failure::Protocol(format!("reply says offset {offset}, request said {}", pending.offset)));
+            return Err(Failure::Protocol(format!(
+                "reply says offset {offset}, request said {}",
+                pending.offset
+            )));
         }
         if flags & !wire::CHUNK_DONE != 0 {
             return Err(Failure::Protocol(format!("chunk flags {flags:#x}")));
         }
         let done = flags & wire::CHUNK_DONE != 0;
-        accept_chunk(pending, kind, done, &payload, extended)
-            .map_err(|what| Failure::Protocol(format!("{what} (chunk type {kind:#x}, {length} bytes)")))?;
+        accept_chunk(pending, kind, done, &payload, extended).map_err(|what| {
+            Failure::Protocol(format!("{what} (chunk type {kind:#x}, {length} bytes)"))
+        })?;
         if !done {
             return Ok(None);
         }
@@ -248,7 +309,14 @@ impl Transmission {
     }
 
     pub fn read(&mut self, offset: u64, length: u64) -> Result<Vec<u8>, Failure> {
-        Ok(self.checked(&Request { command: wire::CMD_READ, offset, length, ..Request::default() })?.data)
+        Ok(self
+            .checked(&Request {
+                command: wire::CMD_READ,
+                offset,
+                length,
+                ..Request::default()
+            })?
+            .data)
     }
 
     pub fn write(&mut self, offset: u64, payload: &[u8]) -> Result<(), Failure> {
@@ -257,7 +325,13 @@ impl Transmission {
 
     pub fn write_with(&mut self, offset: u64, payload: &[u8], flags: u16) -> Result<(), Failure> {
         let length = payload.len() as u64;
-        self.checked(&Request { command: wire::CMD_WRITE, offset, length, payload, flags })?;
+        self.checked(&Request {
+            command: wire::CMD_WRITE,
+            offset,
+            length,
+            payload,
+            flags,
+        })?;
         Ok(())
     }
 
@@ -274,32 +348,74 @@ impl Transmission {
     }
 
     /// A command without payload either way.
-    pub fn plain(&mut self, command: u16, offset: u64, length: u64, flags: u16) -> Result<(), Failure> {
-        self.checked(&Request { command, offset, length, flags, payload: &[] })?;
+    pub fn plain(
+        &mut self,
+        command: u16,
+        offset: u64,
+        length: u64,
+        flags: u16,
+    ) -> Result<(), Failure> {
+        self.checked(&Request {
+            command,
+            offset,
+            length,
+            flags,
+            payload: &[],
+        })?;
         Ok(())
     }
 
     /// `base:allocation` of a range, as `(length, status)`.
-    pub fn allocation(&mut self, offset: u64, length: u64, flags: u16) -> Result<Vec<(u64, u64)>, Failure> {
-        let request = Request { command: wire::CMD_BLOCK_STATUS, offset, length, flags, payload: &[] };
+    pub fn allocation(
+        &mut self,
+        offset: u64,
+        length: u64,
+        flags: u16,
+    ) -> Result<Vec<(u64, u64)>, Failure> {
+        let request = Request {
+            command: wire::CMD_BLOCK_STATUS,
+            offset,
+            length,
+            flags,
+            payload: &[],
+        };
         let mut statuses = self.checked(&request)?.statuses;
         match statuses.len() {
             1 => Ok(statuses.remove(0).1),
-            count => Err(Failure::Protocol(format!("{count} contexts answered, one was selected"))),
+            count => Err(Failure::Protocol(format!(
+                "{count} contexts answered, one was selected"
+            ))),
         }
     }
 
     /// Says goodbye and waits for the server to close.
     pub fn disconnect(mut self) -> Result<(), Failure> {
-        let header = self.header(&Request { command: wire::CMD_DISC, ..Request::default() }, 0);
+        let header = self.header(
+            &Request {
+                command: wire::CMD_DISC,
+                ..Request::default()
+            },
+            0,
+        );
         self.connection.send(&header)?;
-        let rest = self.connection.until_closed(std::time::Duration::from_secs(10))?;
-        if rest.is_empty() { Ok(()) } else { Err(Failure::Protocol(format!("{} bytes after DISC", rest.len()))) }
+        let rest = self
+            .connection
+            .until_closed(std::time::Duration::from_secs(10))?;
+        if rest.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Protocol(format!(
+                "{} bytes after DISC",
+                rest.len()
+            )))
+        }
     }
 }
 
 fn unknown_cookie(cookie: u64) -> Failure {
-    Failure::Protocol(format!("answer to unknown cookie {cookie:#x}: answered twice, or never asked"))
+    Failure::Protocol(format!(
+        "answer to unknown cookie {cookie:#x}: answered twice, or never asked"
+    ))
 }
 
 fn be_u32(bytes: &[u8], at: usize) -> u32 {
@@ -311,7 +427,13 @@ fn be_u64(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// Adds one chunk to what is known of a request. The rules are those of "Structured reply types".
-fn accept_chunk(pending: &mut Pending, kind: u16, done: bool, payload: &[u8], extended: bool) -> Result<(), String> {
+fn accept_chunk(
+    pending: &mut Pending,
+    kind: u16,
+    done: bool,
+    payload: &[u8],
+    extended: bool,
+) -> Result<(), String> {
     match kind {
         wire::CHUNK_NONE => {
             if !payload.is_empty() || !done {
@@ -336,25 +458,43 @@ fn accept_chunk(pending: &mut Pending, kind: u16, done: bool, payload: &[u8], ex
             pending.answer.holes.push(start..start + length);
         }
         wire::CHUNK_BLOCK_STATUS if !extended => {
-            if pending.command != wire::CMD_BLOCK_STATUS || payload.len() < 12 || !(payload.len() - 4).is_multiple_of(8) {
+            if pending.command != wire::CMD_BLOCK_STATUS
+                || payload.len() < 12
+                || !(payload.len() - 4).is_multiple_of(8)
+            {
                 return Err("malformed block status".into());
             }
-            let extents = payload[4..].chunks(8).map(|d| (u64::from(be_u32(d, 0)), u64::from(be_u32(d, 4)))).collect();
+            let extents = payload[4..]
+                .chunks(8)
+                .map(|d| (u64::from(be_u32(d, 0)), u64::from(be_u32(d, 4))))
+                .collect();
             pending.answer.statuses.push((be_u32(payload, 0), extents));
         }
         wire::CHUNK_BLOCK_STATUS_EXT if extended => {
-            if pending.command != wire::CMD_BLOCK_STATUS || payload.len() < 24 || !(payload.len() - 8).is_multiple_of(16) {
+            if pending.command != wire::CMD_BLOCK_STATUS
+                || payload.len() < 24
+                || !(payload.len() - 8).is_multiple_of(16)
+            {
                 return Err("malformed extended block status".into());
             }
-            let extents: Vec<_> = payload[8..].chunks(16).map(|d| (be_u64(d, 0), be_u64(d, 8))).collect();
+            let extents: Vec<_> = payload[8..]
+                .chunks(16)
+                .map(|d| (be_u64(d, 0), be_u64(d, 8)))
+                .collect();
             if be_u32(payload, 4) as usize != extents.len() {
                 return Err("the descriptor count is wrong".into());
             }
             pending.answer.statuses.push((be_u32(payload, 0), extents));
         }
         wire::CHUNK_ERROR | wire::CHUNK_ERROR_OFFSET => {
-            let tail = if kind == wire::CHUNK_ERROR_OFFSET { 8 } else { 0 };
-            let text_length = payload.get(4..6).map(|b| usize::from(u16::from_be_bytes([b[0], b[1]])));
+            let tail = if kind == wire::CHUNK_ERROR_OFFSET {
+                8
+            } else {
+                0
+            };
+            let text_length = payload
+                .get(4..6)
+                .map(|b| usize::from(u16::from_be_bytes([b[0], b[1]])));
             if text_length.is_none_or(|length| payload.len() != 6 + length + tail) {
                 return Err("malformed error chunk".into());
             }
@@ -364,7 +504,8 @@ fn accept_chunk(pending: &mut Pending, kind: u16, done: bool, payload: &[u8], ex
             }
             if pending.answer.errno == 0 {
                 pending.answer.errno = errno;
-                pending.answer.text = String::from_utf8_lossy(&payload[6..payload.len() - tail]).into_owned();
+                pending.answer.text =
+                    String::from_utf8_lossy(&payload[6..payload.len() - tail]).into_owned();
             }
         }
         _ => return Err("a chunk type this request cannot have".into()),
@@ -377,11 +518,20 @@ fn content(pending: &mut Pending, offset: u64, length: u64) -> Result<usize, Str
     if pending.command != wire::CMD_READ {
         return Err("a content chunk for something that is not a read".into());
     }
-    let end = offset.checked_add(length).ok_or("content offset overflows")?;
+    let end = offset
+        .checked_add(length)
+        .ok_or("content offset overflows")?;
     if offset < pending.offset || end > pending.offset + pending.length {
-        return Err(format!("content {offset}+{length} outside {}+{}", pending.offset, pending.length));
+        return Err(format!(
+            "content {offset}+{length} outside {}+{}",
+            pending.offset, pending.length
+        ));
     }
-    if let Some(other) = pending.covered.iter().find(|other| offset < other.end && other.start < end) {
+    if let Some(other) = pending
+        .covered
+        .iter()
+        .find(|other| offset < other.end && other.start < end)
+    {
         return Err(format!("content {offset}+{length} overlaps {other:?}"));
     }
     pending.covered.push(offset..end);
@@ -398,11 +548,19 @@ fn finish(pending: &mut Pending, allocation: Option<u32>) -> Result<(), String> 
     }
     match pending.command {
         wire::CMD_READ => {
-            let covered: u64 = pending.covered.iter().map(|range| range.end - range.start).sum();
+            let covered: u64 = pending
+                .covered
+                .iter()
+                .map(|range| range.end - range.start)
+                .sum();
             if covered != pending.length {
-                return Err(format!("a successful read covers {covered} of {} bytes", pending.length));
+                return Err(format!(
+                    "a successful read covers {covered} of {} bytes",
+                    pending.length
+                ));
             }
-            if pending.flags & wire::CMD_FLAG_DF != 0 && (pending.answer.content_chunks > 1 || !pending.answer.holes.is_empty())
+            if pending.flags & wire::CMD_FLAG_DF != 0
+                && (pending.answer.content_chunks > 1 || !pending.answer.holes.is_empty())
             {
                 return Err("a DF read came in pieces".into());
             }
@@ -412,15 +570,23 @@ fn finish(pending: &mut Pending, allocation: Option<u32>) -> Result<(), String> 
             let mut seen = Vec::new();
             for (context, extents) in &pending.answer.statuses {
                 if seen.contains(context) || allocation.is_some_and(|id| id != *context) {
-                    return Err(format!("context {context} answered twice or never selected"));
+                    return Err(format!(
+                        "context {context} answered twice or never selected"
+                    ));
                 }
                 seen.push(*context);
-                let before_last: u64 = extents[..extents.len() - 1].iter().map(|extent| extent.0).sum();
+                let before_last: u64 = extents[..extents.len() - 1]
+                    .iter()
+                    .map(|extent| extent.0)
+                    .sum();
                 if extents.iter().any(|extent| extent.0 == 0) || before_last >= pending.length {
                     return Err(format!("extents {extents:?} for {} bytes", pending.length));
                 }
                 if one && (extents.len() != 1 || extents[0].0 > pending.length) {
-                    return Err(format!("REQ_ONE answered with {extents:?} for {} bytes", pending.length));
+                    return Err(format!(
+                        "REQ_ONE answered with {extents:?} for {} bytes",
+                        pending.length
+                    ));
                 }
             }
             if seen.is_empty() {

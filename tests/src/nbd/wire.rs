@@ -93,7 +93,9 @@ pub const ENOTSUP: u32 = 95;
 pub const ESHUTDOWN: u32 = 108;
 
 /// The only errors a server may put on the wire.
-pub const KNOWN_ERRORS: [u32; 8] = [EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN];
+pub const KNOWN_ERRORS: [u32; 8] = [
+    EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN,
+];
 
 /// `base:allocation`: reading there may need an allocation first.
 pub const STATUS_HOLE: u64 = 1;

@@ -14,7 +14,11 @@ impl Served {
     pub(crate) fn new(test: &str, setup: Setup, volume_bytes: u64, options: &[&str]) -> Served {
         let daemon = setup.start(test);
         let size = volume_bytes.to_string();
-        daemon.admin().run(["volume", "create", "disk", "--size", &size].iter().chain(options));
+        daemon.admin().run(
+            ["volume", "create", "disk", "--size", &size]
+                .iter()
+                .chain(options),
+        );
         Served(daemon)
     }
 }
@@ -53,7 +57,10 @@ fn check(campaign: &Campaign, mut served: Served) {
     let report = campaign::run(campaign, &mut served).unwrap_or_else(|error| panic!("{error}"));
     println!("{report:?}");
     assert_eq!(report.rounds, campaign.rounds);
-    assert!(report.answered_writes > 0 && report.in_doubt > 0, "nothing was at stake: {report:?}");
+    assert!(
+        report.answered_writes > 0 && report.in_doubt > 0,
+        "nothing was at stake: {report:?}"
+    );
     assert!(report.longest_start < Duration::from_secs(20), "{report:?}");
     served.0.log.check();
 }
@@ -69,16 +76,35 @@ fn fifty_kills_lose_nothing_that_was_answered() {
 #[test]
 fn kills_of_a_daemon_at_work() {
     let seed = seed::of_run("kills at work");
-    let campaign = Campaign { rounds: 6, most_operations: 60_000, kill_starts_percent: 60, ..Campaign::new(seed) };
-    let served = Served::new("crash-work", Setup::default().store_size("512MiB"), campaign.volume_bytes(), &[]);
+    let campaign = Campaign {
+        rounds: 6,
+        most_operations: 60_000,
+        kill_starts_percent: 60,
+        ..Campaign::new(seed)
+    };
+    let served = Served::new(
+        "crash-work",
+        Setup::default().store_size("512MiB"),
+        campaign.volume_bytes(),
+        &[],
+    );
     check(&campaign, served);
 }
 
 #[test]
 fn kills_of_a_write_through_volume() {
     let seed = seed::of_run("kills, write-through");
-    let campaign = Campaign { rounds: 8, most_operations: 2_000, ..Campaign::new(seed) };
-    let served = Served::new("crash-wt", Setup::default(), campaign.volume_bytes(), &["--write-through"]);
+    let campaign = Campaign {
+        rounds: 8,
+        most_operations: 2_000,
+        ..Campaign::new(seed)
+    };
+    let served = Served::new(
+        "crash-wt",
+        Setup::default(),
+        campaign.volume_bytes(),
+        &["--write-through"],
+    );
     check(&campaign, served);
 }
 
@@ -86,7 +112,12 @@ fn kills_of_a_write_through_volume() {
 #[test]
 fn a_drain_loses_nothing() {
     let seed = seed::of_run("drains");
-    let campaign = Campaign { rounds: 8, ending: Ending::Terminate, most_operations: 4_000, ..Campaign::new(seed) };
+    let campaign = Campaign {
+        rounds: 8,
+        ending: Ending::Terminate,
+        most_operations: 4_000,
+        ..Campaign::new(seed)
+    };
     let mut served = Served::new("drain", Setup::default(), campaign.volume_bytes(), &[]);
     let report = campaign::run(&campaign, &mut served).unwrap_or_else(|error| panic!("{error}"));
     println!("{report:?}");

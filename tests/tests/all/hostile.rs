@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use ashlar_tests::daemon::Setup;
 use ashlar_tests::fio::Fio;
-use ashlar_tests::nbd::{self, Address, Connection, Handshake, Request, Wishes, export_request, meta_request, wire};
+use ashlar_tests::nbd::{
+    self, Address, Connection, Handshake, Request, Wishes, export_request, meta_request, wire,
+};
 use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::wait;
 
@@ -46,14 +48,16 @@ fn a_thousand_hostile_clients() {
             let mut most = 0;
             while attacking.load(Ordering::Relaxed) {
                 most = most.max(daemon.usage().resident_bytes);
-                std::thread::sleep(Duration::from_millis(20));
+                wait::pass(Duration::from_millis(20));
             }
             most
         });
         // Verify passes, one after the other, until the attack is over. A pass that fails panics here.
         let guard = StopOnDrop(&attacking);
         while attackers.iter().any(|attacker| !attacker.is_finished()) || passes == 0 {
-            Fio::verify(&uri).args(["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=32m"]).succeed();
+            Fio::verify(&uri)
+                .args(["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=32m"])
+                .succeed();
             passes += 1;
         }
         for attacker in attackers {
@@ -62,14 +66,32 @@ fn a_thousand_hostile_clients() {
         drop(guard);
         resident_most = watch.join().expect("the watch does not panic");
     });
-    println!("{passes} verify passes, {} MiB resident at most, {} before", resident_most >> 20, resident_before >> 20);
+    println!(
+        "{passes} verify passes, {} MiB resident at most, {} before",
+        resident_most >> 20,
+        resident_before >> 20
+    );
     assert!(daemon.is_running());
-    assert!(resident_most < resident_before + GROWTH_MAX, "{resident_most} bytes resident, {resident_before} before");
-    wait::until(Duration::from_secs(30), "the hostile connections are gone", || {
-        let now = daemon.usage().descriptors;
-        if now <= descriptors_before + 4 { Ok(()) } else { Err(format!("{now} descriptors, {descriptors_before} before")) }
-    });
-    daemon.open("prey", Wishes::EXTENDED).read(0, 4096).expect("served as before");
+    assert!(
+        resident_most < resident_before + GROWTH_MAX,
+        "{resident_most} bytes resident, {resident_before} before"
+    );
+    wait::until(
+        Duration::from_secs(30),
+        "the hostile connections are gone",
+        || {
+            let now = daemon.usage().descriptors;
+            if now <= descriptors_before + 4 {
+                Ok(())
+            } else {
+                Err(format!("{now} descriptors, {descriptors_before} before"))
+            }
+        },
+    );
+    daemon
+        .open("prey", Wishes::EXTENDED)
+        .read(0, 4096)
+        .expect("served as before");
 }
 
 struct StopOnDrop<'a>(&'a AtomicBool);
@@ -129,8 +151,14 @@ fn good_handshake(rng: &mut Rng) -> Vec<u8> {
         bytes.extend((data.len() as u32).to_be_bytes());
         bytes.extend(data);
     };
-    option(*rng.pick(&[wire::OPT_STRUCTURED_REPLY, wire::OPT_EXTENDED_HEADERS]), Vec::new());
-    option(wire::OPT_SET_META_CONTEXT, meta_request(b"prey", &["base:allocation"]));
+    option(
+        *rng.pick(&[wire::OPT_STRUCTURED_REPLY, wire::OPT_EXTENDED_HEADERS]),
+        Vec::new(),
+    );
+    option(
+        wire::OPT_SET_META_CONTEXT,
+        meta_request(b"prey", &["base:allocation"]),
+    );
     option(wire::OPT_LIST, Vec::new());
     option(wire::OPT_INFO, export_request(b"prey", &[1, 2, 3]));
     option(wire::OPT_GO, export_request(b"prey", &[3]));
@@ -167,10 +195,17 @@ fn lengths_that_lie(address: &Address, rng: &mut Rng) -> Outcome {
     let mut handshake = Handshake::begin(address)?;
     impatient(&handshake.connection);
     let mut data = export_request(b"prey", &[1, 2, 3]);
-    let word = rng.pick(&[0xffff_ffff_u32, 0x7fff_ffff, 0x8000_0000, 4097, 100_000]).to_be_bytes();
+    let word = rng
+        .pick(&[0xffff_ffff_u32, 0x7fff_ffff, 0x8000_0000, 4097, 100_000])
+        .to_be_bytes();
     let at = if rng.chance(50) { 0 } else { data.len() - 4 };
     data[at..at + 4].copy_from_slice(&word);
-    let option = *rng.pick(&[wire::OPT_GO, wire::OPT_INFO, wire::OPT_SET_META_CONTEXT, wire::OPT_EXPORT_NAME]);
+    let option = *rng.pick(&[
+        wire::OPT_GO,
+        wire::OPT_INFO,
+        wire::OPT_SET_META_CONTEXT,
+        wire::OPT_EXPORT_NAME,
+    ]);
     let mut bytes = wire::IHAVEOPT.to_be_bytes().to_vec();
     bytes.extend(option.to_be_bytes());
     let claimed = *rng.pick(&[data.len() as u32, 0xffff_ffff, 1 << 24, 3]);
@@ -200,7 +235,13 @@ fn mutated_requests(address: &Address, rng: &mut Rng) -> Outcome {
     for cookie in 0..rng.logarithmic(60) {
         let command = rng.below(9) as u16;
         let length = rng.logarithmic(100_000);
-        let request = Request { flags: 0, command, offset: rng.below(16 << 20), length, payload: &[] };
+        let request = Request {
+            flags: 0,
+            command,
+            offset: rng.below(16 << 20),
+            length,
+            payload: &[],
+        };
         bytes.extend(client.header(&request, cookie));
         if command == wire::CMD_WRITE {
             bytes.extend(rng.bytes(length as usize));
@@ -216,10 +257,26 @@ fn absurd_requests(address: &Address, rng: &mut Rng) -> Outcome {
     let mut client = opened(address, rng)?;
     for cookie in 0..30 {
         let command = *rng.pick(&[0, 1, 3, 4, 5, 6, 7, 8, 77, 0xffff]);
-        let offset = *rng.pick(&[0, 16 << 20, (16 << 20) - 1, u64::MAX, u64::MAX - 4095, 1 << 63]);
+        let offset = *rng.pick(&[
+            0,
+            16 << 20,
+            (16 << 20) - 1,
+            u64::MAX,
+            u64::MAX - 4095,
+            1 << 63,
+        ]);
         let length = *rng.pick(&[0, 1, 4096, 32 << 20, (32 << 20) + 1, 0xffff_ffff]);
         let flags = rng.next() as u16 & *rng.pick(&[0, 0x1f, 0xffff]);
-        let header = client.header(&Request { flags, command, offset, length, payload: &[] }, cookie);
+        let header = client.header(
+            &Request {
+                flags,
+                command,
+                offset,
+                length,
+                payload: &[],
+            },
+            cookie,
+        );
         client.connection.write_all(&header)?;
     }
     listen_a_little(&mut client.connection);
@@ -229,8 +286,21 @@ fn absurd_requests(address: &Address, rng: &mut Rng) -> Outcome {
 fn payload_cut_short(address: &Address, rng: &mut Rng) -> Outcome {
     let mut client = opened(address, rng)?;
     let length = rng.logarithmic(32 << 20);
-    let flags = if client.style == nbd::HeaderStyle::Extended { wire::CMD_FLAG_PAYLOAD_LEN } else { 0 };
-    let header = client.header(&Request { flags, command: wire::CMD_WRITE, offset: 0, length, payload: &[] }, 1);
+    let flags = if client.style == nbd::HeaderStyle::Extended {
+        wire::CMD_FLAG_PAYLOAD_LEN
+    } else {
+        0
+    };
+    let header = client.header(
+        &Request {
+            flags,
+            command: wire::CMD_WRITE,
+            offset: 0,
+            length,
+            payload: &[],
+        },
+        1,
+    );
     client.connection.write_all(&header)?;
     let some = rng.below(length).min(1 << 20) as usize;
     client.connection.write_all(&rng.bytes(some))?;
@@ -242,7 +312,14 @@ fn asks_and_hangs_up(address: &Address, rng: &mut Rng) -> Outcome {
     let mut client = opened(address, rng)?;
     for cookie in 0..rng.logarithmic(200) {
         let length = rng.logarithmic(1 << 20);
-        let header = client.header(&Request { command: wire::CMD_READ, length, ..Request::default() }, cookie);
+        let header = client.header(
+            &Request {
+                command: wire::CMD_READ,
+                length,
+                ..Request::default()
+            },
+            cookie,
+        );
         client.connection.write_all(&header)?;
     }
     Ok(())
@@ -252,7 +329,14 @@ fn asks_and_never_reads(address: &Address, rng: &mut Rng) -> Outcome {
     let mut client = opened(address, rng)?;
     let length = *rng.pick(&[4096, 1 << 20, 16 << 20]);
     for cookie in 0..2_000 {
-        let header = client.header(&Request { command: wire::CMD_READ, length, ..Request::default() }, cookie);
+        let header = client.header(
+            &Request {
+                command: wire::CMD_READ,
+                length,
+                ..Request::default()
+            },
+            cookie,
+        );
         client.connection.write_all(&header)?;
     }
     Ok(())
@@ -260,8 +344,20 @@ fn asks_and_never_reads(address: &Address, rng: &mut Rng) -> Outcome {
 
 fn talks_behind_goodbye(address: &Address, rng: &mut Rng) -> Outcome {
     let mut client = opened(address, rng)?;
-    let mut bytes = client.header(&Request { command: wire::CMD_FLUSH, ..Request::default() }, 1);
-    bytes.extend(client.header(&Request { command: wire::CMD_DISC, ..Request::default() }, 2));
+    let mut bytes = client.header(
+        &Request {
+            command: wire::CMD_FLUSH,
+            ..Request::default()
+        },
+        1,
+    );
+    bytes.extend(client.header(
+        &Request {
+            command: wire::CMD_DISC,
+            ..Request::default()
+        },
+        2,
+    ));
     let count = rng.logarithmic(50_000) as usize;
     bytes.extend(rng.bytes(count));
     client.connection.write_all(&bytes)?;

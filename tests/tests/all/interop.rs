@@ -58,7 +58,16 @@ fn nbdinfo_shows_every_capability() {
     assert_eq!(info["protocol"], "newstyle-fixed");
     assert_eq!(info["structured"], true);
     let export = &info["exports"][0];
-    let able = ["can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"];
+    let able = [
+        "can_cache",
+        "can_df",
+        "can_fast_zero",
+        "can_flush",
+        "can_fua",
+        "can_multi_conn",
+        "can_trim",
+        "can_zero",
+    ];
     for capability in able {
         assert_eq!(export[capability], true, "{capability} of {export}");
     }
@@ -66,22 +75,58 @@ fn nbdinfo_shows_every_capability() {
     assert_eq!(export["is_rotational"], false);
     assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
     assert_eq!(export["export-size"], 64 << 20);
-    for (name, size) in [("block_size_minimum", 1), ("block_size_preferred", 4096), ("block_size_maximum", 32 << 20)] {
+    for (name, size) in [
+        ("block_size_minimum", 1),
+        ("block_size_preferred", 4096),
+        ("block_size_maximum", 32 << 20),
+    ] {
         assert_eq!(export[name], size, "{name}");
     }
-    for can in ["cache", "df", "fast-zero", "flush", "fua", "multi-conn", "trim", "zero", "write", "structured-reply"] {
+    for can in [
+        "cache",
+        "df",
+        "fast-zero",
+        "flush",
+        "fua",
+        "multi-conn",
+        "trim",
+        "zero",
+        "write",
+        "structured-reply",
+    ] {
         Tool::new("nbdinfo").args(["--can", can, &uri]).succeed();
     }
-    assert_eq!(Tool::new("nbdinfo").args(["--size", &uri]).succeed().trim(), (64 << 20).to_string());
+    assert_eq!(
+        Tool::new("nbdinfo").args(["--size", &uri]).succeed().trim(),
+        (64 << 20).to_string()
+    );
     daemon.create("second", "1MiB");
-    let list = Tool::new("nbdinfo").args(["--list", &daemon.uri("")]).succeed();
-    assert!(list.contains("export=\"disk\"") && list.contains("export=\"second\""), "{list}");
-    daemon.open("disk", Wishes::SIMPLE).write(1 << 20, &[1; 8192]).unwrap();
-    let map = Tool::new("nbdinfo").args(["--map", "--json", &uri]).succeed();
+    let list = Tool::new("nbdinfo")
+        .args(["--list", &daemon.uri("")])
+        .succeed();
+    assert!(
+        list.contains("export=\"disk\"") && list.contains("export=\"second\""),
+        "{list}"
+    );
+    daemon
+        .open("disk", Wishes::SIMPLE)
+        .write(1 << 20, &[1; 8192])
+        .unwrap();
+    let map = Tool::new("nbdinfo")
+        .args(["--map", "--json", &uri])
+        .succeed();
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
-    let data: Vec<_> = map.as_array().unwrap().iter().filter(|extent| extent["type"] == 0).collect();
+    let data: Vec<_> = map
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|extent| extent["type"] == 0)
+        .collect();
     assert_eq!(data.len(), 1, "{map}");
-    assert_eq!((&data[0]["offset"], &data[0]["length"]), (&(1 << 20).into(), &8192.into()));
+    assert_eq!(
+        (&data[0]["offset"], &data[0]["length"]),
+        (&(1 << 20).into(), &8192.into())
+    );
 }
 
 #[test]
@@ -90,17 +135,34 @@ fn nbdcopy_in_and_out() {
     let mut rng = Rng::new(seed::of_run("nbdcopy"));
     let (source, target) = (daemon.scratch.join("in"), daemon.scratch.join("out"));
     patchy_image(&source, 192 << 20, &mut rng);
-    let copy = || Tool::new("nbdcopy").args(["--connections=4", "--requests=64", "--flush"]).limit(2 * MINUTES);
+    let copy = || {
+        Tool::new("nbdcopy")
+            .args(["--connections=4", "--requests=64", "--flush"])
+            .limit(2 * MINUTES)
+    };
     copy().arg(&source).arg(&uri).succeed();
     copy().arg(&uri).arg(&target).succeed();
     assert_same(&source, &target);
     // What was holes there is holes here.
-    let allocated = |path: &Path| std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap()) * 512;
-    assert!(allocated(&target) <= allocated(&source) + (1 << 20), "{} bytes", allocated(&target));
+    let allocated =
+        |path: &Path| std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap()) * 512;
+    assert!(
+        allocated(&target) <= allocated(&source) + (1 << 20),
+        "{} bytes",
+        allocated(&target)
+    );
     // From one volume to another, both ours.
     daemon.create("copy", "192MiB");
     copy().arg(&uri).arg(daemon.uri("copy")).succeed();
-    let compared = Tool::new("qemu-img").args(["compare", "-f", "raw", "-F", "raw", &uri, &daemon.uri("copy")]);
+    let compared = Tool::new("qemu-img").args([
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "raw",
+        &uri,
+        &daemon.uri("copy"),
+    ]);
     compared.limit(2 * MINUTES).succeed();
 }
 
@@ -111,18 +173,32 @@ fn qemu_img_converts_compares_and_maps() {
     let source = daemon.scratch.join("in");
     patchy_image(&source, 96 << 20, &mut rng);
     let source = source.to_str().unwrap();
-    let img = |arguments: &[&str]| Tool::new("qemu-img").args(arguments).limit(2 * MINUTES).succeed();
-    img(&["convert", "-n", "-W", "-m", "16", "-f", "raw", "-O", "raw", source, &uri]);
+    let img = |arguments: &[&str]| {
+        Tool::new("qemu-img")
+            .args(arguments)
+            .limit(2 * MINUTES)
+            .succeed()
+    };
+    img(&[
+        "convert", "-n", "-W", "-m", "16", "-f", "raw", "-O", "raw", source, &uri,
+    ]);
     assert!(img(&["compare", "-f", "raw", "-F", "raw", source, &uri]).contains("identical"));
     let qcow = daemon.scratch.join("out.qcow2");
     let qcow = qcow.to_str().unwrap();
     img(&["convert", "-f", "raw", "-O", "qcow2", &uri, qcow]);
     assert!(img(&["compare", "-f", "qcow2", "-F", "raw", qcow, &uri]).contains("identical"));
-    let map: serde_json::Value = serde_json::from_str(&img(&["map", "--output=json", "-f", "raw", &uri])).unwrap();
+    let map: serde_json::Value =
+        serde_json::from_str(&img(&["map", "--output=json", "-f", "raw", &uri])).unwrap();
     let map = map.as_array().unwrap();
-    let covered: u64 = map.iter().map(|extent| extent["length"].as_u64().unwrap()).sum();
+    let covered: u64 = map
+        .iter()
+        .map(|extent| extent["length"].as_u64().unwrap())
+        .sum();
     assert_eq!(covered, 96 << 20);
-    assert!(map.iter().any(|extent| extent["zero"] == true) && map.iter().any(|extent| extent["data"] == true));
+    assert!(
+        map.iter().any(|extent| extent["zero"] == true)
+            && map.iter().any(|extent| extent["data"] == true)
+    );
 }
 
 #[test]
@@ -153,11 +229,15 @@ fn qemu_io_writes_where_it_likes() {
         "write -f -P 0x66 33554432 12345",
         "read -P 0x66 33554432 12345",
     ];
-    let tool = commands.iter().fold(Tool::new("qemu-io").args(["-f", "raw", "-t", "none", &uri]), |tool, command| {
-        tool.args(["-c", command])
-    });
+    let tool = commands.iter().fold(
+        Tool::new("qemu-io").args(["-f", "raw", "-t", "none", &uri]),
+        |tool, command| tool.args(["-c", command]),
+    );
     let said = tool.succeed();
-    assert!(!said.contains("Pattern verification failed") && !said.to_lowercase().contains("error"), "{said}");
+    assert!(
+        !said.contains("Pattern verification failed") && !said.to_lowercase().contains("error"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -192,7 +272,9 @@ try:
 except nbd.Error as error:
     assert error.errno == "EINVAL", error.errno
 "#;
-    Tool::new("nbdsh").args(["--base-allocation", "-u", &uri, "-c", script]).succeed();
+    Tool::new("nbdsh")
+        .args(["--base-allocation", "-u", &uri, "-c", script])
+        .succeed();
 }
 
 /// What a person sees of it: a file system on a volume, over nbdfuse and a loop device (no kernel module for NBD needed).
@@ -208,8 +290,15 @@ fn file_system(test: &str, make: &[&str], check: &[&str]) {
     let data = rng.bytes(40 << 20);
     {
         let attached = Attached::new(&fuse, &uri);
-        Tool::new(make[0]).args(&make[1..]).arg(&attached.device).limit(2 * MINUTES).succeed();
-        Tool::new("mount").arg(&attached.device).arg(&mount).succeed();
+        Tool::new(make[0])
+            .args(&make[1..])
+            .arg(&attached.device)
+            .limit(2 * MINUTES)
+            .succeed();
+        Tool::new("mount")
+            .arg(&attached.device)
+            .arg(&mount)
+            .succeed();
         let mounted = Mounted(&mount);
         fs::write(mount.join("big"), &data).unwrap();
         for n in 0..500 {
@@ -221,16 +310,36 @@ fn file_system(test: &str, make: &[&str], check: &[&str]) {
         Tool::new("fstrim").arg("-v").arg(&mount).succeed();
         Tool::new("sync").arg("-f").arg(&mount).succeed();
         drop(mounted);
-        Tool::new(check[0]).args(&check[1..]).arg(&attached.device).limit(2 * MINUTES).succeed();
+        Tool::new(check[0])
+            .args(&check[1..])
+            .arg(&attached.device)
+            .limit(2 * MINUTES)
+            .succeed();
     }
     daemon.kill();
     daemon.start();
     let attached = Attached::new(&fuse, &uri);
-    Tool::new(check[0]).args(&check[1..]).arg(&attached.device).limit(2 * MINUTES).succeed();
-    Tool::new("mount").arg(&attached.device).arg(&mount).succeed();
+    Tool::new(check[0])
+        .args(&check[1..])
+        .arg(&attached.device)
+        .limit(2 * MINUTES)
+        .succeed();
+    Tool::new("mount")
+        .arg(&attached.device)
+        .arg(&mount)
+        .succeed();
     let mounted = Mounted(&mount);
-    assert!(fs::read(mount.join("big")).unwrap() == data, "the file changed over the restart");
-    assert_eq!(fs::read_dir(&mount).unwrap().filter(|e| e.as_ref().unwrap().file_name() != "lost+found").count(), 251);
+    assert!(
+        fs::read(mount.join("big")).unwrap() == data,
+        "the file changed over the restart"
+    );
+    assert_eq!(
+        fs::read_dir(&mount)
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().file_name() != "lost+found")
+            .count(),
+        251
+    );
     drop(mounted);
 }
 
@@ -243,11 +352,26 @@ struct Attached {
 
 impl Attached {
     fn new(fuse: &Path, uri: &str) -> Attached {
-        let process = Tool::new("nbdfuse").arg(fuse).arg(uri).limit(MINUTES).start();
+        let process = Tool::new("nbdfuse")
+            .arg(fuse)
+            .arg(uri)
+            .limit(MINUTES)
+            .start();
         let file = fuse.join("nbd");
-        wait::until(Duration::from_secs(20), "nbdfuse", || fs::metadata(&file).map_err(|error| error.to_string()));
-        let device = Tool::new("losetup").args(["-f", "--show"]).arg(&file).succeed().trim().to_owned();
-        Attached { device, fuse: fuse.to_owned(), process: Some(process) }
+        wait::until(Duration::from_secs(20), "nbdfuse", || {
+            fs::metadata(&file).map_err(|error| error.to_string())
+        });
+        let device = Tool::new("losetup")
+            .args(["-f", "--show"])
+            .arg(&file)
+            .succeed()
+            .trim()
+            .to_owned();
+        Attached {
+            device,
+            fuse: fuse.to_owned(),
+            process: Some(process),
+        }
     }
 }
 
@@ -279,7 +403,11 @@ impl Drop for Mounted<'_> {
 
 #[test]
 fn ext4_lives_on_a_volume() {
-    file_system("ext4", &["mkfs.ext4", "-q", "-F"], &["fsck.ext4", "-f", "-n"]);
+    file_system(
+        "ext4",
+        &["mkfs.ext4", "-q", "-F"],
+        &["fsck.ext4", "-f", "-n"],
+    );
 }
 
 #[test]
@@ -290,13 +418,22 @@ fn xfs_lives_on_a_volume() {
 #[test]
 fn fio_verifies_4k_at_depth_32() {
     let (_daemon, uri) = serve("fio-4k", "128MiB");
-    Fio::verify(&uri).args(["--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=128m"]).succeed();
+    Fio::verify(&uri)
+        .args(["--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=128m"])
+        .succeed();
 }
 
 #[test]
 fn fio_verifies_mixed_sizes_with_fsync() {
     let (_daemon, uri) = serve("fio-mixed", "128MiB");
-    let mixed = ["--rw=randwrite", "--bsrange=512-128k", "--blockalign=512", "--iodepth=16", "--fsync=16", "--size=96m"];
+    let mixed = [
+        "--rw=randwrite",
+        "--bsrange=512-128k",
+        "--blockalign=512",
+        "--iodepth=16",
+        "--fsync=16",
+        "--size=96m",
+    ];
     Fio::verify(&uri).args(mixed).succeed();
 }
 
@@ -305,9 +442,28 @@ fn fio_trims_at_random() {
     let (_daemon, uri) = serve("fio-trim", "128MiB");
     let written = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64m"];
     Fio::verify(&uri).args(written).succeed();
-    Fio::plain(&uri).args(["--rw=randtrim", "--bs=4k", "--iodepth=16", "--offset=64m", "--size=32m"]).succeed();
-    Fio::plain(&uri).args(["--rw=trimwrite", "--bs=64k", "--iodepth=8", "--offset=96m", "--size=16m"]).succeed();
-    Fio::verify(&uri).args(written).arg("--verify_only").succeed();
+    Fio::plain(&uri)
+        .args([
+            "--rw=randtrim",
+            "--bs=4k",
+            "--iodepth=16",
+            "--offset=64m",
+            "--size=32m",
+        ])
+        .succeed();
+    Fio::plain(&uri)
+        .args([
+            "--rw=trimwrite",
+            "--bs=64k",
+            "--iodepth=8",
+            "--offset=96m",
+            "--size=16m",
+        ])
+        .succeed();
+    Fio::verify(&uri)
+        .args(written)
+        .arg("--verify_only")
+        .succeed();
     let trimmed = ["-f", "raw", &uri, "-c", "read -P 0 64M 32M"];
     let said = Tool::new("qemu-io").args(trimmed).succeed();
     assert!(!said.contains("verification failed"), "{said}");
@@ -326,10 +482,19 @@ fn fio_verify_goes_on_over_a_kill() {
         .arg(&socket)
         .limit(4 * MINUTES)
         .start();
-    wait::until(Duration::from_secs(20), "nbdkit", || fs::metadata(&socket).map_err(|error| error.to_string()));
+    wait::until(Duration::from_secs(20), "nbdkit", || {
+        fs::metadata(&socket).map_err(|error| error.to_string())
+    });
     let through = format!("nbd+unix:///?socket={}", socket.display());
     let mut fio = Fio::verify(&through)
-        .args(["--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=64m", "--rate_iops=4000", "--io_size=96m"])
+        .args([
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=8",
+            "--size=64m",
+            "--rate_iops=4000",
+            "--io_size=96m",
+        ])
         .start();
     let mut killed = 0;
     let operations = |daemon: &Daemon| {
@@ -337,8 +502,10 @@ fn fio_verify_goes_on_over_a_kill() {
         connection.map(drop).map_err(|error| error.to_string())
     };
     for _ in 0..3 {
-        wait::until(Duration::from_secs(20), "the volume is served", || operations(&daemon));
-        std::thread::sleep(Duration::from_millis(900));
+        wait::until(Duration::from_secs(20), "the volume is served", || {
+            operations(&daemon)
+        });
+        wait::pass(Duration::from_millis(900));
         if !fio.is_running() {
             break;
         }
@@ -364,7 +531,10 @@ fn two_connections_see_each_other() {
             let offset = rng.below((64 << 20) - 9000);
             let data = rng.bytes(1 + rng.clone().below(9000) as usize);
             one.write(offset, &data).unwrap();
-            assert!(other.read(offset, data.len() as u64).unwrap() == data, "write {n} of round {round} is not seen");
+            assert!(
+                other.read(offset, data.len() as u64).unwrap() == data,
+                "write {n} of round {round} is not seen"
+            );
             written.push((offset, data));
         }
         other.flush().unwrap();
@@ -374,11 +544,17 @@ fn two_connections_see_each_other() {
         // Later writes may cover earlier ones: replay them.
         let mut model = std::collections::BTreeMap::new();
         for (offset, data) in &written {
-            model.extend(data.iter().enumerate().map(|(at, byte)| (offset + at as u64, *byte)));
+            model.extend(
+                data.iter()
+                    .enumerate()
+                    .map(|(at, byte)| (offset + at as u64, *byte)),
+            );
         }
         for (offset, data) in &written {
             let read = after.read(*offset, data.len() as u64).unwrap();
-            let expected: Vec<u8> = (0..data.len() as u64).map(|at| model[&(offset + at)]).collect();
+            let expected: Vec<u8> = (0..data.len() as u64)
+                .map(|at| model[&(offset + at)])
+                .collect();
             assert!(read == expected, "round {round}: at {offset}");
         }
     }

@@ -1,8 +1,12 @@
 //! The integration tests, one binary with a module per topic. docs/testing.md says which promise each one checks.
 
+mod config;
 mod controls;
 mod crash;
 mod hostile;
+mod idle;
 mod interop;
 mod protocol;
+mod restart;
 mod tidy;
+mod volumes;

@@ -4,7 +4,11 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use ashlar_tests::nbd::{Failure, Handshake, Info, Request, Wishes, export_request, meta_request, wire};
+use ashlar_tests::nbd::{
+    Failure, Handshake, Info, Request, Wishes, export_request, meta_request, wire,
+};
+
+use ashlar_tests::wait;
 
 use super::{Fixture, Row, SIZE, STYLES};
 
@@ -18,41 +22,113 @@ fn every_row_of_the_handshake() {
 
 const ROWS: &[Row] = &[
     ("greeting: exactly the two known handshake flags", greeting),
-    ("client flags: an unknown one closes the connection", unknown_client_flag),
-    ("EXPORT_NAME: 124 zero bytes unless both sides said NO_ZEROES", export_name_padding),
-    ("EXPORT_NAME: an unknown export closes the connection", export_name_unknown),
-    ("EXPORT_NAME: refused by closing under extended headers", export_name_after_extended),
-    ("unknown options of 16 B, 64 KiB and 2 MiB: UNSUP, and the next one is parsed", unknown_options),
+    (
+        "client flags: an unknown one closes the connection",
+        unknown_client_flag,
+    ),
+    (
+        "EXPORT_NAME: 124 zero bytes unless both sides said NO_ZEROES",
+        export_name_padding,
+    ),
+    (
+        "EXPORT_NAME: an unknown export closes the connection",
+        export_name_unknown,
+    ),
+    (
+        "EXPORT_NAME: refused by closing under extended headers",
+        export_name_after_extended,
+    ),
+    (
+        "unknown options of 16 B, 64 KiB and 2 MiB: UNSUP, and the next one is parsed",
+        unknown_options,
+    ),
     ("PEEK_EXPORT: UNSUP", peek_export),
-    ("option length 0xffffffff: closed, not waited for", huge_option),
+    (
+        "option length 0xffffffff: closed, not waited for",
+        huge_option,
+    ),
     ("bad option magic: closed", bad_option_magic),
     ("LIST: every volume; INVALID with data", list),
     ("ABORT: ACK, with or without data, then closed", abort),
-    ("STARTTLS without TLS: UNSUP or POLICY, with data also INVALID; haggling goes on", starttls),
-    ("STRUCTURED_REPLY: ACK, INVALID with data, twice does no harm", structured_reply),
-    ("EXTENDED_HEADERS: ACK, INVALID with data; STRUCTURED_REPLY after it: EXT_HEADER_REQD", extended_headers),
+    (
+        "STARTTLS without TLS: UNSUP or POLICY, with data also INVALID; haggling goes on",
+        starttls,
+    ),
+    (
+        "STRUCTURED_REPLY: ACK, INVALID with data, twice does no harm",
+        structured_reply,
+    ),
+    (
+        "EXTENDED_HEADERS: ACK, INVALID with data; STRUCTURED_REPLY after it: EXT_HEADER_REQD",
+        extended_headers,
+    ),
     ("INFO and GO tell the same", info_then_go),
     ("INFO and GO: an unknown export is UNKNOWN", unknown_export),
-    ("INFO and GO: names that no export can have", impossible_names),
-    ("INFO and GO: lengths that do not add up are INVALID", malformed_requests),
-    ("INFO and GO: unknown and repeated info types are ignored, each known one comes once", info_types),
+    (
+        "INFO and GO: names that no export can have",
+        impossible_names,
+    ),
+    (
+        "INFO and GO: lengths that do not add up are INVALID",
+        malformed_requests,
+    ),
+    (
+        "INFO and GO: unknown and repeated info types are ignored, each known one comes once",
+        info_types,
+    ),
     ("GO: name, description and block sizes 1/4096/32 MiB", infos),
-    ("GO: the transmission flags are exactly what is served", transmission_flags),
+    (
+        "GO: the transmission flags are exactly what is served",
+        transmission_flags,
+    ),
     ("GO: the volume's id is as good as its name", export_by_id),
-    ("SET_META_CONTEXT before structured replies: INVALID", set_meta_too_early),
-    ("SET_META_CONTEXT: the same context twice is selected once", set_meta_twice),
-    ("SET_META_CONTEXT: a query longer than the option is INVALID", set_meta_malformed),
-    ("SET_META_CONTEXT: an unknown export is UNKNOWN", set_meta_unknown_export),
-    ("SET_META_CONTEXT: unknown namespaces and leaves are ignored, `base:` too", set_meta_unknown_context),
-    ("SET_META_CONTEXT: zero queries select nothing; a failed one drops the selection", set_meta_replaces),
-    ("SET_META_CONTEXT: selected for another export, it does not count", set_meta_other_export),
-    ("LIST_META_CONTEXT: all without queries, `base:` as a wildcard", list_meta),
-    ("bytes that come one by one, options that come together", dribbled_and_joined),
-    ("a request sent together with GO is answered", request_behind_go),
+    (
+        "SET_META_CONTEXT before structured replies: INVALID",
+        set_meta_too_early,
+    ),
+    (
+        "SET_META_CONTEXT: the same context twice is selected once",
+        set_meta_twice,
+    ),
+    (
+        "SET_META_CONTEXT: a query longer than the option is INVALID",
+        set_meta_malformed,
+    ),
+    (
+        "SET_META_CONTEXT: an unknown export is UNKNOWN",
+        set_meta_unknown_export,
+    ),
+    (
+        "SET_META_CONTEXT: unknown namespaces and leaves are ignored, `base:` too",
+        set_meta_unknown_context,
+    ),
+    (
+        "SET_META_CONTEXT: zero queries select nothing; a failed one drops the selection",
+        set_meta_replaces,
+    ),
+    (
+        "SET_META_CONTEXT: selected for another export, it does not count",
+        set_meta_other_export,
+    ),
+    (
+        "LIST_META_CONTEXT: all without queries, `base:` as a wildcard",
+        list_meta,
+    ),
+    (
+        "bytes that come one by one, options that come together",
+        dribbled_and_joined,
+    ),
+    (
+        "a request sent together with GO is answered",
+        request_behind_go,
+    ),
 ];
 
 fn greeting(fixture: &Fixture) {
-    assert_eq!(fixture.handshake().server_flags, wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES);
+    assert_eq!(
+        fixture.handshake().server_flags,
+        wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES
+    );
 }
 
 fn unknown_client_flag(fixture: &Fixture) {
@@ -60,7 +136,11 @@ fn unknown_client_flag(fixture: &Fixture) {
         let mut handshake = Handshake::with_client_flags(&fixture.address, flags).unwrap();
         let _ = handshake.send_option(wire::OPT_LIST, &[]);
         let sent = handshake.connection.until_closed(SOON).unwrap();
-        assert!(sent.is_empty(), "flags {flags:#x} were answered with {} bytes", sent.len());
+        assert!(
+            sent.is_empty(),
+            "flags {flags:#x} were answered with {} bytes",
+            sent.len()
+        );
     }
 }
 
@@ -77,28 +157,53 @@ fn export_name_padding(fixture: &Fixture) {
 
 fn export_name_unknown(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.send_option(wire::OPT_EXPORT_NAME, b"no such export").unwrap();
+    handshake
+        .send_option(wire::OPT_EXPORT_NAME, b"no such export")
+        .unwrap();
     assert_eq!(handshake.connection.until_closed(SOON).unwrap(), b"");
 }
 
 fn export_name_after_extended(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_EXTENDED_HEADERS, &[]).unwrap();
-    handshake.send_option(wire::OPT_EXPORT_NAME, b"disk").unwrap();
+    handshake
+        .acknowledged(wire::OPT_EXTENDED_HEADERS, &[])
+        .unwrap();
+    handshake
+        .send_option(wire::OPT_EXPORT_NAME, b"disk")
+        .unwrap();
     assert_eq!(handshake.connection.until_closed(SOON).unwrap(), b"");
 }
 
 fn unknown_options(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    for (option, length) in [(99, 0), (12, 16), (0xffff_ffff, 64 << 10), (0, 16), (1000, 2 << 20)] {
+    for (option, length) in [
+        (99, 0),
+        (12, 16),
+        (0xffff_ffff, 64 << 10),
+        (0, 16),
+        (1000, 2 << 20),
+    ] {
         let verdict = handshake.verdict(option, &vec![0xa5; length]).unwrap();
-        assert_eq!(verdict, wire::REP_ERR_UNSUP, "option {option} with {length} bytes");
+        assert_eq!(
+            verdict,
+            wire::REP_ERR_UNSUP,
+            "option {option} with {length} bytes"
+        );
     }
-    assert_eq!(handshake.verdict(wire::OPT_LIST, &[]).unwrap(), wire::REP_ACK);
+    assert_eq!(
+        handshake.verdict(wire::OPT_LIST, &[]).unwrap(),
+        wire::REP_ACK
+    );
 }
 
 fn peek_export(fixture: &Fixture) {
-    assert_eq!(fixture.handshake().verdict(wire::OPT_PEEK_EXPORT, b"disk").unwrap(), wire::REP_ERR_UNSUP);
+    assert_eq!(
+        fixture
+            .handshake()
+            .verdict(wire::OPT_PEEK_EXPORT, b"disk")
+            .unwrap(),
+        wire::REP_ERR_UNSUP
+    );
 }
 
 fn huge_option(fixture: &Fixture) {
@@ -108,19 +213,28 @@ fn huge_option(fixture: &Fixture) {
         bytes.extend(option.to_be_bytes());
         bytes.extend(0xffff_ffff_u32.to_be_bytes());
         handshake.connection.send(&bytes).unwrap();
-        handshake.connection.until_closed(SOON).unwrap_or_else(|error| panic!("option {option}: {error}"));
+        handshake
+            .connection
+            .until_closed(SOON)
+            .unwrap_or_else(|error| panic!("option {option}: {error}"));
     }
 }
 
 fn bad_option_magic(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.connection.send(b"NOTANOPT\0\0\0\x03\0\0\0\0").unwrap();
+    handshake
+        .connection
+        .send(b"NOTANOPT\0\0\0\x03\0\0\0\0")
+        .unwrap();
     handshake.connection.until_closed(SOON).unwrap();
 }
 
 fn list(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    assert_eq!(handshake.verdict(wire::OPT_LIST, b"x").unwrap(), wire::REP_ERR_INVALID);
+    assert_eq!(
+        handshake.verdict(wire::OPT_LIST, b"x").unwrap(),
+        wire::REP_ERR_INVALID
+    );
     let replies = handshake.acknowledged(wire::OPT_LIST, &[]).unwrap();
     let names: Vec<&[u8]> = replies
         .iter()
@@ -136,7 +250,10 @@ fn list(fixture: &Fixture) {
 fn abort(fixture: &Fixture) {
     for data in [b"".as_slice(), b"goodbye"] {
         let mut handshake = fixture.handshake();
-        assert_eq!(handshake.verdict(wire::OPT_ABORT, data).unwrap(), wire::REP_ACK);
+        assert_eq!(
+            handshake.verdict(wire::OPT_ABORT, data).unwrap(),
+            wire::REP_ACK
+        );
         assert_eq!(handshake.connection.until_closed(SOON).unwrap(), b"");
     }
     // A client that says goodbye and does not wait for the answer.
@@ -147,55 +264,107 @@ fn abort(fixture: &Fixture) {
 fn starttls(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
     let plain = handshake.verdict(wire::OPT_STARTTLS, &[]).unwrap();
-    assert!([wire::REP_ERR_UNSUP, wire::REP_ERR_POLICY].contains(&plain), "{plain:#x}");
+    assert!(
+        [wire::REP_ERR_UNSUP, wire::REP_ERR_POLICY].contains(&plain),
+        "{plain:#x}"
+    );
     let with_data = handshake.verdict(wire::OPT_STARTTLS, b"x").unwrap();
-    let allowed = [wire::REP_ERR_UNSUP, wire::REP_ERR_POLICY, wire::REP_ERR_INVALID];
+    let allowed = [
+        wire::REP_ERR_UNSUP,
+        wire::REP_ERR_POLICY,
+        wire::REP_ERR_INVALID,
+    ];
     assert!(allowed.contains(&with_data), "{with_data:#x}");
-    assert_eq!(handshake.verdict(wire::OPT_LIST, &[]).unwrap(), wire::REP_ACK);
+    assert_eq!(
+        handshake.verdict(wire::OPT_LIST, &[]).unwrap(),
+        wire::REP_ACK
+    );
 }
 
 fn structured_reply(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    assert_eq!(handshake.verdict(wire::OPT_STRUCTURED_REPLY, b"x").unwrap(), wire::REP_ERR_INVALID);
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+    assert_eq!(
+        handshake.verdict(wire::OPT_STRUCTURED_REPLY, b"x").unwrap(),
+        wire::REP_ERR_INVALID
+    );
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
     let again = handshake.verdict(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
-    assert!([wire::REP_ACK, wire::REP_ERR_INVALID].contains(&again), "{again:#x}");
+    assert!(
+        [wire::REP_ACK, wire::REP_ERR_INVALID].contains(&again),
+        "{again:#x}"
+    );
     // Still structured, not forgotten by the repetition.
     handshake.go("disk").unwrap().read(0, 512).unwrap();
 }
 
 fn extended_headers(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    assert_eq!(handshake.verdict(wire::OPT_EXTENDED_HEADERS, b"x").unwrap(), wire::REP_ERR_INVALID);
-    handshake.acknowledged(wire::OPT_EXTENDED_HEADERS, &[]).unwrap();
+    assert_eq!(
+        handshake.verdict(wire::OPT_EXTENDED_HEADERS, b"x").unwrap(),
+        wire::REP_ERR_INVALID
+    );
+    handshake
+        .acknowledged(wire::OPT_EXTENDED_HEADERS, &[])
+        .unwrap();
     let structured = handshake.verdict(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
     assert_eq!(structured, wire::REP_ERR_EXT_HEADER_REQD);
     let again = handshake.verdict(wire::OPT_EXTENDED_HEADERS, &[]).unwrap();
-    assert!([wire::REP_ACK, wire::REP_ERR_INVALID].contains(&again), "{again:#x}");
+    assert!(
+        [wire::REP_ACK, wire::REP_ERR_INVALID].contains(&again),
+        "{again:#x}"
+    );
     handshake.go("disk").unwrap().read(0, 512).unwrap();
     // The other way round is an upgrade.
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
-    handshake.acknowledged(wire::OPT_EXTENDED_HEADERS, &[]).unwrap();
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
+    handshake
+        .acknowledged(wire::OPT_EXTENDED_HEADERS, &[])
+        .unwrap();
     handshake.go("disk").unwrap().read(0, 512).unwrap();
 }
 
 fn info_then_go(fixture: &Fixture) {
-    let wanted = [wire::INFO_NAME, wire::INFO_DESCRIPTION, wire::INFO_BLOCK_SIZE];
+    let wanted = [
+        wire::INFO_NAME,
+        wire::INFO_DESCRIPTION,
+        wire::INFO_BLOCK_SIZE,
+    ];
     for wanted in [&[][..], &wanted[..]] {
         let mut handshake = fixture.handshake();
         let info = handshake.infos(wire::OPT_INFO, "disk", wanted).unwrap();
         let go = handshake.infos(wire::OPT_GO, "disk", wanted).unwrap();
         assert_eq!(info, go);
-        assert!(go.iter().any(|info| matches!(info, Info::Export { size_bytes: SIZE, .. })), "{go:?}");
+        assert!(
+            go.iter().any(|info| matches!(
+                info,
+                Info::Export {
+                    size_bytes: SIZE,
+                    ..
+                }
+            )),
+            "{go:?}"
+        );
     }
 }
 
 fn unknown_export(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
     for option in [wire::OPT_INFO, wire::OPT_GO] {
-        for name in ["nope", "disk ", "DISK", "disk/", "../disk", "00000000-0000-0000-0000-000000000000"] {
-            let verdict = handshake.verdict(option, &export_request(name.as_bytes(), &[])).unwrap();
+        for name in [
+            "nope",
+            "disk ",
+            "DISK",
+            "disk/",
+            "../disk",
+            "00000000-0000-0000-0000-000000000000",
+        ] {
+            let verdict = handshake
+                .verdict(option, &export_request(name.as_bytes(), &[]))
+                .unwrap();
             assert_eq!(verdict, wire::REP_ERR_UNKNOWN, "{name:?}");
         }
     }
@@ -206,11 +375,32 @@ fn impossible_names(fixture: &Fixture) {
     let longest = vec![b'n'; wire::STRING_MAX];
     let too_long = vec![b'n'; wire::STRING_MAX + 1];
     for option in [wire::OPT_INFO, wire::OPT_GO] {
-        assert_eq!(handshake.verdict(option, &export_request(&longest, &[])).unwrap(), wire::REP_ERR_UNKNOWN);
-        let refused = [wire::REP_ERR_INVALID, wire::REP_ERR_UNKNOWN, wire::REP_ERR_TOO_BIG];
-        for name in [too_long.as_slice(), b"di\0sk", b"disk\0", b"\xff\xfe", b"\xc0\x80"] {
-            let verdict = handshake.verdict(option, &export_request(name, &[])).unwrap();
-            assert!(refused.contains(&verdict), "{} bytes: {verdict:#x}", name.len());
+        assert_eq!(
+            handshake
+                .verdict(option, &export_request(&longest, &[]))
+                .unwrap(),
+            wire::REP_ERR_UNKNOWN
+        );
+        let refused = [
+            wire::REP_ERR_INVALID,
+            wire::REP_ERR_UNKNOWN,
+            wire::REP_ERR_TOO_BIG,
+        ];
+        for name in [
+            too_long.as_slice(),
+            b"di\0sk",
+            b"disk\0",
+            b"\xff\xfe",
+            b"\xc0\x80",
+        ] {
+            let verdict = handshake
+                .verdict(option, &export_request(name, &[]))
+                .unwrap();
+            assert!(
+                refused.contains(&verdict),
+                "{} bytes: {verdict:#x}",
+                name.len()
+            );
         }
     }
     handshake.go("disk").unwrap();
@@ -230,37 +420,90 @@ fn malformed_requests(fixture: &Fixture) {
     let mut trailing = good.clone();
     trailing.push(0);
     for option in [wire::OPT_INFO, wire::OPT_GO] {
-        let short = [&[][..], &good[..1], &good[..4], &good[..8], &good[..9], &good[..11]];
-        let bad = [&longer_name[..], &endless_name, &more_infos, &many_infos, &trailing];
+        let short = [
+            &[][..],
+            &good[..1],
+            &good[..4],
+            &good[..8],
+            &good[..9],
+            &good[..11],
+        ];
+        let bad = [
+            &longer_name[..],
+            &endless_name,
+            &more_infos,
+            &many_infos,
+            &trailing,
+        ];
         for data in short.into_iter().chain(bad) {
-            assert_eq!(handshake.verdict(option, data).unwrap(), wire::REP_ERR_INVALID, "{data:02x?}");
+            assert_eq!(
+                handshake.verdict(option, data).unwrap(),
+                wire::REP_ERR_INVALID,
+                "{data:02x?}"
+            );
         }
     }
     handshake.go("disk").unwrap();
 }
 
 fn info_types(fixture: &Fixture) {
-    let mut wanted = vec![wire::INFO_NAME, 0xbeef, wire::INFO_NAME, wire::INFO_EXPORT, wire::INFO_BLOCK_SIZE, 4, 9999];
+    let mut wanted = vec![
+        wire::INFO_NAME,
+        0xbeef,
+        wire::INFO_NAME,
+        wire::INFO_EXPORT,
+        wire::INFO_BLOCK_SIZE,
+        4,
+        9999,
+    ];
     for _ in 0..2 {
         let mut handshake = fixture.handshake();
         let infos = handshake.infos(wire::OPT_INFO, "disk", &wanted).unwrap();
         let kinds: Vec<_> = infos.iter().map(std::mem::discriminant).collect();
-        assert_eq!(kinds.len(), kinds.iter().collect::<std::collections::HashSet<_>>().len(), "{infos:?}");
-        assert!(!infos.iter().any(|info| matches!(info, Info::Other(..))), "{infos:?}");
+        assert_eq!(
+            kinds.len(),
+            kinds.iter().collect::<std::collections::HashSet<_>>().len(),
+            "{infos:?}"
+        );
+        assert!(
+            !infos.iter().any(|info| matches!(info, Info::Other(..))),
+            "{infos:?}"
+        );
         // As many as the count can say; it may be refused, not mishandled.
         wanted = (0..20_000).collect();
-        let verdict = handshake.verdict(wire::OPT_INFO, &export_request(b"disk", &wanted)).unwrap();
-        assert!([wire::REP_ACK, wire::REP_ERR_TOO_BIG, wire::REP_ERR_INVALID].contains(&verdict), "{verdict:#x}");
+        let verdict = handshake
+            .verdict(wire::OPT_INFO, &export_request(b"disk", &wanted))
+            .unwrap();
+        assert!(
+            [wire::REP_ACK, wire::REP_ERR_TOO_BIG, wire::REP_ERR_INVALID].contains(&verdict),
+            "{verdict:#x}"
+        );
         wanted.truncate(100);
     }
 }
 
 fn infos(fixture: &Fixture) {
-    let wanted = [wire::INFO_NAME, wire::INFO_DESCRIPTION, wire::INFO_BLOCK_SIZE];
-    let infos = fixture.handshake().infos(wire::OPT_GO, "disk", &wanted).unwrap();
+    let wanted = [
+        wire::INFO_NAME,
+        wire::INFO_DESCRIPTION,
+        wire::INFO_BLOCK_SIZE,
+    ];
+    let infos = fixture
+        .handshake()
+        .infos(wire::OPT_GO, "disk", &wanted)
+        .unwrap();
     assert!(infos.contains(&Info::Name("disk".into())), "{infos:?}");
-    assert!(infos.iter().any(|i| matches!(i, Info::Description(text) if !text.is_empty())), "{infos:?}");
-    let sizes = Info::BlockSize { minimum: 1, preferred: 4096, max_payload: wire::PAYLOAD_MAX as u32 };
+    assert!(
+        infos
+            .iter()
+            .any(|i| matches!(i, Info::Description(text) if !text.is_empty())),
+        "{infos:?}"
+    );
+    let sizes = Info::BlockSize {
+        minimum: 1,
+        preferred: 4096,
+        max_payload: wire::PAYLOAD_MAX as u32,
+    };
     assert!(infos.contains(&sizes), "{infos:?}");
 }
 
@@ -274,14 +517,19 @@ fn transmission_flags(fixture: &Fixture) {
         | wire::TRANSMIT_CACHE
         | wire::TRANSMIT_FAST_ZERO;
     assert_eq!(fixture.open(Wishes::SIMPLE).flags, always);
-    assert_eq!(fixture.open(Wishes::STRUCTURED).flags, always | wire::TRANSMIT_DF);
+    assert_eq!(
+        fixture.open(Wishes::STRUCTURED).flags,
+        always | wire::TRANSMIT_DF
+    );
     let extended = fixture.open(Wishes::EXTENDED).flags & !wire::TRANSMIT_BLOCK_STATUS_PAYLOAD;
     assert_eq!(extended, always | wire::TRANSMIT_DF);
 }
 
 fn export_by_id(fixture: &Fixture) {
     let shown = fixture.daemon.admin().json(["volume", "show", "disk"]);
-    let id = shown["id"].as_str().unwrap_or_else(|| panic!("no id in {shown}"));
+    let id = shown["id"]
+        .as_str()
+        .unwrap_or_else(|| panic!("no id in {shown}"));
     let mut by_name = fixture.open(Wishes::SIMPLE);
     by_name.write(4096 * 50, &[0x42; 4096]).unwrap();
     let mut by_id = fixture.handshake().go(id).unwrap();
@@ -291,19 +539,36 @@ fn export_by_id(fixture: &Fixture) {
 
 fn set_meta_too_early(fixture: &Fixture) {
     let request = meta_request(b"disk", &["base:allocation"]);
-    assert_eq!(fixture.handshake().verdict(wire::OPT_SET_META_CONTEXT, &request).unwrap(), wire::REP_ERR_INVALID);
+    assert_eq!(
+        fixture
+            .handshake()
+            .verdict(wire::OPT_SET_META_CONTEXT, &request)
+            .unwrap(),
+        wire::REP_ERR_INVALID
+    );
 }
 
 fn set_meta_twice(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
     let request = meta_request(b"disk", &["base:allocation", "base:allocation"]);
-    assert_eq!(handshake.acknowledged(wire::OPT_SET_META_CONTEXT, &request).unwrap().len(), 2, "one context and an ACK");
+    assert_eq!(
+        handshake
+            .acknowledged(wire::OPT_SET_META_CONTEXT, &request)
+            .unwrap()
+            .len(),
+        2,
+        "one context and an ACK"
+    );
 }
 
 fn set_meta_malformed(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
     let good = meta_request(b"disk", &["base:allocation"]);
     let mut long_query = good.clone();
     long_query[15] = 200;
@@ -312,8 +577,21 @@ fn set_meta_malformed(fixture: &Fixture) {
     let mut trailing = good.clone();
     trailing.push(0);
     for option in [wire::OPT_SET_META_CONTEXT, wire::OPT_LIST_META_CONTEXT] {
-        for data in [&long_query[..], &many, &trailing, &good[..3], &good[..8], &good[..11], &good[..14], &good[..20]] {
-            assert_eq!(handshake.verdict(option, data).unwrap(), wire::REP_ERR_INVALID, "{data:02x?}");
+        for data in [
+            &long_query[..],
+            &many,
+            &trailing,
+            &good[..3],
+            &good[..8],
+            &good[..11],
+            &good[..14],
+            &good[..20],
+        ] {
+            assert_eq!(
+                handshake.verdict(option, data).unwrap(),
+                wire::REP_ERR_INVALID,
+                "{data:02x?}"
+            );
         }
     }
     handshake.go("disk").unwrap();
@@ -321,33 +599,62 @@ fn set_meta_malformed(fixture: &Fixture) {
 
 fn set_meta_unknown_export(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
     let request = meta_request(b"nope", &["base:allocation"]);
     for option in [wire::OPT_SET_META_CONTEXT, wire::OPT_LIST_META_CONTEXT] {
-        assert_eq!(handshake.verdict(option, &request).unwrap(), wire::REP_ERR_UNKNOWN);
+        assert_eq!(
+            handshake.verdict(option, &request).unwrap(),
+            wire::REP_ERR_UNKNOWN
+        );
     }
 }
 
 fn set_meta_unknown_context(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
-    let request = meta_request(b"disk", &["base:", "base:unknown", "qemu:dirty-bitmap:x", "x-own:y"]);
-    assert_eq!(handshake.acknowledged(wire::OPT_SET_META_CONTEXT, &request).unwrap().len(), 1, "nothing but the ACK");
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
+    let request = meta_request(
+        b"disk",
+        &["base:", "base:unknown", "qemu:dirty-bitmap:x", "x-own:y"],
+    );
+    assert_eq!(
+        handshake
+            .acknowledged(wire::OPT_SET_META_CONTEXT, &request)
+            .unwrap()
+            .len(),
+        1,
+        "nothing but the ACK"
+    );
 }
 
 /// The errno of a block status request after `handshake` is complete.
 fn status_errno(handshake: Handshake) -> u32 {
     let mut client = handshake.go("disk").unwrap();
-    let request = Request { command: wire::CMD_BLOCK_STATUS, length: 4096, ..Request::default() };
+    let request = Request {
+        command: wire::CMD_BLOCK_STATUS,
+        length: 4096,
+        ..Request::default()
+    };
     client.ask(&request).unwrap().errno
 }
 
 fn set_meta_replaces(fixture: &Fixture) {
-    for second in [meta_request(b"disk", &[]), meta_request(b"nope", &["base:allocation"]), b"\0".to_vec()] {
+    for second in [
+        meta_request(b"disk", &[]),
+        meta_request(b"nope", &["base:allocation"]),
+        b"\0".to_vec(),
+    ] {
         let mut handshake = fixture.handshake();
-        handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+        handshake
+            .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+            .unwrap();
         handshake.select_allocation("disk").unwrap();
-        handshake.verdict(wire::OPT_SET_META_CONTEXT, &second).unwrap();
+        handshake
+            .verdict(wire::OPT_SET_META_CONTEXT, &second)
+            .unwrap();
         assert_eq!(status_errno(handshake), wire::EINVAL, "after {second:02x?}");
     }
 }
@@ -356,7 +663,9 @@ fn set_meta_other_export(fixture: &Fixture) {
     let admin = fixture.daemon.admin();
     admin.run(["volume", "create", "other", "--size", "1MiB"]);
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
     handshake.select_allocation("other").unwrap();
     assert_eq!(status_errno(handshake), wire::EINVAL);
     admin.run(["volume", "delete", "other", "--yes"]);
@@ -364,12 +673,28 @@ fn set_meta_other_export(fixture: &Fixture) {
 
 fn list_meta(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
-    handshake.acknowledged(wire::OPT_STRUCTURED_REPLY, &[]).unwrap();
-    for (queries, found) in [(&[][..], true), (&["base:"], true), (&["base:allocation"], true), (&["qemu:"], false)] {
-        let replies = handshake.acknowledged(wire::OPT_LIST_META_CONTEXT, &meta_request(b"disk", queries)).unwrap();
-        let names: BTreeSet<&[u8]> =
-            replies.iter().filter(|reply| reply.kind == wire::REP_META_CONTEXT).map(|reply| &reply.data[4..]).collect();
-        assert_eq!(names.contains(b"base:allocation".as_slice()), found, "{queries:?}: {names:?}");
+    handshake
+        .acknowledged(wire::OPT_STRUCTURED_REPLY, &[])
+        .unwrap();
+    for (queries, found) in [
+        (&[][..], true),
+        (&["base:"], true),
+        (&["base:allocation"], true),
+        (&["qemu:"], false),
+    ] {
+        let replies = handshake
+            .acknowledged(wire::OPT_LIST_META_CONTEXT, &meta_request(b"disk", queries))
+            .unwrap();
+        let names: BTreeSet<&[u8]> = replies
+            .iter()
+            .filter(|reply| reply.kind == wire::REP_META_CONTEXT)
+            .map(|reply| &reply.data[4..])
+            .collect();
+        assert_eq!(
+            names.contains(b"base:allocation".as_slice()),
+            found,
+            "{queries:?}: {names:?}"
+        );
     }
     // Listing selects nothing.
     assert_eq!(status_errno(handshake), wire::EINVAL);
@@ -378,7 +703,10 @@ fn list_meta(fixture: &Fixture) {
 fn dribbled_and_joined(fixture: &Fixture) {
     let mut handshake = fixture.handshake();
     let mut bytes = Vec::new();
-    for (option, data) in [(wire::OPT_INFO, export_request(b"disk", &[])), (wire::OPT_LIST, Vec::new())] {
+    for (option, data) in [
+        (wire::OPT_INFO, export_request(b"disk", &[])),
+        (wire::OPT_LIST, Vec::new()),
+    ] {
         bytes.extend(wire::IHAVEOPT.to_be_bytes());
         bytes.extend(option.to_be_bytes());
         bytes.extend((data.len() as u32).to_be_bytes());
@@ -418,8 +746,17 @@ fn request_behind_go(fixture: &Fixture) {
     bytes.extend(512_u32.to_be_bytes());
     handshake.connection.write_all(&bytes).unwrap();
     while !handshake.reply().unwrap().is_final() {}
-    assert_eq!(handshake.connection.take_u32().unwrap(), wire::SIMPLE_REPLY_MAGIC);
-    assert_eq!((handshake.connection.take_u32().unwrap(), handshake.connection.take_u64().unwrap()), (0, 77));
+    assert_eq!(
+        handshake.connection.take_u32().unwrap(),
+        wire::SIMPLE_REPLY_MAGIC
+    );
+    assert_eq!(
+        (
+            handshake.connection.take_u32().unwrap(),
+            handshake.connection.take_u64().unwrap()
+        ),
+        (0, 77)
+    );
     assert_eq!(handshake.connection.take(512).unwrap(), [7; 512]);
 }
 
@@ -437,14 +774,17 @@ fn an_idle_handshake_is_ended() {
             if matches!(talking.verdict(wire::OPT_LIST, &[]), Err(Failure::Io(_))) {
                 return start.elapsed();
             }
-            std::thread::sleep(Duration::from_millis(200));
+            wait::pass(Duration::from_millis(200));
         }
         panic!("a client that only haggles is still connected after {end:?}");
     });
     silent.until_closed(end).unwrap();
     let (silent, talking) = (start.elapsed(), talker.join().unwrap());
     for (who, ended) in [("silent", silent), ("talking", talking)] {
-        assert!(ended >= Duration::from_secs(4), "a slow but honest client would be cut off: {who} after {ended:?}");
+        assert!(
+            ended >= Duration::from_secs(4),
+            "a slow but honest client would be cut off: {who} after {ended:?}"
+        );
     }
     // Transmission has no such limit, and the daemon serves on.
     for wishes in STYLES {

@@ -38,7 +38,8 @@ impl Fixture {
     }
 
     fn open(&self, wishes: Wishes) -> Transmission {
-        self.try_open(wishes).unwrap_or_else(|error| panic!("{wishes:?}: {error}"))
+        self.try_open(wishes)
+            .unwrap_or_else(|error| panic!("{wishes:?}: {error}"))
     }
 
     fn try_open(&self, wishes: Wishes) -> Result<Transmission, Failure> {
@@ -60,7 +61,13 @@ impl Fixture {
                 failed.push(format!("* {name}\n    {}", why.replace('\n', "\n    ")));
             }
         }
-        assert!(failed.is_empty(), "{} of {} rows failed:\n{}", failed.len(), rows.len(), failed.join("\n"));
+        assert!(
+            failed.is_empty(),
+            "{} of {} rows failed:\n{}",
+            failed.len(),
+            rows.len(),
+            failed.join("\n")
+        );
     }
 }
 

@@ -1,0 +1,87 @@
+//! Starting again after much was written.
+
+use std::time::Duration;
+
+use ashlar_tests::daemon::Setup;
+use ashlar_tests::fio::Fio;
+use ashlar_tests::nbd::Wishes;
+use ashlar_tests::wait;
+
+/// The promise is under 2 s with 20 GiB written (`ASHLAR_TESTS_RESTART_GIB=20` repeats it); by default less is written, to
+/// a store that is smaller than that, so that segments were cleaned and reused.
+#[test]
+fn a_restart_is_quick_however_much_was_written() {
+    let gib: u64 = std::env::var("ASHLAR_TESTS_RESTART_GIB")
+        .ok()
+        .map_or(3, |text| text.parse().expect("a number"));
+    let mut daemon = Setup::default()
+        .store_size(if gib > 3 { "32GiB" } else { "2GiB" })
+        .start("restart");
+    let volume_gib = if gib > 3 { gib } else { 1 };
+    daemon.create("disk", &format!("{volume_gib}GiB"));
+    let uri = daemon.uri("disk");
+    for _ in 0..gib / volume_gib {
+        Fio::plain(&uri)
+            .args([
+                "--rw=randwrite",
+                "--bs=128k",
+                "--iodepth=16",
+                &format!("--size={volume_gib}g"),
+            ])
+            .succeed();
+    }
+    Fio::plain(&uri)
+        .args([
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=32",
+            &format!("--size={volume_gib}g"),
+            "--io_size=128m",
+        ])
+        .succeed();
+    let mut client = daemon.open("disk", Wishes::SIMPLE);
+    client.write(12_345, b"the last word").unwrap();
+    daemon.kill();
+    let killed = daemon.start();
+    assert_eq!(
+        daemon
+            .open("disk", Wishes::SIMPLE)
+            .read(12_345, 13)
+            .unwrap(),
+        b"the last word"
+    );
+    let drained = daemon.stop();
+    let stopped = daemon.start();
+    println!(
+        "{gib} GiB written: {killed:?} to start after kill -9, {stopped:?} after SIGTERM, which took {drained:?}"
+    );
+    for took in [killed, stopped] {
+        // Generous: other tests use the same disk meanwhile.
+        assert!(took < Duration::from_secs(6), "{took:?}");
+    }
+}
+
+/// Data of a previous life may be needed at once: clients that connect during the start are served or refused, not hung.
+#[test]
+fn clients_that_come_too_early() {
+    let mut daemon = Setup::default().start("early");
+    daemon.create("disk", "64MiB");
+    daemon
+        .open("disk", Wishes::SIMPLE)
+        .write(0, b"early")
+        .unwrap();
+    for _ in 0..5 {
+        daemon.kill();
+        daemon.spawn();
+        let read = wait::until(Duration::from_secs(30), "served", || {
+            let mut client = daemon
+                .try_open("disk", Wishes::SIMPLE)
+                .map_err(|error| error.to_string())?;
+            client
+                .read(0, 5)
+                .map_err(|error| panic!("an answer before the data is there: {error}"))
+        });
+        assert_eq!(read, b"early");
+        daemon.wait_ready();
+    }
+}
