@@ -4,7 +4,8 @@
 //! ones belong to one connection each, which lets one write of a block be in flight at a time and also trims and zeroes
 //! them. What was seen of every block between two kills is checked by [`crate::history`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -265,7 +266,8 @@ fn one_round(
             rng: rng.split(),
             moment: moment.clone(),
             in_flight: HashMap::new(),
-            busy: HashMap::new(),
+            busy: HashSet::new(),
+            broken: false,
             read_blocks: 0,
             events: Vec::new(),
         });
@@ -304,8 +306,10 @@ struct Worker<'a> {
     rng: Rng,
     moment: mpsc::Sender<()>,
     in_flight: HashMap<u64, Operation>,
+    /// A request could not be sent.
+    broken: bool,
     /// Owned blocks with a write in flight.
-    busy: HashMap<u64, ()>,
+    busy: HashSet<u64>,
     /// Blocks of reads in flight. Bounded so that the answers always fit the socket's buffer: this client does not read
     /// while it sends.
     read_blocks: u64,
@@ -327,15 +331,19 @@ impl Worker<'_> {
     /// itself, fails the campaign.
     fn work(mut self) -> Result<Vec<Event>, String> {
         loop {
-            while self.in_flight.len() < self.depth {
-                if !self.submit() {
-                    break;
+            // An operation that does not fit what is in flight is drawn again, a few times.
+            for _ in 0..2 * self.depth {
+                if self.in_flight.len() < self.depth && !self.broken {
+                    self.submit();
                 }
+            }
+            if self.in_flight.is_empty() {
+                continue;
             }
             match self.transmission.complete() {
                 Ok(answer) => self.finish(answer)?,
-                Err(Failure::Io(_)) => break,
-                Err(other) => return Err(other.to_string()),
+                Err(Failure::Io(error)) if error.kind() != ErrorKind::WouldBlock => break,
+                Err(other) => return Err(format!("{} in flight: {other}", self.in_flight.len())),
             }
         }
         for operation in self
@@ -361,8 +369,8 @@ impl Worker<'_> {
         Ok(self.events)
     }
 
-    /// Sends one more operation; false when there is none to send now.
-    fn submit(&mut self) -> bool {
+    /// Sends one more operation, unless the one that was drawn does not fit what is in flight.
+    fn submit(&mut self) {
         let kind = self.rng.below(100);
         let mine = self.rng.chance(80);
         let most = if self.rng.chance(3) { 200 } else { 12 };
@@ -384,13 +392,10 @@ impl Worker<'_> {
             76..80 => wire::CMD_FLUSH,
             _ => wire::CMD_READ,
         };
-        if changes(command) && mine && blocks.clone().any(|block| self.busy.contains_key(&block)) {
-            return !self.in_flight.is_empty()
-                && self.in_flight.len() < self.depth
-                && self.rng.chance(50);
-        }
-        if command == wire::CMD_READ && self.read_blocks + count > READ_BLOCKS_MAX {
-            return !self.in_flight.is_empty() && self.rng.chance(50);
+        let taken =
+            changes(command) && mine && blocks.clone().any(|block| self.busy.contains(&block));
+        if taken || (command == wire::CMD_READ && self.read_blocks + count > READ_BLOCKS_MAX) {
+            return;
         }
         let mut operation = Operation {
             command,
@@ -406,7 +411,7 @@ impl Worker<'_> {
             payload = pattern::blocks(self.state.volume, first, count, operation.version);
         }
         if changes(command) && mine {
-            self.busy.extend(blocks.map(|block| (block, ())));
+            self.busy.extend(blocks);
         }
         if command == wire::CMD_READ {
             self.read_blocks += count;
@@ -426,12 +431,11 @@ impl Worker<'_> {
         }) {
             Ok(cookie) => {
                 self.in_flight.insert(cookie, operation);
-                true
             }
             Err(_) => {
                 // Some of it may have been sent; the connection is dead and the next read will say so.
+                self.broken = true;
                 self.in_flight.insert(u64::MAX, operation);
-                false
             }
         }
     }
