@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use super::{
-    connect::AdminAddress,
-    size::{NewSize, Size},
-};
+use crate::config::{Address, ByteCount};
+
+use super::{connect::parse_address, size::NewSize};
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 daemon unreachable, 6 no space, 7 damaged data found.
@@ -21,8 +20,8 @@ Sizes: 10GiB, 10G and 10Gi are powers of 1024; 10GB is a power of 1000; plain di
 pub(super) struct Cli {
     /// Where the daemon's admin interface is: unix:PATH or tcp:HOST:PORT. Without it, the first of ./data/admin.sock,
     /// /run/ashlar/admin.sock and /var/lib/ashlar/admin.sock that answers
-    #[arg(long, global = true, env = "ASHLAR_ADMIN", value_name = "ADDRESS")]
-    pub(super) admin: Option<AdminAddress>,
+    #[arg(long, global = true, env = "ASHLAR_ADMIN", value_name = "ADDRESS", value_parser = parse_address)]
+    pub(super) admin: Option<Address>,
 
     /// How to print what was asked for
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
@@ -82,7 +81,7 @@ pub(super) enum VolumeCommand {
         name: String,
         /// Size, for example 10GiB; rounded up to a multiple of 4096 bytes
         #[arg(long, short)]
-        size: Size,
+        size: ByteCount,
         /// Acknowledge a write only once it is durable on the device
         #[arg(long)]
         write_through: bool,
@@ -153,7 +152,7 @@ pub(super) enum DaemonStoreCommand {
         store: Option<String>,
         /// Bytes to read a second at most, for example 100MiB
         #[arg(long, value_name = "SIZE")]
-        rate: Option<Size>,
+        rate: Option<ByteCount>,
     },
     /// Take a checkpoint now, so that the next start has little to replay
     Checkpoint {

@@ -2,40 +2,19 @@
 
 use serde::Serialize;
 
-/// Where a listener is, as the daemon tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum NbdAddress {
-    /// Absolute path of a Unix socket.
-    Unix(String),
-    /// Host (an IPv6 one without its brackets) and port.
-    Tcp(String, u16),
-}
+use crate::config::{Address, HostPort};
 
-impl NbdAddress {
-    /// Reads `Listener.address`.
-    pub(super) fn parse(address: &str) -> Option<NbdAddress> {
-        if let Some(path) = address.strip_prefix("unix:") {
-            return Some(NbdAddress::Unix(path.to_owned()));
+/// The NBD URI of an export, as uri.md of the NBD project defines it.
+fn uri(address: &Address, export: &str) -> String {
+    match address {
+        Address::Unix(path) => {
+            format!(
+                "nbd+unix:///{}?socket={}",
+                escape(export),
+                escape(&path.to_string_lossy())
+            )
         }
-        let (host, port) = address.strip_prefix("tcp:")?.rsplit_once(':')?;
-        let host = host
-            .strip_prefix('[')
-            .and_then(|h| h.strip_suffix(']'))
-            .unwrap_or(host);
-        Some(NbdAddress::Tcp(host.to_owned(), port.parse().ok()?))
-    }
-
-    /// The NBD URI of an export, as nbd-uri.md of the NBD project defines it.
-    pub(super) fn uri(&self, export: &str) -> String {
-        match self {
-            NbdAddress::Unix(path) => {
-                format!("nbd+unix:///{}?socket={}", escape(export), escape(path))
-            }
-            NbdAddress::Tcp(host, port) if host.contains(':') => {
-                format!("nbd://[{host}]:{port}/{}", escape(export))
-            }
-            NbdAddress::Tcp(host, port) => format!("nbd://{host}:{port}/{}", escape(export)),
-        }
+        Address::Tcp(host_port) => format!("nbd://{host_port}/{}", escape(export)),
     }
 }
 
@@ -87,8 +66,8 @@ pub(super) struct AttachLines {
 }
 
 impl AttachLines {
-    pub(super) fn new(address: &NbdAddress, export: &str, read_only: bool) -> AttachLines {
-        let uri = address.uri(export);
+    pub(super) fn new(address: &Address, export: &str, read_only: bool) -> AttachLines {
+        let uri = uri(address, export);
         let quoted = quote(&uri);
         // The kernel's sector size on the device becomes a block, so that file systems align themselves to it; four
         // connections let the kernel spread its queues, which is safe because a flush on one covers writes on all.
@@ -98,14 +77,14 @@ impl AttachLines {
             "-block-size 4096 -connections 4"
         };
         let nbd_client = match address {
-            NbdAddress::Unix(path) => {
+            Address::Unix(path) => {
                 format!(
                     "sudo nbd-client -unix {} -name {} {kernel} /dev/nbd0",
-                    quote(path),
+                    quote(&path.to_string_lossy()),
                     quote(export)
                 )
             }
-            NbdAddress::Tcp(host, port) => {
+            Address::Tcp(HostPort { host, port }) => {
                 format!(
                     "sudo nbd-client {} {port} -name {} {kernel} /dev/nbd0",
                     quote(host),
@@ -114,8 +93,13 @@ impl AttachLines {
             }
         };
         let server = match address {
-            NbdAddress::Unix(path) => format!("server.type=unix,server.path={}", qemu_value(path)),
-            NbdAddress::Tcp(host, port) => {
+            Address::Unix(path) => {
+                format!(
+                    "server.type=unix,server.path={}",
+                    qemu_value(&path.to_string_lossy())
+                )
+            }
+            Address::Tcp(HostPort { host, port }) => {
                 format!(
                     "server.type=inet,server.host={},server.port={port}",
                     qemu_value(host)
@@ -197,19 +181,13 @@ mod tests {
             ("tcp:127.0.0.1:10809", "nbd://127.0.0.1:10809/data"),
             ("tcp:[::1]:10809", "nbd://[::1]:10809/data"),
         ] {
-            assert_eq!(NbdAddress::parse(address).expect(address).uri("data"), uri);
+            assert_eq!(super::uri(&address.parse().expect(address), "data"), uri);
         }
-        assert_eq!(NbdAddress::parse("tcp:nowhere"), None);
-        assert_eq!(NbdAddress::parse("vsock:3"), None);
     }
 
     #[test]
     fn lines_of_a_unix_socket() {
-        let lines = AttachLines::new(
-            &NbdAddress::Unix("/run/ashlar/nbd.sock".into()),
-            "data",
-            false,
-        );
+        let lines = AttachLines::new(&Address::Unix("/run/ashlar/nbd.sock".into()), "data", false);
         assert_eq!(
             lines.nbd_client,
             "sudo nbd-client -unix /run/ashlar/nbd.sock -name data -block-size 4096 -connections 4 /dev/nbd0"
@@ -232,7 +210,11 @@ mod tests {
 
     #[test]
     fn lines_of_tcp_and_of_a_read_only_volume() {
-        let lines = AttachLines::new(&NbdAddress::Tcp("::1".into(), 10809), "data", true);
+        let lines = AttachLines::new(
+            &"tcp:[::1]:10809".parse().expect("an address"),
+            "data",
+            true,
+        );
         assert_eq!(
             lines.nbd_client,
             "sudo nbd-client ::1 10809 -name data -block-size 4096 -connections 4 -readonly /dev/nbd0"
@@ -250,11 +232,7 @@ mod tests {
 
     #[test]
     fn odd_paths_are_quoted() {
-        let lines = AttachLines::new(
-            &NbdAddress::Unix("/tmp/it's, here.sock".into()),
-            "data",
-            false,
-        );
+        let lines = AttachLines::new(&Address::Unix("/tmp/it's, here.sock".into()), "data", false);
         assert!(
             lines
                 .nbd_client

@@ -1,7 +1,7 @@
 //! Finding the daemon and talking to it.
 
 use std::{
-    fmt, io,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -9,6 +9,8 @@ use std::{
 use ashlar_proto::admin::admin_client::AdminClient;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::config::{Address, AddressError};
 
 use super::{
     error::{CliError, Exit},
@@ -26,78 +28,34 @@ const GUESSES: [&str; 3] = [
 /// Bound on connecting. A daemon on this machine answers at once or not at all; one behind TCP may be a continent away.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Address of an admin interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum AdminAddress {
-    /// `unix:PATH`, or a bare path.
-    Unix(PathBuf),
-    /// `tcp:HOST:PORT`.
-    Tcp(String),
-}
-
-/// Why an address was not understood.
-#[derive(Debug, thiserror::Error)]
-#[error("an address is unix:PATH or tcp:HOST:PORT, for example unix:/run/ashlar/admin.sock")]
-pub(super) struct AddressParseError;
-
-impl std::str::FromStr for AdminAddress {
-    type Err = AddressParseError;
-
-    fn from_str(text: &str) -> Result<AdminAddress, AddressParseError> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            let path = path
-                .strip_prefix("//")
-                .filter(|p| p.starts_with('/'))
-                .unwrap_or(path);
-            return if path.is_empty() {
-                Err(AddressParseError)
-            } else {
-                Ok(AdminAddress::Unix(path.into()))
-            };
-        }
-        if let Some(host_port) = text.strip_prefix("tcp:") {
-            let (host, port) = host_port.rsplit_once(':').ok_or(AddressParseError)?;
-            let bracketed = host.starts_with('[') && host.ends_with(']');
-            if host.is_empty() || (host.contains(':') && !bracketed) || port.parse::<u16>().is_err()
-            {
-                return Err(AddressParseError);
-            }
-            return Ok(AdminAddress::Tcp(host_port.to_owned()));
-        }
-        if text.contains('/') {
-            Ok(AdminAddress::Unix(text.into()))
-        } else {
-            Err(AddressParseError)
-        }
+/// Reads an address as a person gives it: what the daemon's flags take, and also a bare path.
+pub(super) fn parse_address(text: &str) -> Result<Address, AddressError> {
+    if text.contains('/') && !text.contains(':') {
+        return Ok(Address::Unix(text.into()));
     }
-}
-
-impl fmt::Display for AdminAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            AdminAddress::Unix(path) => write!(f, "unix:{}", path.display()),
-            AdminAddress::Tcp(host_port) => write!(f, "tcp:{host_port}"),
-        }
+    match text.strip_prefix("unix://") {
+        Some(path) if path.starts_with('/') => Ok(Address::Unix(path.into())),
+        _ => text.parse(),
     }
 }
 
 /// A connected client, and where it is connected to.
 pub(super) struct Daemon {
     pub(super) client: AdminClient<Channel>,
-    pub(super) address: AdminAddress,
+    pub(super) address: Address,
 }
 
 /// Connects to `asked`, or to the first guess that answers.
-pub(super) async fn connect(asked: Option<AdminAddress>) -> Result<Daemon, CliError> {
+pub(super) async fn connect(asked: Option<Address>) -> Result<Daemon, CliError> {
     let address = match asked {
-        Some(AdminAddress::Unix(path)) => {
+        Some(Address::Unix(path)) => {
             probe(&path)
                 .await
                 .map_err(|error| unreachable_socket(&path, &error))?;
-            AdminAddress::Unix(path)
+            Address::Unix(path)
         }
         Some(address) => address,
-        None => AdminAddress::Unix(guess().await?),
+        None => Address::Unix(guess().await?),
     };
     let channel = endpoint(&address)?
         .connect()
@@ -109,9 +67,9 @@ pub(super) async fn connect(asked: Option<AdminAddress>) -> Result<Daemon, CliEr
     })
 }
 
-fn endpoint(address: &AdminAddress) -> Result<Endpoint, CliError> {
+fn endpoint(address: &Address) -> Result<Endpoint, CliError> {
     let uri = match address {
-        AdminAddress::Unix(path) => match path.to_str() {
+        Address::Unix(path) => match path.to_str() {
             Some(path) => format!("unix:{path}"),
             None => {
                 return Err(CliError::new(
@@ -120,7 +78,7 @@ fn endpoint(address: &AdminAddress) -> Result<Endpoint, CliError> {
                 ));
             }
         },
-        AdminAddress::Tcp(host_port) => format!("http://{host_port}"),
+        Address::Tcp(host_port) => format!("http://{host_port}"),
     };
     let endpoint = Endpoint::from_shared(uri)
         .map_err(|e| CliError::new(Exit::Usage, format_args!("{address}: {e}")))?;
@@ -187,7 +145,7 @@ fn unreachable_socket(path: &Path, error: &io::Error) -> CliError {
     }
 }
 
-fn unreachable_daemon(address: &AdminAddress, error: &tonic::transport::Error) -> CliError {
+fn unreachable_daemon(address: &Address, error: &tonic::transport::Error) -> CliError {
     use std::error::Error;
     // The library's own text is "transport error"; the innermost cause is the one that helps.
     let mut cause: &dyn Error = error;
@@ -204,26 +162,19 @@ mod tests {
 
     #[test]
     fn addresses_are_read() {
-        let unix = |path: &str| Some(AdminAddress::Unix(path.into()));
-        let tcp = |host_port: &str| Some(AdminAddress::Tcp(host_port.into()));
-        let cases = [
-            ("unix:/run/a.sock", unix("/run/a.sock")),
-            ("unix:data/a.sock", unix("data/a.sock")),
-            ("unix:///run/a.sock", unix("/run/a.sock")),
-            ("/run/a.sock", unix("/run/a.sock")),
-            ("./a.sock", unix("./a.sock")),
-            ("tcp:127.0.0.1:9461", tcp("127.0.0.1:9461")),
-            ("tcp:[::1]:9461", tcp("[::1]:9461")),
-            ("tcp:::1:9461", None),
-            ("tcp:host", None),
-            ("tcp:host:99999", None),
-            ("tcp::1", None),
-            ("unix:", None),
-            ("a.sock", None),
-            ("", None),
-        ];
-        for (text, expected) in cases {
-            assert_eq!(text.parse::<AdminAddress>().ok(), expected, "{text}");
+        for (text, meant) in [
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+            ("unix:data/a.sock", "unix:data/a.sock"),
+            ("unix:///run/a.sock", "unix:/run/a.sock"),
+            ("/run/a.sock", "unix:/run/a.sock"),
+            ("./a.sock", "unix:./a.sock"),
+            ("tcp:127.0.0.1:9461", "tcp:127.0.0.1:9461"),
+            ("tcp:[::1]:9461", "tcp:[::1]:9461"),
+        ] {
+            assert_eq!(parse_address(text).expect(text).to_string(), meant);
+        }
+        for text in ["tcp:host", "tcp::1", "unix:", "a.sock", ""] {
+            assert!(parse_address(text).is_err(), "{text}");
         }
     }
 
@@ -233,7 +184,7 @@ mod tests {
             .enable_all()
             .build()
             .expect("runtime");
-        let missing = AdminAddress::Unix("/nonexistent/ashlar/admin.sock".into());
+        let missing = Address::Unix("/nonexistent/ashlar/admin.sock".into());
         let error = runtime
             .block_on(connect(Some(missing)))
             .err()

@@ -8,9 +8,11 @@ use ashlar_proto::admin::{
 };
 use serde::Serialize;
 
+use crate::config::Address;
+
 use super::{
     args::{Format, SetArgs, VolumeCommand},
-    attach::{AttachLines, NbdAddress},
+    attach::AttachLines,
     connect::Daemon,
     error::{CliError, Exit},
     output::{self, Answer},
@@ -257,12 +259,12 @@ fn confirmed(volumes: &[Volume]) -> io::Result<bool> {
 
 /// Lines for the listener that suits a client on this machine best: a Unix socket if there is one.
 fn attach_lines(volume: &Volume, listeners: &[Listener]) -> Option<AttachLines> {
-    let mut addresses: Vec<NbdAddress> = listeners
+    let mut addresses: Vec<Address> = listeners
         .iter()
         .filter(|listener| listener.kind() == ListenerKind::Nbd)
-        .filter_map(|listener| NbdAddress::parse(&listener.address))
+        .filter_map(|listener| listener.address.parse().ok())
         .collect();
-    addresses.sort_by_key(|address| !matches!(address, NbdAddress::Unix(_)));
+    addresses.sort_by_key(|address| !matches!(address, Address::Unix(_)));
     addresses
         .first()
         .map(|address| AttachLines::new(address, &volume.name, volume.read_only))
