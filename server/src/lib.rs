@@ -1,12 +1,19 @@
 //! The doing half of Ashlar: sockets, disks, metadata and the interfaces people use.
 
+/// Version of this software.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod daemon;
 pub mod engine;
+pub mod http;
 pub mod meta;
 pub mod metrics;
 pub mod nbd;
 pub mod offline;
+pub mod plane;
 pub mod tail;
 pub mod volumes;

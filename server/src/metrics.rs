@@ -3,12 +3,12 @@
 //! Each has one writer, the data thread that owns it, so counting is a plain load and store: no locked instruction on
 //! the path of an I/O. Readers see every counter whole, but not all at the same instant.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ashlar_core::units::{StoreId, VolumeId};
+use ashlar_core::units::{ChunkIndex, LayerId, StoreId, VolumeId};
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -277,6 +277,28 @@ pub struct ThreadMetrics {
     pub parked_writes: Counter,
 }
 
+/// Damaged places remembered for each store; the log has them all.
+const DAMAGES_KEPT: usize = 1024;
+
+/// A block that could not be returned because what was read is not what was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    pub layer: LayerId,
+    pub chunk: ChunkIndex,
+    /// Of the chunk.
+    pub block: u32,
+    /// A sentence for people.
+    pub problem: String,
+}
+
+/// The newest damages of a store.
+#[derive(Debug, Default)]
+struct Damages {
+    /// Ever met; the last of `newest` is number `count`.
+    count: u64,
+    newest: VecDeque<Damage>,
+}
+
 /// Everything that is counted. Shared by the data threads, which write, and the control plane, which reads.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics(Arc<Registry>);
@@ -286,6 +308,7 @@ struct Registry {
     threads: Mutex<Vec<Arc<ThreadMetrics>>>,
     volumes: Mutex<BTreeMap<VolumeId, (String, Arc<VolumeMetrics>)>>,
     stores: Mutex<BTreeMap<StoreId, Arc<DiskMetrics>>>,
+    damages: Mutex<BTreeMap<StoreId, Damages>>,
 }
 
 /// Nothing is left half-done under these locks, so one that a panicking thread held is still good.
@@ -317,6 +340,36 @@ impl Metrics {
 
     pub(crate) fn add_store(&self, id: StoreId) -> Arc<DiskMetrics> {
         lock(&self.0.stores).entry(id).or_default().clone()
+    }
+
+    /// Remembers a damaged block. Rare, so a lock is no matter.
+    pub(crate) fn add_damage(&self, store: StoreId, damage: Damage) {
+        let mut all = lock(&self.0.damages);
+        let damages = all.entry(store).or_default();
+        damages.count += 1;
+        if damages.newest.len() == DAMAGES_KEPT {
+            damages.newest.pop_front();
+        }
+        damages.newest.push_back(damage);
+    }
+
+    /// Damages met so far in a store.
+    pub fn damage_count(&self, store: StoreId) -> u64 {
+        lock(&self.0.damages)
+            .get(&store)
+            .map_or(0, |damages| damages.count)
+    }
+
+    /// Damages after number `seen`, which becomes the number of the newest.
+    pub fn damages_after(&self, store: StoreId, seen: &mut u64) -> Vec<Damage> {
+        let all = lock(&self.0.damages);
+        let Some(damages) = all.get(&store) else {
+            return Vec::new();
+        };
+        let new = usize::try_from(damages.count.saturating_sub(*seen)).unwrap_or(usize::MAX);
+        *seen = damages.count;
+        let skip = damages.newest.len().saturating_sub(new);
+        damages.newest.iter().skip(skip).cloned().collect()
     }
 
     /// A volume was given another name.
@@ -363,6 +416,34 @@ mod tests {
             assert_eq!(bucket_of(ns), expected, "{ns}");
         }
         assert_eq!(bucket_of(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn damages_are_told_once_and_the_oldest_are_forgotten() {
+        let (metrics, store) = (Metrics::new(), StoreId(uuid::Uuid::from_u128(1)));
+        let damage = |block| Damage {
+            layer: LayerId(1),
+            chunk: ChunkIndex(0),
+            block,
+            problem: String::new(),
+        };
+        let mut seen = metrics.damage_count(store);
+        assert_eq!(metrics.damages_after(store, &mut seen), []);
+        metrics.add_damage(store, damage(1));
+        metrics.add_damage(store, damage(2));
+        assert_eq!(
+            metrics.damages_after(store, &mut seen),
+            [damage(1), damage(2)]
+        );
+        assert_eq!(metrics.damages_after(store, &mut seen), []);
+        for block in 0..2000 {
+            metrics.add_damage(store, damage(block));
+        }
+        let told = metrics.damages_after(store, &mut seen);
+        assert_eq!(
+            (told.len(), told[0].block, seen),
+            (DAMAGES_KEPT, 2000 - 1024, 2002)
+        );
     }
 
     #[test]

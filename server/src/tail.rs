@@ -236,7 +236,7 @@ fn map(file: &File, bytes: u64) -> io::Result<MmapMut> {
     unsafe { MmapOptions::new().len(len).populate().map_mut(file) }
 }
 
-fn is_tmpfs(dir: impl AsRef<Path>) -> bool {
+pub(crate) fn is_tmpfs(dir: impl AsRef<Path>) -> bool {
     rustix::fs::statfs(dir.as_ref()).is_ok_and(|stat| stat.f_type as i64 == TMPFS_MAGIC)
 }
 

@@ -232,7 +232,6 @@ struct Damage {
     block: u32,
     #[serde(skip_serializing_if = "String::is_empty")]
     volume_id: String,
-    store_offset_bytes: u64,
     problem: String,
 }
 
@@ -243,7 +242,6 @@ impl From<ashlar_proto::admin::Damage> for Damage {
             chunk: damage.chunk,
             block: damage.block,
             volume_id: damage.volume_id,
-            store_offset_bytes: damage.store_offset_bytes,
             problem: damage.problem,
         }
     }
@@ -258,14 +256,10 @@ impl std::fmt::Display for Damage {
         let Damage {
             chunk,
             block,
-            store_offset_bytes,
             problem,
             ..
         } = self;
-        write!(
-            f,
-            ", chunk {chunk}, block {block}, at byte {store_offset_bytes} of the store: {problem}"
-        )
+        write!(f, ", chunk {chunk}, block {block}: {problem}")
     }
 }
 

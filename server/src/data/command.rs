@@ -48,11 +48,17 @@ pub(super) enum Command {
     },
     Layers(Answer<Vec<(StoreId, Vec<LayerId>)>>),
     StoreStatuses(Answer<Vec<StoreReport>>),
+    /// Begins a scrub at this rate, or ends the one that runs.
     Scrub {
-        store: Option<StoreId>,
+        store: StoreId,
+        blocks_per_s: Option<u64>,
         answer: Answer<Result<(), DataError>>,
     },
-    Checkpoint(Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>),
+    /// Of one store of the thread, or of all.
+    Checkpoint {
+        store: Option<StoreId>,
+        answer: Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
+    },
     Drain {
         patience: Duration,
         answer: Answer<()>,
@@ -106,11 +112,18 @@ impl DataThread {
             Command::StoreStatuses(answer) => {
                 let _ = answer.send(self.store_statuses());
             }
-            Command::Scrub { store, answer } => {
-                let _ = answer.send(self.scrub(store));
+            Command::Scrub {
+                store,
+                blocks_per_s,
+                answer,
+            } => {
+                let _ = answer.send(self.scrub(store, blocks_per_s));
             }
-            Command::Checkpoint(answer) => {
+            Command::Checkpoint { store, answer } => {
                 let answers = (0..self.stores.len())
+                    .filter(|&index| store.is_none_or(|id| id == self.stores[index].id))
+                    .collect::<Vec<_>>()
+                    .into_iter()
                     .map(|store| self.task(store, |s, op| s.checkpoint(op)))
                     .collect();
                 let _ = answer.send(answers);
@@ -244,9 +257,16 @@ impl DataThread {
             .iter()
             .filter_map(|key| self.connections.get(*key as usize))
             .map(|connection| ConnectionReport {
+                serial: connection.serial,
                 peer: connection.peer.clone(),
+                connected_at: connection.connected_at,
+                style: connection.session.style,
+                base_allocation: connection.session.base_allocation,
                 read_only: connection.session.read_only,
                 in_flight: connection.in_flight,
+                requests: connection.requests,
+                read_bytes: connection.read_bytes,
+                written_bytes: connection.written_bytes,
             });
         Some(VolumeRuntime {
             connections: connections.collect(),
@@ -301,6 +321,10 @@ impl DataThread {
             receiver: Receiver::new(&client.leftover, &mut self.pool),
             outbox: Outbox::default(),
             phase: Phase::Open,
+            connected_at: std::time::SystemTime::now(),
+            requests: 0,
+            read_bytes: 0,
+            written_bytes: 0,
             in_flight: 0,
             held_bytes: 0,
             // Bytes may have arrived between the handshake's last read and the watch.
@@ -333,18 +357,17 @@ impl DataThread {
         self.stores.iter().map(report).collect()
     }
 
-    fn scrub(&mut self, store: Option<StoreId>) -> Result<(), DataError> {
-        let mut found = store.is_none();
-        for driver in &mut self.stores {
-            if store.is_none_or(|id| id == driver.id) {
-                driver.store.start_scrub();
-                found = true;
+    fn scrub(&mut self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
+        let driver = self.stores.iter_mut().find(|driver| driver.id == store);
+        let store = &mut driver.ok_or(DataError::NoSuchStore(store))?.store;
+        match blocks_per_s {
+            Some(rate) => {
+                store.set_scrub_rate(rate);
+                store.start_scrub();
             }
+            None => store.stop_scrub(),
         }
-        match store {
-            Some(id) if !found => Err(DataError::NoSuchStore(id)),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Starts something in a store that ends with a `Done`.

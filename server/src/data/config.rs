@@ -1,8 +1,9 @@
 //! What the data plane is told and what it answers, in the words of the rest of the daemon.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use ashlar_core::nbd::session::ReplyStyle;
 use ashlar_core::records::Placement;
 use ashlar_core::store::{OpenError, OpenReport, StoreError, StoreStatus};
 use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
@@ -161,9 +162,17 @@ pub struct VolumeRuntime {
 /// One client of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionReport {
+    /// Unique while the data plane runs, on one data thread.
+    pub serial: u64,
     pub peer: String,
+    pub connected_at: SystemTime,
+    pub style: ReplyStyle,
+    pub base_allocation: bool,
     pub read_only: bool,
     pub in_flight: u32,
+    pub requests: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
 }
 
 /// Why the data plane did not start.

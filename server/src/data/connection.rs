@@ -37,6 +37,13 @@ pub(super) struct Connection {
     pub(super) receiver: Receiver,
     pub(super) outbox: Outbox,
     pub(super) phase: Phase,
+    pub(super) connected_at: std::time::SystemTime,
+    /// Requests answered.
+    pub(super) requests: u64,
+    /// Payload of reads answered.
+    pub(super) read_bytes: u64,
+    /// Payload of writes answered.
+    pub(super) written_bytes: u64,
     /// Requests taken and not answered.
     pub(super) in_flight: u32,
     /// Capacity of the payload and reply buffers held for it.

@@ -1096,6 +1096,12 @@ impl DataThread {
     fn count_answer(&mut self, key: u32, request: &Request, success: bool) {
         let connection = &mut self.connections[key as usize];
         connection.in_flight -= 1;
+        connection.requests += 1;
+        match request.command {
+            Command::Read if success => connection.read_bytes += request.length,
+            Command::Write if success => connection.written_bytes += request.length,
+            _ => {}
+        }
         self.freed |= connection.is_paused;
         let metrics = &self.volumes[request.volume].metrics;
         metrics.in_flight.sub(1);

@@ -34,6 +34,7 @@ struct Inner {
 
 struct Mailbox {
     commands: mpsc::Sender<Command>,
+    engine_reason: String,
     waker: Waker,
 }
 
@@ -270,32 +271,45 @@ impl DataPlane {
         reports
     }
 
-    /// Starts verifying a store, or all of them; progress is in their status.
-    pub async fn scrub(&self, store: Option<StoreId>) -> Result<(), DataError> {
-        let mut found = false;
-        for thread in &self.0.threads {
-            match thread
-                .ask(|answer| Command::Scrub { store, answer })
-                .await?
-            {
-                Ok(()) => found = true,
-                Err(DataError::NoSuchStore(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        match store {
-            Some(id) if !found => Err(DataError::NoSuchStore(id)),
-            _ => Ok(()),
-        }
+    /// Begins to verify a store from its start, at this rate; progress is in its status.
+    pub async fn start_scrub(&self, store: StoreId, blocks_per_s: u64) -> Result<(), DataError> {
+        self.scrub(store, Some(blocks_per_s)).await
     }
 
-    /// Takes a checkpoint of every store.
-    pub async fn checkpoint(&self) -> Result<(), DataError> {
-        let mut pending = Vec::new();
-        for thread in &self.0.threads {
-            pending.extend(thread.ask(Command::Checkpoint).await?);
-        }
-        wait_all(pending).await
+    /// Ends the scrub of a store, if one runs.
+    pub async fn stop_scrub(&self, store: StoreId) -> Result<(), DataError> {
+        self.scrub(store, None).await
+    }
+
+    async fn scrub(&self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
+        let command = |answer| Command::Scrub {
+            store,
+            blocks_per_s,
+            answer,
+        };
+        self.thread_of_store(store)?.ask(command).await?
+    }
+
+    /// Takes a checkpoint of a store.
+    pub async fn checkpoint(&self, store: StoreId) -> Result<(), DataError> {
+        let command = |answer| Command::Checkpoint {
+            store: Some(store),
+            answer,
+        };
+        wait_all(self.thread_of_store(store)?.ask(command).await?).await
+    }
+
+    fn thread_of_store(&self, id: StoreId) -> Result<&Mailbox, DataError> {
+        let store = self.0.stores.iter().find(|store| store.id == id);
+        Ok(&self.0.threads[store.ok_or(DataError::NoSuchStore(id))?.thread])
+    }
+
+    /// Which I/O engine the threads use, and why that one.
+    pub fn engine_reason(&self) -> &str {
+        self.0
+            .threads
+            .first()
+            .map_or("", |thread| &thread.engine_reason)
     }
 
     /// The counters of the data path.
@@ -414,6 +428,7 @@ fn build_thread(
     let (commands, inbox) = mpsc::channel();
     let mailbox = Mailbox {
         commands,
+        engine_reason: reason,
         waker: engine.waker(),
     };
     let mut limits = config.limits;

@@ -26,7 +26,7 @@ use super::operation::{Operation, op_key};
 use super::pool::Pool;
 use super::receiver::{Next, Received};
 use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
-use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
 
 /// Bytes received from one connection in a turn before the others have theirs.
 const TURN_BYTES: usize = 1 << 20;
@@ -456,7 +456,29 @@ impl DataThread {
             StoreEvent::Poisoned(error) => {
                 tracing::error!(store = %id, %error, "the store stopped: a write or sync failed; restart the daemon once the device is sound");
             }
-            StoreEvent::ChecksumMismatch(error) => tracing::error!(store = %id, "{error}"),
+            StoreEvent::ChecksumMismatch(error) => {
+                tracing::error!(store = %id, "{error}");
+                if let StoreError::Corrupt {
+                    layer,
+                    chunk,
+                    block,
+                }
+                | StoreError::Lost {
+                    layer,
+                    chunk,
+                    block,
+                } = *error
+                {
+                    let problem = error.to_string();
+                    let damage = Damage {
+                        layer,
+                        chunk,
+                        block,
+                        problem,
+                    };
+                    self.registry.add_damage(StoreId(id), damage);
+                }
+            }
             StoreEvent::SegmentDamaged { segment } => {
                 tracing::error!(store = %id, segment, "part of a segment could not be read for cleaning; it is left alone");
             }

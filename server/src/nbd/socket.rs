@@ -67,19 +67,19 @@ pub enum BindError {
 /// A socket that listens; dropping it closes it and removes a Unix socket's path.
 #[derive(Debug)]
 pub struct Bound {
-    pub(super) socket: BoundSocket,
+    pub(crate) socket: BoundSocket,
     address: String,
 }
 
 #[derive(Debug)]
-pub(super) enum BoundSocket {
+pub(crate) enum BoundSocket {
     Unix(UnixListener, Option<OwnedPath>),
     Tcp(TcpListener),
 }
 
 /// A path this process made and removes again, unless another socket has taken its place.
 #[derive(Debug)]
-pub(super) struct OwnedPath {
+pub(crate) struct OwnedPath {
     path: PathBuf,
     device: u64,
     inode: u64,

@@ -89,6 +89,9 @@ pub trait VolumeHost: Send + Sync + 'static {
     /// The open stores, in the order they were configured.
     fn stores(&self) -> Vec<StoreId>;
 
+    /// Groups of stores that may hold the chunks of one volume together.
+    fn store_groups(&self) -> Vec<Vec<StoreId>>;
+
     /// Every layer that any store holds blocks of.
-    async fn layers(&self) -> Vec<LayerId>;
+    async fn layers(&self) -> Result<Vec<LayerId>, HostError>;
 }

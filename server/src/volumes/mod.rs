@@ -288,9 +288,7 @@ impl Volumes {
             read_only,
             write_through,
             created_at_unix_ms: unix_ms(),
-            placement: Placement {
-                stores: self.host.stores(),
-            },
+            placement: self.place(),
         };
         let created = self.change(&Change::Create(new)).await?;
         // `change` answers None only when the decision was to do nothing.
@@ -525,6 +523,15 @@ impl Volumes {
         }
     }
 
+    /// The stores for a new volume.
+    fn place(&self) -> Placement {
+        let all = self.catalog().all();
+        Placement::choose(
+            self.host.store_groups(),
+            all.iter().map(|entry| &entry.current.record),
+        )
+    }
+
     async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {
         let held = meta::read::<NameRecord>(&*self.store, &keys::name(name)).await?;
         Ok(held.map(|held| held.record))
@@ -682,7 +689,13 @@ impl Volumes {
     }
 
     async fn report_unknown_layers(&self) {
-        let mut found = self.host.layers().await;
+        let mut found = match self.host.layers().await {
+            Ok(layers) => layers,
+            Err(error) => {
+                tracing::warn!(%error, "the layers in the stores could not be listed");
+                return;
+            }
+        };
         let known: Vec<_> = self.catalog().layers().collect();
         found.retain(|layer| !known.contains(layer));
         if !found.is_empty() {
@@ -740,7 +753,12 @@ pub async fn node_record(
 
 /// Now, in milliseconds since 1970-01-01 UTC.
 pub(crate) fn unix_ms() -> u64 {
-    SystemTime::now()
+    unix_ms_of(SystemTime::now())
+}
+
+/// A moment in milliseconds since 1970-01-01 UTC.
+pub(crate) fn unix_ms_of(moment: SystemTime) -> u64 {
+    moment
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_millis() as u64)
 }

@@ -85,8 +85,12 @@ impl VolumeHost for Host {
         vec![STORE]
     }
 
-    async fn layers(&self) -> Vec<LayerId> {
-        lock(&self.layers).iter().copied().collect()
+    fn store_groups(&self) -> Vec<Vec<StoreId>> {
+        vec![vec![], vec![STORE]]
+    }
+
+    async fn layers(&self) -> Result<Vec<LayerId>, HostError> {
+        Ok(lock(&self.layers).iter().copied().collect())
     }
 }
 

@@ -175,6 +175,32 @@ pub struct Placement {
 }
 
 impl Placement {
+    /// Chooses stores for a new volume: of the groups whose stores may hold a volume together, the one with the least
+    /// volume per store. Sizes are what volumes may come to hold, so that volumes created one after another spread
+    /// before any of them is written. Empty when there is no store.
+    pub fn choose<'a>(
+        groups: Vec<Vec<StoreId>>,
+        volumes: impl Iterator<Item = &'a VolumeRecord>,
+    ) -> Placement {
+        let mut promised_bytes = vec![0u128; groups.len()];
+        for volume in volumes {
+            for store in &volume.placement.stores {
+                if let Some(group) = groups.iter().position(|group| group.contains(store)) {
+                    promised_bytes[group] +=
+                        u128::from(volume.size_bytes) / volume.placement.stores.len() as u128;
+                }
+            }
+        }
+        let usable = groups
+            .into_iter()
+            .zip(promised_bytes)
+            .filter(|(stores, _)| !stores.is_empty());
+        let emptiest = usable.min_by_key(|(stores, bytes)| bytes / stores.len() as u128);
+        Placement {
+            stores: emptiest.map(|(stores, _)| stores).unwrap_or_default(),
+        }
+    }
+
     /// The store that holds a chunk.
     pub fn store_of(&self, chunk: ChunkIndex) -> StoreId {
         self.stores[chunk.0 as usize % self.stores.len()]
@@ -331,6 +357,26 @@ mod tests {
                 stores[chunk as usize % 3]
             );
         }
+    }
+
+    #[test]
+    fn volumes_spread_over_groups_of_stores() {
+        let store = |n| StoreId(Uuid::from_u128(n));
+        let groups = || vec![vec![], vec![store(1), store(2)], vec![store(3)]];
+        let mut volumes: Vec<VolumeRecord> = Vec::new();
+        let mut chosen = Vec::new();
+        for size_bytes in [16384, 4096, 4096, 8192, 8192] {
+            let placement = Placement::choose(groups(), volumes.iter());
+            chosen.push(placement.stores.len());
+            volumes.push(VolumeRecord {
+                size_bytes,
+                placement,
+                ..sample()
+            });
+        }
+        // Per store: 8192 and 0, then 4096, then 8192 each.
+        assert_eq!(chosen, [2, 1, 1, 2, 1]);
+        assert!(Placement::choose(vec![], volumes.iter()).stores.is_empty());
     }
 
     proptest! {

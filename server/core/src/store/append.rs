@@ -246,6 +246,7 @@ impl Store {
         self.hot.next_block += blocks;
         self.hot.checkpoint_log_blocks += u64::from(blocks);
         self.counters.log_blocks += u64::from(blocks);
+        self.counters.frames += 1;
         self.hot.frames.push_back(Frame {
             seq: open.seq,
             addr: open.addr,

@@ -278,6 +278,10 @@ pub struct StoreStatus {
     pub segments: u32,
     /// Segments that may be written at once.
     pub segments_free: u32,
+    /// Segments being appended to.
+    pub segments_open: u32,
+    /// Segments with nothing live in them, waiting for the checkpoint that allows their reuse.
+    pub segments_freeing: u32,
     /// Blocks in a segment.
     pub segment_blocks: u32,
     /// Blocks of the tail in use.
@@ -304,6 +308,12 @@ pub struct StoreStatus {
     pub segments_cleaned: u64,
     /// Checkpoints taken.
     pub checkpoints: u64,
+    /// Number of the newest durable checkpoint.
+    pub checkpoint_seq: u64,
+    /// Client log since that checkpoint, in blocks: what a restart would replay.
+    pub checkpoint_log_blocks: u64,
+    /// Frames appended.
+    pub frames: u64,
     /// Data syncs and durable appends.
     pub syncs: u64,
     /// Blocks or leaves that did not match their checksum.

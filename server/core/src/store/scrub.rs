@@ -34,6 +34,16 @@ impl Store {
         self.counters.scrub_damaged = 0;
     }
 
+    /// Ends the scrub, if one runs, without an event.
+    pub fn stop_scrub(&mut self) {
+        self.scrub.at = None;
+    }
+
+    /// Blocks a scrub reads a second, from its next read on.
+    pub fn set_scrub_rate(&mut self, blocks_per_s: u64) {
+        self.params.scrub_blocks_per_s = blocks_per_s;
+    }
+
     pub(super) fn scrub_deadline(&self) -> Option<u64> {
         (self.scrub.running() && !self.scrub.reading).then_some(self.scrub.next_ms)
     }
@@ -84,6 +94,10 @@ impl Store {
     /// One leaf's blocks were read and compared.
     pub(super) fn on_scrub_read(&mut self, blocks: u32, ok: bool) {
         self.scrub.reading = false;
+        if !self.scrub.running() {
+            self.scrub.buf = None;
+            return;
+        }
         self.counters.scrub_blocks += u64::from(blocks);
         if !ok && self.counters.scrub_damaged == 0 {
             // Unreadable or without a mapping: counted though no block was compared.

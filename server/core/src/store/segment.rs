@@ -72,6 +72,14 @@ impl Segments {
         self.free.len()
     }
 
+    /// Segments in a state.
+    pub(super) fn count(&self, state: SegmentState) -> u32 {
+        self.all
+            .iter()
+            .filter(|segment| segment.state == state)
+            .count() as u32
+    }
+
     /// Adds `count` new segments at the end of the store.
     pub(super) fn grow(&mut self, count: u32) {
         for _ in 0..count {

@@ -1,0 +1,178 @@
+//! From the daemon's own words to those of the admin interface.
+
+use ashlar_core::records::{VolumeRecord, VolumeState};
+use ashlar_core::units::{BLOCK_BYTES, VolumeId};
+use ashlar_proto::admin;
+
+use crate::metrics::{
+    BUCKET_BOUNDS_NS, Command, CommandMetrics, Damage, DiskMetrics, VolumeMetrics,
+};
+use crate::plane::{ConnectionView, StoreView};
+use crate::volumes::{VolumeRuntime, VolumeView};
+
+pub(super) fn volume(view: &VolumeView) -> admin::Volume {
+    let record = &view.record;
+    admin::Volume {
+        id: record.id.0.to_string(),
+        name: record.name.to_string(),
+        size_bytes: record.size_bytes,
+        read_only: record.read_only,
+        write_through: record.write_through,
+        replicas: record.replicas,
+        epoch: record.epoch.0,
+        created_at_unix_ms: record.created_at_unix_ms as i64,
+        state: match record.state {
+            VolumeState::Active => admin::VolumeState::Active,
+            VolumeState::Deleting => admin::VolumeState::Deleting,
+        }
+        .into(),
+        layers: record.layers.iter().map(|layer| layer.0).collect(),
+        store_ids: record
+            .placement
+            .stores
+            .iter()
+            .map(|store| store.0.to_string())
+            .collect(),
+        runtime: view.runtime.map(
+            |VolumeRuntime {
+                 connections,
+                 inflight_requests,
+             }| admin::VolumeRuntime {
+                connections,
+                inflight_requests,
+            },
+        ),
+    }
+}
+
+pub(super) fn connection(record: &VolumeRecord, view: ConnectionView) -> admin::Connection {
+    admin::Connection {
+        id: view.id,
+        volume_id: record.id.0.to_string(),
+        volume_name: record.name.to_string(),
+        peer: view.peer,
+        connected_at_unix_ms: view.connected_at_unix_ms as i64,
+        read_only: view.read_only,
+        structured_replies: view.structured_replies,
+        extended_headers: view.extended_headers,
+        block_status: view.block_status,
+        inflight_requests: view.inflight_requests,
+        requests: view.requests,
+        read_bytes: view.read_bytes,
+        written_bytes: view.written_bytes,
+    }
+}
+
+pub(super) fn store(view: &StoreView, disk: Option<&DiskMetrics>) -> admin::Store {
+    let status = &view.status;
+    let bytes = |blocks: u64| blocks * BLOCK_BYTES as u64;
+    let other_segments = status.segments_free + status.segments_open + status.segments_freeing;
+    admin::Store {
+        id: view.id.0.to_string(),
+        path: view.path.display().to_string(),
+        kind: if view.is_device {
+            admin::StoreKind::BlockDevice
+        } else {
+            admin::StoreKind::File
+        }
+        .into(),
+        state: match status.poisoned {
+            None => admin::StoreState::Open,
+            Some(_) => admin::StoreState::Poisoned,
+        }
+        .into(),
+        poison_reason: poison_reason(view).unwrap_or_default(),
+        capacity_bytes: bytes(status.capacity_blocks),
+        live_bytes: bytes(status.mapped_blocks),
+        available_bytes: bytes(status.capacity_blocks.saturating_sub(status.used_blocks)),
+        segment_bytes: bytes(u64::from(status.segment_blocks)),
+        segments: Some(admin::SegmentCounts {
+            free: status.segments_free,
+            open: status.segments_open,
+            sealed: status.segments.saturating_sub(other_segments),
+            awaiting_checkpoint: status.segments_freeing,
+        }),
+        tail_bytes: bytes(u64::from(status.tail_blocks)),
+        tail_used_bytes: bytes(u64::from(status.tail_used_blocks)),
+        tail_on_tmpfs: view.tail_on_tmpfs,
+        checkpoint_sequence: status.checkpoint_seq,
+        log_since_checkpoint_bytes: bytes(status.checkpoint_log_blocks),
+        recovery: Some(admin::RecoveryReport {
+            duration_ms: view.opening_took.as_millis() as u64,
+            replayed_log_frames: view.recovery.frames_replayed,
+            replayed_tail_frames: view.recovery.frames_from_tail,
+            tail_void: view.recovery.tail_void,
+        }),
+        counters: Some(admin::StoreCounters {
+            accepted_bytes: bytes(status.client_blocks),
+            device_written_bytes: bytes(
+                status.log_blocks + status.cleaned_blocks + status.checkpoint_blocks,
+            ),
+            cleaned_bytes: bytes(status.cleaned_blocks),
+            device_read_bytes: disk.map_or(0, |disk| disk.read_bytes.get()),
+            syncs: status.syncs,
+            frames: status.frames,
+            segments_cleaned: status.segments_cleaned,
+            checkpoints: status.checkpoints,
+            checksum_errors: status.checksum_errors,
+        }),
+    }
+}
+
+pub(super) fn damage(damage: &Damage, owner: Option<VolumeId>) -> admin::Damage {
+    admin::Damage {
+        layer: damage.layer.0,
+        chunk: damage.chunk.0,
+        block: damage.block,
+        volume_id: owner.map(|id| id.0.to_string()).unwrap_or_default(),
+        problem: damage.problem.clone(),
+    }
+}
+
+/// Why a store is poisoned, for people.
+pub(crate) fn poison_reason(view: &StoreView) -> Option<String> {
+    let errno = view.status.poisoned?;
+    let error = std::io::Error::from_raw_os_error(errno.0);
+    Some(format!(
+        "a write or sync of {} failed ({error}); nothing more is written there. Deal with the cause, then restart ashlard",
+        view.path.display()
+    ))
+}
+
+pub(super) fn volume_stats(view: &VolumeView, metrics: &VolumeMetrics) -> admin::VolumeStats {
+    let used = |command: Command| {
+        let counters = metrics.command(command);
+        (counters.operations.get() > 0).then(|| command_stats(command, counters))
+    };
+    admin::VolumeStats {
+        volume_id: view.record.id.0.to_string(),
+        name: view.record.name.to_string(),
+        connections: metrics.connections.get() as u32,
+        inflight_requests: metrics.in_flight.get() as u32,
+        commands: Command::ALL.into_iter().filter_map(used).collect(),
+    }
+}
+
+fn command_stats(command: Command, counters: &CommandMetrics) -> admin::CommandStats {
+    let latency = counters.latency.snapshot();
+    admin::CommandStats {
+        command: match command {
+            Command::Read => admin::Command::Read,
+            Command::Write => admin::Command::Write,
+            Command::Flush => admin::Command::Flush,
+            Command::Trim => admin::Command::Trim,
+            Command::WriteZeroes => admin::Command::WriteZeroes,
+            Command::Cache => admin::Command::Cache,
+            Command::BlockStatus => admin::Command::BlockStatus,
+        }
+        .into(),
+        requests: counters.operations.get(),
+        errors: counters.errors.get(),
+        bytes: counters.bytes.get(),
+        latency_sum_ns: latency.sum_ns,
+        latency: Some(admin::Histogram {
+            bounds_ns: BUCKET_BOUNDS_NS.to_vec(),
+            counts: latency.buckets.to_vec(),
+        }),
+    }
+}

@@ -1,0 +1,150 @@
+//! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
+
+use ashlar_core::records::{CreateError, RenameError};
+use tonic::{Code, Status};
+
+use crate::meta::MetadataError;
+use crate::volumes::{HostError, VolumeError};
+
+/// The status of a failed operation on a volume; its message is the error's.
+pub(super) fn of_volume_error(error: &VolumeError) -> Status {
+    let code = match error {
+        VolumeError::NotFound { .. } => Code::NotFound,
+        VolumeError::Name(_) | VolumeError::Size(_) => Code::InvalidArgument,
+        VolumeError::Create(CreateError::NameTaken { .. })
+        | VolumeError::Rename(RenameError::NameTaken { .. }) => Code::AlreadyExists,
+        VolumeError::Create(CreateError::NoStore)
+        | VolumeError::Claim(_)
+        | VolumeError::Rename(RenameError::Deleting { .. })
+        | VolumeError::Resize(_)
+        | VolumeError::Configure(_)
+        | VolumeError::Delete(_)
+        | VolumeError::NotServed { .. }
+        | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
+        VolumeError::Create(CreateError::LayersExhausted) => Code::ResourceExhausted,
+        VolumeError::Metadata(error) => of_metadata_error(error),
+        VolumeError::BadRecord { .. } => Code::DataLoss,
+        VolumeError::Contended => Code::Aborted,
+        VolumeError::Host { source, .. } => of_host_error(source),
+        VolumeError::ShuttingDown => Code::Unavailable,
+    };
+    Status::new(code, error.to_string())
+}
+
+fn of_metadata_error(error: &MetadataError) -> Code {
+    match error {
+        MetadataError::Unavailable { .. } => Code::Unavailable,
+        MetadataError::Unknown { .. } | MetadataError::Compacted { .. } => Code::Aborted,
+        MetadataError::Invalid { .. } => Code::Internal,
+        MetadataError::Unreadable { .. } => Code::DataLoss,
+    }
+}
+
+/// The code for a refusal of the data plane.
+pub(super) fn of_host_error(error: &HostError) -> Code {
+    match error {
+        HostError::Busy { .. }
+        | HostError::NotOpen
+        | HostError::StoreMissing { .. }
+        | HostError::Store { .. } => Code::FailedPrecondition,
+        HostError::ShuttingDown => Code::Unavailable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ashlar_core::records::{DeleteError, NameError, ResizeError, SizeError, VolumeName};
+    use ashlar_core::units::VolumeId;
+
+    use super::*;
+
+    #[test]
+    fn the_table_holds() {
+        let name = || VolumeName::parse("db").expect("name");
+        let reference = || "db".to_owned();
+        let reason = || "why".to_owned();
+        let holder = VolumeId(uuid::Uuid::from_u128(1));
+        let table = [
+            (
+                VolumeError::NotFound {
+                    reference: reference(),
+                },
+                Code::NotFound,
+            ),
+            (NameError::Empty.into(), Code::InvalidArgument),
+            (SizeError::Zero.into(), Code::InvalidArgument),
+            (
+                CreateError::NameTaken {
+                    name: name(),
+                    holder,
+                }
+                .into(),
+                Code::AlreadyExists,
+            ),
+            (
+                RenameError::NameTaken {
+                    name: name(),
+                    holder,
+                }
+                .into(),
+                Code::AlreadyExists,
+            ),
+            (
+                RenameError::Deleting { name: name() }.into(),
+                Code::FailedPrecondition,
+            ),
+            (CreateError::NoStore.into(), Code::FailedPrecondition),
+            (CreateError::LayersExhausted.into(), Code::ResourceExhausted),
+            (
+                ResizeError::Shrink {
+                    name: name(),
+                    from_bytes: 2,
+                    to_bytes: 1,
+                }
+                .into(),
+                Code::FailedPrecondition,
+            ),
+            (
+                DeleteError::InUse {
+                    name: name(),
+                    connections: 1,
+                }
+                .into(),
+                Code::FailedPrecondition,
+            ),
+            (
+                MetadataError::Unavailable { reason: reason() }.into(),
+                Code::Unavailable,
+            ),
+            (
+                MetadataError::Unknown { reason: reason() }.into(),
+                Code::Aborted,
+            ),
+            (
+                MetadataError::Unreadable { reason: reason() }.into(),
+                Code::DataLoss,
+            ),
+            (VolumeError::Contended, Code::Aborted),
+            (VolumeError::ShuttingDown, Code::Unavailable),
+            (
+                VolumeError::NotServed {
+                    reference: reference(),
+                    reason: reason(),
+                },
+                Code::FailedPrecondition,
+            ),
+            (
+                VolumeError::Host {
+                    reference: reference(),
+                    source: HostError::ShuttingDown,
+                },
+                Code::Unavailable,
+            ),
+        ];
+        for (error, code) in table {
+            let status = of_volume_error(&error);
+            assert_eq!(status.code(), code, "{error:?}");
+            assert_eq!(status.message(), error.to_string());
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The data plane behind the traits that the rest of the daemon is written against.
+
+use ashlar_core::nbd::session::ReplyStyle;
+use ashlar_core::units::{BLOCK_BYTES, LayerId, StoreId, VolumeId};
+use async_trait::async_trait;
+
+use crate::data::{self, DataError, DataPlane};
+use crate::metrics::Metrics;
+use crate::plane::{ConnectionView, Plane, StoreView};
+use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_of};
+
+/// The data plane and what does not change while it runs.
+pub(super) struct Host {
+    plane: DataPlane,
+    metrics: Metrics,
+}
+
+impl Host {
+    pub(super) fn new(plane: DataPlane) -> Host {
+        Host {
+            metrics: plane.metrics(),
+            plane,
+        }
+    }
+}
+
+fn refusal(error: DataError) -> HostError {
+    match error {
+        DataError::NotOpen(_) => HostError::NotOpen,
+        DataError::InUse { connections, .. } => HostError::Busy {
+            connections: connections as u32,
+        },
+        DataError::NoSuchStore(store) => HostError::StoreMissing { store },
+        DataError::Draining => HostError::ShuttingDown,
+        other @ (DataError::AlreadyOpen(_)
+        | DataError::StoresApart
+        | DataError::Resize(_)
+        | DataError::Store(_)
+        | DataError::Socket(_)) => HostError::Store {
+            reason: other.to_string(),
+        },
+    }
+}
+
+#[async_trait]
+impl VolumeHost for Host {
+    async fn open_volume(&self, spec: VolumeSpec) -> Result<(), HostError> {
+        let spec = data::VolumeSpec {
+            id: spec.id,
+            name: spec.name,
+            size_bytes: spec.size_bytes,
+            // A record always has a live layer; parents come with snapshots.
+            layer: spec.layers[0],
+            epoch: spec.epoch,
+            write_through: spec.write_through,
+            read_only: spec.read_only,
+            placement: spec.placement,
+        };
+        self.plane.open_volume(spec).await.map_err(refusal)
+    }
+
+    async fn close_volume(&self, id: VolumeId) -> Result<(), HostError> {
+        self.plane.close_volume(id, false).await.map_err(refusal)
+    }
+
+    async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
+        self.plane
+            .resize_volume(id, size_bytes)
+            .await
+            .map_err(refusal)
+    }
+
+    fn rename_volume(&self, id: VolumeId, name: &str) {
+        self.metrics.rename_volume(id, name);
+    }
+
+    async fn delete_layer(&self, layer: LayerId) -> Result<(), HostError> {
+        self.plane.delete_layer(layer).await.map_err(refusal)
+    }
+
+    fn runtime(&self, id: VolumeId) -> Option<VolumeRuntime> {
+        let volumes = self.metrics.volumes();
+        let (.., metrics) = volumes.iter().find(|(open, ..)| *open == id)?;
+        Some(VolumeRuntime {
+            connections: metrics.connections.get() as u32,
+            inflight_requests: metrics.in_flight.get() as u32,
+        })
+    }
+
+    fn stores(&self) -> Vec<StoreId> {
+        self.plane.stores().iter().map(|store| store.id).collect()
+    }
+
+    fn store_groups(&self) -> Vec<Vec<StoreId>> {
+        self.plane.store_groups()
+    }
+
+    async fn layers(&self) -> Result<Vec<LayerId>, HostError> {
+        let of_stores = self.plane.layers().await.map_err(refusal)?;
+        let mut layers: Vec<_> = of_stores
+            .into_iter()
+            .flat_map(|(_, layers)| layers)
+            .collect();
+        layers.sort_unstable();
+        layers.dedup();
+        Ok(layers)
+    }
+}
+
+#[async_trait]
+impl Plane for Host {
+    async fn store_views(&self) -> Vec<StoreView> {
+        let reports = self.plane.store_statuses().await;
+        let view = |report: data::StoreReport| {
+            let opened = self
+                .plane
+                .stores()
+                .iter()
+                .find(|opened| opened.id == report.id)?;
+            Some(StoreView {
+                id: report.id,
+                path: report.path,
+                is_device: opened.is_device,
+                engine: report.engine,
+                tail_on_tmpfs: opened.tail_path.parent().is_some_and(crate::tail::is_tmpfs),
+                tail_path: opened.tail_path.clone(),
+                opening_took: opened.took,
+                recovery: opened.report.clone(),
+                status: report.status,
+            })
+        };
+        let mut views: Vec<_> = reports.into_iter().filter_map(view).collect();
+        let order = self.stores();
+        views.sort_by_key(|view| order.iter().position(|id| *id == view.id));
+        views
+    }
+
+    async fn connections(&self, volume: VolumeId) -> Vec<ConnectionView> {
+        let Some(runtime) = self.plane.volume_status(volume).await else {
+            return Vec::new();
+        };
+        let view = |report: data::ConnectionReport| ConnectionView {
+            id: report.serial,
+            peer: report.peer,
+            connected_at_unix_ms: unix_ms_of(report.connected_at),
+            read_only: report.read_only,
+            structured_replies: report.style != ReplyStyle::Simple,
+            extended_headers: report.style == ReplyStyle::Extended,
+            block_status: report.base_allocation,
+            inflight_requests: report.in_flight,
+            requests: report.requests,
+            read_bytes: report.read_bytes,
+            written_bytes: report.written_bytes,
+        };
+        runtime.connections.into_iter().map(view).collect()
+    }
+
+    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<(), HostError> {
+        let blocks_per_second = (bytes_per_second / BLOCK_BYTES as u64).max(1);
+        self.plane
+            .start_scrub(store, blocks_per_second)
+            .await
+            .map_err(refusal)
+    }
+
+    async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError> {
+        self.plane.stop_scrub(store).await.map_err(refusal)
+    }
+
+    async fn checkpoint(&self, store: StoreId) -> Result<(), HostError> {
+        self.plane.checkpoint(store).await.map_err(refusal)
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+}

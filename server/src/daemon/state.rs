@@ -1,0 +1,318 @@
+//! What the interfaces of a running daemon share: which phase it is in, and the services once they are there.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use ashlar_core::units::NodeId;
+use ashlar_proto::admin::{Listener, ListenerKind};
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::process::{self, Usage};
+use crate::admin::poison_reason;
+use crate::config::Config;
+use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
+use crate::nbd::{ConnectionCount, ListenerStats};
+use crate::plane::{Plane, StoreView};
+use crate::volumes::{Serving, Volumes, unix_ms};
+
+/// A store with less of its capacity left than this is worth a warning.
+const NEARLY_FULL: f64 = 0.05;
+/// Warnings of one kind that are listed one by one.
+const LISTED_MAX: usize = 10;
+
+/// A daemon's life, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Opening stores and volumes.
+    Starting,
+    /// Serving.
+    Ready,
+    /// Finishing what was accepted.
+    Draining,
+}
+
+/// What serves volumes.
+#[derive(Clone)]
+pub(crate) struct Services {
+    pub(crate) volumes: Arc<Volumes>,
+    pub(crate) plane: Arc<dyn Plane>,
+    /// Which I/O engine, and why that one.
+    pub(crate) engine_reason: String,
+}
+
+/// One daemon's.
+pub struct State {
+    config: Config,
+    started: Instant,
+    started_at_unix_ms: u64,
+    phase: watch::Sender<Phase>,
+    step: Mutex<&'static str>,
+    node: OnceLock<NodeId>,
+    services: OnceLock<Services>,
+    listeners: Mutex<Vec<Listener>>,
+    connections: ConnectionCount,
+    listener_stats: Arc<ListenerStats>,
+    /// Found at the start and true until the next one.
+    lasting_warnings: Mutex<Vec<String>>,
+}
+
+impl State {
+    pub(crate) fn new(config: Config) -> State {
+        State {
+            connections: ConnectionCount::new(config.max_connections as usize),
+            config,
+            started: Instant::now(),
+            started_at_unix_ms: unix_ms(),
+            phase: watch::Sender::new(Phase::Starting),
+            step: Mutex::new("it has just been started"),
+            node: OnceLock::new(),
+            services: OnceLock::new(),
+            listeners: Mutex::default(),
+            listener_stats: Arc::default(),
+            lasting_warnings: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(crate) fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn started_at_unix_ms(&self) -> u64 {
+        self.started_at_unix_ms
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
+    }
+
+    /// Done when the daemon drains.
+    pub(crate) async fn draining(&self) {
+        // The sender lives as long as `self`, so this cannot fail.
+        let _ = self
+            .phases()
+            .wait_for(|phase| *phase == Phase::Draining)
+            .await;
+    }
+
+    /// What the start is doing, half a sentence.
+    pub(crate) fn step(&self) -> &'static str {
+        *lock(&self.step)
+    }
+
+    pub(crate) fn begin_step(&self, step: &'static str) {
+        *lock(&self.step) = step;
+        tracing::debug!(step, "starting");
+    }
+
+    pub(crate) fn node(&self) -> Option<NodeId> {
+        self.node.get().copied()
+    }
+
+    pub(crate) fn set_node(&self, node: NodeId) {
+        let _ = self.node.set(node);
+    }
+
+    pub(crate) fn services(&self) -> Option<&Services> {
+        self.services.get()
+    }
+
+    pub(crate) fn set_services(&self, services: Services) {
+        let _ = self.services.set(services);
+    }
+
+    pub(crate) fn listeners(&self) -> Vec<Listener> {
+        lock(&self.listeners).clone()
+    }
+
+    pub(crate) fn add_listener(&self, kind: ListenerKind, address: String) {
+        tracing::info!(kind = kind.as_str_name(), address, "listening");
+        lock(&self.listeners).push(Listener {
+            kind: kind.into(),
+            address,
+        });
+    }
+
+    pub(crate) fn connections(&self) -> &ConnectionCount {
+        &self.connections
+    }
+
+    pub(crate) fn listener_stats(&self) -> &Arc<ListenerStats> {
+        &self.listener_stats
+    }
+
+    pub(crate) fn add_lasting_warning(&self, warning: String) {
+        tracing::warn!("{warning}");
+        lock(&self.lasting_warnings).push(warning);
+    }
+
+    /// What a person should look at, one sentence each.
+    pub(crate) fn warnings(&self, stores: &[StoreView]) -> Vec<String> {
+        let mut warnings = lock(&self.lasting_warnings).clone();
+        for view in stores {
+            let (status, path) = (&view.status, view.path.display());
+            warnings.extend(poison_reason(view));
+            if status.checksum_errors > 0 {
+                warnings.push(format!(
+                    "store {path}: {} read(s) met damaged data since the start; `ashlar store scrub` lists the places",
+                    status.checksum_errors
+                ));
+            }
+            if status.read_errors > 0 {
+                warnings.push(format!(
+                    "store {path}: its device failed {} read(s) since the start",
+                    status.read_errors
+                ));
+            }
+            let left = status.capacity_blocks.saturating_sub(status.used_blocks);
+            if status.capacity_blocks > 0
+                && (left as f64) < NEARLY_FULL * status.capacity_blocks as f64
+            {
+                warnings.push(format!(
+                    "store {path} is nearly full: {} MiB of {} MiB are left; delete a volume, discard what is not needed (fstrim), or add a store",
+                    left >> 8,
+                    status.capacity_blocks >> 8
+                ));
+            }
+        }
+        if let Some(services) = self.services() {
+            let unserved =
+                services
+                    .volumes
+                    .list()
+                    .into_iter()
+                    .filter_map(|view| match view.serving {
+                        Serving::Yes => None,
+                        Serving::No(reason) => Some(format!(
+                            "volume {} is not served: {reason}",
+                            view.record.name
+                        )),
+                    });
+            let unserved: Vec<_> = unserved.collect();
+            let more = unserved.len().saturating_sub(LISTED_MAX);
+            warnings.extend(unserved.into_iter().take(LISTED_MAX));
+            if more > 0 {
+                warnings.push(format!("{more} more volumes are not served"));
+            }
+            let unknown = services.volumes.unknown_layers();
+            if !unknown.is_empty() {
+                let layers: Vec<_> = unknown
+                    .iter()
+                    .take(LISTED_MAX)
+                    .map(|layer| layer.0.to_string())
+                    .collect();
+                warnings.push(format!(
+                    "the stores hold {} layer(s) that no volume names ({}{}); they are kept. Was the metadata restored from an old backup?",
+                    unknown.len(),
+                    layers.join(", "),
+                    if unknown.len() > LISTED_MAX { ", …" } else { "" }
+                ));
+            }
+        }
+        warnings
+    }
+}
+
+#[async_trait]
+impl Probe for State {
+    async fn scrape(&self) -> Scrape {
+        let stats = &self.listener_stats;
+        let count = |counter: &std::sync::atomic::AtomicU64| {
+            counter.load(std::sync::atomic::Ordering::Relaxed)
+        };
+        let mut scrape = Scrape {
+            version: crate::VERSION,
+            ready: self.phase() == Phase::Ready,
+            started_at_unix_ms: self.started_at_unix_ms,
+            usage: usage(),
+            connections: self.connections.open() as u64,
+            connections_limit: u64::from(self.config.max_connections),
+            listener: ListenerCounts {
+                accepted: count(&stats.accepted),
+                established: count(&stats.established),
+                over_limit: count(&stats.over_limit),
+                evicted: count(&stats.evicted),
+                too_slow: count(&stats.too_slow),
+                malformed: count(&stats.malformed),
+            },
+            ..Scrape::default()
+        };
+        if let Some(services) = self.services() {
+            let metrics = services.plane.metrics();
+            let open = metrics.volumes();
+            let volumes = services
+                .volumes
+                .list()
+                .into_iter()
+                .map(|view| VolumeScrape {
+                    name: view.record.name.to_string(),
+                    id: view.record.id.0.to_string(),
+                    size_bytes: view.record.size_bytes,
+                    metrics: open
+                        .iter()
+                        .find(|(id, ..)| *id == view.record.id)
+                        .map(|(.., metrics)| metrics.clone()),
+                });
+            scrape.volumes = volumes.collect();
+            let disks = metrics.stores();
+            let stores = services
+                .plane
+                .store_views()
+                .await
+                .into_iter()
+                .filter_map(|view| {
+                    let disk = disks.iter().find(|(id, _)| *id == view.id)?.1.clone();
+                    Some((view, disk))
+                });
+            scrape.stores = stores.collect();
+            scrape.threads = metrics.threads();
+        }
+        scrape
+    }
+
+    async fn readiness(&self) -> Readiness {
+        let phase = self.phase();
+        let mut reasons = Vec::new();
+        match phase {
+            Phase::Starting => reasons.push(format!("starting: {}", self.step())),
+            Phase::Draining => reasons.push("shutting down".to_owned()),
+            Phase::Ready => {
+                if let Some(services) = self.services() {
+                    reasons = self.warnings(&services.plane.store_views().await);
+                }
+            }
+        }
+        let state = match phase {
+            Phase::Starting => "starting",
+            Phase::Ready => "ready",
+            Phase::Draining => "draining",
+        };
+        Readiness {
+            ready: phase == Phase::Ready,
+            state,
+            reasons,
+        }
+    }
+}
+
+/// What the process uses; zeros where /proc is not there.
+pub(crate) fn usage() -> Usage {
+    process::usage().unwrap_or_default()
+}
+
+/// Nothing is left half-done under these locks, so one that a panicking thread held is still good.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,244 @@
+//! Which stores a daemon opens: what is configured, held against what was there before.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use ashlar_core::records::{Record, StoreRecord, Transaction, Versioned, keys};
+
+use crate::config::{ByteCount, Config};
+use crate::data::{OpenedStore, StoreConfig};
+use crate::meta::{MetadataError, MetadataStore};
+use crate::volumes::unix_ms;
+
+/// Share of a filesystem's free space that a new store without a size may grow to. The rest is for the metadata, logs
+/// and whatever else lives there; a full root filesystem is worse than a smaller store.
+const FREE_SPACE_SHARE: f64 = 0.8;
+/// What a store is called in a directory that was named instead of a file.
+const FILE_IN_DIRECTORY: &str = "store";
+
+/// Why the stores cannot be laid out.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreSetupError {
+    /// The system refused.
+    #[error("store {}: {what}: {source}", path.display())]
+    Io {
+        /// As configured.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Two settings lead to one file.
+    #[error("--store {} and --store {} are the same file or device", first.display(), second.display())]
+    Same {
+        /// One setting.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+}
+
+/// Every store that was ever opened by this daemon.
+pub(super) async fn recorded(
+    store: &dyn MetadataStore,
+) -> Result<Vec<Versioned<StoreRecord>>, MetadataError> {
+    store
+        .list(keys::STORES)
+        .await?
+        .entries
+        .iter()
+        .map(|entry| entry.read())
+        .collect()
+}
+
+/// What the data plane is to open. Directories for store files are made.
+pub(super) fn lay_out(
+    config: &Config,
+    known: &[Versioned<StoreRecord>],
+) -> Result<Vec<StoreConfig>, StoreSetupError> {
+    let mut stores = Vec::new();
+    let mut seen: HashMap<PathBuf, PathBuf> = HashMap::new();
+    let mut new_on_filesystem: HashMap<u64, u64> = HashMap::new();
+    for setting in &config.stores {
+        let failed = |what| {
+            move |source| StoreSetupError::Io {
+                path: setting.path.clone(),
+                what,
+                source,
+            }
+        };
+        let path = match std::fs::metadata(&setting.path) {
+            Ok(there) if there.is_dir() => setting.path.join(FILE_IN_DIRECTORY),
+            _ => setting.path.clone(),
+        };
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(failed("its directory cannot be made"))?;
+        // Links are followed, so that one file under two names is not taken for two stores.
+        let real = directory
+            .canonicalize()
+            .map_err(failed("its directory cannot be found"))?;
+        let real = path
+            .file_name()
+            .map_or(real.clone(), |name| real.join(name));
+        let real = real.canonicalize().unwrap_or(real);
+        if let Some(first) = seen.insert(real, setting.path.clone()) {
+            return Err(StoreSetupError::Same {
+                first,
+                second: setting.path.clone(),
+            });
+        }
+        if !path.exists() {
+            let filesystem = std::fs::metadata(directory)
+                .map_err(failed("its directory cannot be read"))?
+                .dev();
+            *new_on_filesystem.entry(filesystem).or_default() += 1;
+        }
+        let asked = setting
+            .size
+            .map(|ByteCount(bytes)| bytes)
+            .or(config.store_size_bytes);
+        stores.push((path, asked));
+    }
+    let resolved = stores.into_iter().map(|(path, asked)| {
+        let capacity_bytes = match asked {
+            Some(bytes) => bytes,
+            None => default_capacity(&path, &new_on_filesystem).map_err(|source| {
+                StoreSetupError::Io {
+                    path: path.clone(),
+                    what: "its free space cannot be told",
+                    source,
+                }
+            })?,
+        };
+        let expected = known
+            .iter()
+            .find(|store| Path::new(&store.record.path) == path)
+            .map(|store| store.record.id);
+        Ok(StoreConfig {
+            path,
+            expected,
+            capacity_bytes,
+        })
+    });
+    resolved.collect()
+}
+
+/// How large a new store may grow when nobody said: a share of what is free, divided by the new stores that are to be
+/// made on the same filesystem. A device is used whole, and a store that exists keeps its size.
+fn default_capacity(path: &Path, new_on_filesystem: &HashMap<u64, u64>) -> io::Result<u64> {
+    if std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device()) {
+        return Ok(u64::MAX);
+    }
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let space = rustix::fs::statvfs(directory)?;
+    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+    let sharers = new_on_filesystem
+        .get(&std::fs::metadata(directory)?.dev())
+        .copied()
+        .unwrap_or(1)
+        .max(1);
+    Ok((free_bytes as f64 * FREE_SPACE_SHARE) as u64 / sharers)
+}
+
+/// Writes down where each store was opened. Answers the stores that are recorded and were not opened this time.
+pub(super) async fn record(
+    store: &dyn MetadataStore,
+    known: &[Versioned<StoreRecord>],
+    opened: &[OpenedStore],
+) -> Result<Vec<StoreRecord>, MetadataError> {
+    let mut transaction = Transaction::new();
+    for store in opened {
+        let path = store.path.display().to_string();
+        let earlier = known.iter().find(|known| known.record.id == store.id);
+        if earlier.is_some_and(|earlier| earlier.record.path == path) {
+            continue;
+        }
+        let first_seen_unix_ms =
+            earlier.map_or_else(unix_ms, |earlier| earlier.record.first_seen_unix_ms);
+        let record = StoreRecord {
+            id: store.id,
+            path,
+            first_seen_unix_ms,
+        };
+        transaction = transaction.put(keys::store(store.id), record.encode());
+    }
+    if !transaction.effects.is_empty() {
+        store.commit(transaction).await?;
+    }
+    let missing = known
+        .iter()
+        .filter(|known| opened.iter().all(|opened| opened.id != known.record.id));
+    Ok(missing.map(|missing| missing.record.clone()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Arguments, Config};
+    use ashlar_core::records::Revision;
+    use ashlar_core::units::StoreId;
+    use clap::Parser;
+
+    fn config(dir: &Path, stores: &[&str]) -> Config {
+        let mut flags = vec![
+            "ashlard".to_owned(),
+            format!("--data-dir={}", dir.display()),
+        ];
+        flags.extend(
+            stores
+                .iter()
+                .map(|store| format!("--store={}/{store}", dir.display())),
+        );
+        Config::resolve(&Arguments::parse_from(flags)).expect("config")
+    }
+
+    #[test]
+    fn a_store_that_was_here_before_is_expected_again() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let id = StoreId(uuid::Uuid::from_u128(3));
+        let path = dir.path().join("stores/0").display().to_string();
+        let known = Versioned {
+            record: StoreRecord {
+                id,
+                path,
+                first_seen_unix_ms: 0,
+            },
+            changed_at: Revision(1),
+        };
+        let stores = lay_out(&config(dir.path(), &[]), &[known]).expect("layout");
+        assert_eq!(stores[0].expected, Some(id));
+        assert!(stores[0].capacity_bytes > 0);
+        assert!(dir.path().join("stores").is_dir());
+    }
+
+    #[test]
+    fn a_directory_gets_a_file_and_sizes_are_taken() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::create_dir(dir.path().join("disk")).expect("create");
+        let stores =
+            lay_out(&config(dir.path(), &["disk,size=3GiB", "other"]), &[]).expect("layout");
+        assert_eq!(
+            (stores[0].path.clone(), stores[0].capacity_bytes),
+            (dir.path().join("disk/store"), 3 << 30)
+        );
+        assert_eq!(stores[1].path, dir.path().join("other"));
+    }
+
+    #[test]
+    fn one_file_under_two_names_is_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::create_dir(dir.path().join("a")).expect("create");
+        std::os::unix::fs::symlink(dir.path().join("a"), dir.path().join("b")).expect("link");
+        let refusal = lay_out(&config(dir.path(), &["a/s", "b/s"]), &[])
+            .expect_err("the same")
+            .to_string();
+        assert!(refusal.contains("the same file"), "{refusal}");
+    }
+}

@@ -1,0 +1,631 @@
+//! The metrics, gathered once a scrape from counters that cost the data path a plain store each.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+use ashlar_core::units::BLOCK_BYTES;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::daemon::Usage;
+use crate::metrics::{
+    BUCKET_BOUNDS_NS, BUCKETS, Command, DiskMetrics, HistogramSnapshot, ThreadMetrics,
+    VolumeMetrics,
+};
+use crate::plane::StoreView;
+
+/// Labels of one sample.
+type Labels<'a> = Vec<(&'static str, Cow<'a, str>)>;
+
+/// Everything at one moment.
+#[derive(Debug, Default)]
+pub struct Scrape {
+    /// Of the software.
+    pub version: &'static str,
+    /// Serving.
+    pub ready: bool,
+    /// When the process started, milliseconds since 1970-01-01 UTC.
+    pub started_at_unix_ms: u64,
+    /// Of the process.
+    pub usage: Usage,
+    /// Connections open, and how many there may be.
+    pub connections: u64,
+    /// See `connections`.
+    pub connections_limit: u64,
+    /// The NBD door.
+    pub listener: ListenerCounts,
+    /// Every volume, open or not.
+    pub volumes: Vec<VolumeScrape>,
+    /// Every open store with the disk operations below it.
+    pub stores: Vec<(StoreView, Arc<DiskMetrics>)>,
+    /// The data threads.
+    pub threads: Vec<Arc<ThreadMetrics>>,
+}
+
+/// Counted at the NBD door since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ListenerCounts {
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Handed over after a handshake.
+    pub established: u64,
+    /// Closed at the limit of connections.
+    pub over_limit: u64,
+    /// Closed in the handshake to make room for newer ones.
+    pub evicted: u64,
+    /// Too slow in the handshake.
+    pub too_slow: u64,
+    /// Broke the protocol in the handshake.
+    pub malformed: u64,
+}
+
+/// One volume.
+#[derive(Debug)]
+pub struct VolumeScrape {
+    /// Its name now.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its counters; `None` when it is not open.
+    pub metrics: Option<Arc<VolumeMetrics>>,
+}
+
+impl Scrape {
+    /// The OpenMetrics text.
+    pub fn to_text(self) -> Result<String, fmt::Error> {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(self));
+        let mut text = String::new();
+        text::encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn each_volume<'a, T>(
+        &'a self,
+        read: impl Fn(&'a VolumeMetrics) -> T,
+    ) -> impl Iterator<Item = (Labels<'a>, T)> {
+        self.volumes
+            .iter()
+            .filter_map(move |volume| Some((volume.labels(), read(volume.metrics.as_deref()?))))
+    }
+
+    fn each_command<'a, T>(
+        &'a self,
+        read: impl Fn(&'a crate::metrics::CommandMetrics) -> T + 'a,
+    ) -> impl Iterator<Item = (Labels<'a>, T)> {
+        let of_volume = move |volume: &'a VolumeScrape| {
+            let used = Command::ALL.into_iter().filter_map(|command| {
+                let metrics = volume.metrics.as_deref()?.command(command);
+                // A hundred volumes with seven histograms each would be a long page of zeros.
+                (metrics.operations.get() > 0).then_some((command, metrics))
+            });
+            let used: Vec<_> = used.collect();
+            used.into_iter().map(move |(command, metrics)| {
+                let mut labels = volume.labels();
+                labels.push(("command", command.label().into()));
+                (labels, metrics)
+            })
+        };
+        self.volumes
+            .iter()
+            .flat_map(of_volume)
+            .map(move |(labels, metrics)| (labels, read(metrics)))
+    }
+
+    fn each_store<'a, T>(
+        &'a self,
+        read: impl Fn(&'a StoreView, &'a DiskMetrics) -> T,
+    ) -> impl Iterator<Item = (Labels<'a>, T)> {
+        self.stores
+            .iter()
+            .map(move |(view, disk)| (store_labels(view), read(view, disk)))
+    }
+
+    fn each_thread<T>(
+        &self,
+        read: impl Fn(&ThreadMetrics) -> T,
+    ) -> impl Iterator<Item = (Labels<'_>, T)> {
+        self.threads
+            .iter()
+            .enumerate()
+            .map(move |(index, thread)| (vec![("thread", index.to_string().into())], read(thread)))
+    }
+
+    fn encode_process(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.gauge(
+            "ashlar_build",
+            "The software; always 1",
+            [(vec![("version", self.version.into())], 1u64)],
+        )?;
+        page.gauge(
+            "ashlar_ready",
+            "1 while volumes are served",
+            one(u64::from(self.ready)),
+        )?;
+        page.gauge(
+            "process_start_time_seconds",
+            "When the process started, since 1970-01-01 UTC",
+            one(self.started_at_unix_ms as f64 / 1e3),
+        )?;
+        page.counter(
+            "process_cpu_seconds",
+            "Processor time, user and system",
+            one(self.usage.cpu.as_secs_f64()),
+        )?;
+        page.gauge(
+            "process_resident_memory_bytes",
+            "Resident memory, mapped tails included",
+            one(self.usage.resident_bytes),
+        )?;
+        page.gauge(
+            "ashlar_process_anonymous_memory_bytes",
+            "Resident memory of the process alone, without mapped files",
+            one(self.usage.anonymous_bytes),
+        )?;
+        page.gauge(
+            "process_open_fds",
+            "Open descriptors",
+            one(self.usage.open_files),
+        )
+    }
+
+    fn encode_connections(&self, page: &mut Page<'_>) -> fmt::Result {
+        let door = &self.listener;
+        page.gauge(
+            "ashlar_connections",
+            "NBD connections open, handshakes included",
+            one(self.connections),
+        )?;
+        page.gauge(
+            "ashlar_connections_limit",
+            "NBD connections that may be open",
+            one(self.connections_limit),
+        )?;
+        page.counter(
+            "ashlar_nbd_accepted",
+            "NBD connections accepted",
+            one(door.accepted),
+        )?;
+        page.counter(
+            "ashlar_nbd_established",
+            "NBD connections that finished their handshake",
+            one(door.established),
+        )?;
+        let refused = [
+            ("limit", door.over_limit),
+            ("evicted", door.evicted),
+            ("too_slow", door.too_slow),
+            ("malformed", door.malformed),
+        ];
+        page.counter(
+            "ashlar_nbd_refused",
+            "NBD connections closed before the end of their handshake, by reason",
+            refused.map(|(reason, count)| (vec![("reason", reason.into())], count)),
+        )
+    }
+
+    fn encode_volumes(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.gauge(
+            "ashlar_volume_size_bytes",
+            "Size of the volume",
+            self.volumes.iter().map(|v| (v.labels(), v.size_bytes)),
+        )?;
+        page.gauge(
+            "ashlar_volume_open",
+            "1 while the volume is served",
+            self.volumes
+                .iter()
+                .map(|v| (v.labels(), u64::from(v.metrics.is_some()))),
+        )?;
+        page.gauge(
+            "ashlar_volume_connections",
+            "NBD connections of the volume",
+            self.each_volume(|m| m.connections.get()),
+        )?;
+        page.gauge(
+            "ashlar_volume_inflight_requests",
+            "Requests taken and not yet answered",
+            self.each_volume(|m| m.in_flight.get()),
+        )?;
+        page.counter(
+            "ashlar_volume_operations",
+            "Requests answered",
+            self.each_command(|m| m.operations.get()),
+        )?;
+        page.counter(
+            "ashlar_volume_errors",
+            "Requests answered with an error",
+            self.each_command(|m| m.errors.get()),
+        )?;
+        page.counter(
+            "ashlar_volume_bytes",
+            "Bytes asked for by requests that succeeded",
+            self.each_command(|m| m.bytes.get()),
+        )?;
+        page.histogram(
+            "ashlar_volume_latency_seconds",
+            "From the parsing of a request to the queueing of its reply",
+            self.each_command(|m| m.latency.snapshot()),
+        )
+    }
+
+    fn encode_store_space(&self, page: &mut Page<'_>) -> fmt::Result {
+        let blocks = |blocks: u64| blocks * BLOCK_BYTES as u64;
+        page.gauge(
+            "ashlar_store_capacity_bytes",
+            "Blocks that clients may fill",
+            self.each_store(|s, _| blocks(s.status.capacity_blocks)),
+        )?;
+        page.gauge(
+            "ashlar_store_live_bytes",
+            "Blocks that hold client data",
+            self.each_store(|s, _| blocks(s.status.mapped_blocks)),
+        )?;
+        page.gauge(
+            "ashlar_store_used_bytes",
+            "Blocks that data and index take of the capacity",
+            self.each_store(|s, _| blocks(s.status.used_blocks)),
+        )?;
+        page.gauge(
+            "ashlar_store_segments",
+            "Segments that exist",
+            self.each_store(|s, _| u64::from(s.status.segments)),
+        )?;
+        page.gauge(
+            "ashlar_store_segments_free",
+            "Segments that may be written at once",
+            self.each_store(|s, _| u64::from(s.status.segments_free)),
+        )?;
+        page.gauge(
+            "ashlar_store_tail_bytes",
+            "Size of the tail",
+            self.each_store(|s, _| blocks(u64::from(s.status.tail_blocks))),
+        )?;
+        page.gauge(
+            "ashlar_store_tail_used_bytes",
+            "Part of the tail in use",
+            self.each_store(|s, _| blocks(u64::from(s.status.tail_used_blocks))),
+        )?;
+        page.gauge(
+            "ashlar_store_leaves_cached",
+            "Leaves in memory",
+            self.each_store(|s, _| s.status.leaves_cached as u64),
+        )?;
+        page.gauge(
+            "ashlar_store_leaves_dirty",
+            "Leaves changed since the last checkpoint",
+            self.each_store(|s, _| s.status.leaves_dirty as u64),
+        )?;
+        page.gauge(
+            "ashlar_store_poisoned",
+            "1 when the store stopped after an I/O error",
+            self.each_store(|s, _| u64::from(s.status.poisoned.is_some())),
+        )?;
+        page.gauge(
+            "ashlar_store_opening_seconds",
+            "What the last opening took, recovery included",
+            self.each_store(|s, _| s.opening_took.as_secs_f64()),
+        )
+    }
+
+    fn encode_store_work(&self, page: &mut Page<'_>) -> fmt::Result {
+        let blocks = |blocks: u64| blocks * BLOCK_BYTES as u64;
+        page.counter(
+            "ashlar_store_client_bytes",
+            "Client blocks written",
+            self.each_store(|s, _| blocks(s.status.client_blocks)),
+        )?;
+        page.counter(
+            "ashlar_store_log_bytes",
+            "Written to the log for clients, headers included",
+            self.each_store(|s, _| blocks(s.status.log_blocks)),
+        )?;
+        page.counter(
+            "ashlar_store_cleaned_bytes",
+            "Written by cleaning",
+            self.each_store(|s, _| blocks(s.status.cleaned_blocks)),
+        )?;
+        page.counter(
+            "ashlar_store_cleaning_read_bytes",
+            "Read by cleaning",
+            self.each_store(|s, _| blocks(s.status.clean_read_blocks)),
+        )?;
+        page.counter(
+            "ashlar_store_segments_cleaned",
+            "Segments cleaned",
+            self.each_store(|s, _| s.status.segments_cleaned),
+        )?;
+        page.counter(
+            "ashlar_store_checkpoint_bytes",
+            "Written for checkpoints",
+            self.each_store(|s, _| blocks(s.status.checkpoint_blocks)),
+        )?;
+        page.counter(
+            "ashlar_store_checkpoints",
+            "Checkpoints taken",
+            self.each_store(|s, _| s.status.checkpoints),
+        )?;
+        page.counter(
+            "ashlar_store_syncs",
+            "Data syncs and durable appends",
+            self.each_store(|s, _| s.status.syncs),
+        )?;
+        page.gauge(
+            "ashlar_store_write_amplification",
+            "Everything written to the device since the start, by what clients wrote",
+            self.each_store(|s, _| write_amplification(s))
+                .filter_map(|(labels, ratio)| Some((labels, ratio?))),
+        )?;
+        page.counter(
+            "ashlar_store_checksum_errors",
+            "Blocks or leaves that did not match their checksum",
+            self.each_store(|s, _| s.status.checksum_errors),
+        )?;
+        page.counter(
+            "ashlar_store_read_errors",
+            "Reads the device failed",
+            self.each_store(|s, _| s.status.read_errors),
+        )?;
+        page.gauge(
+            "ashlar_store_scrubbing",
+            "1 while a scrub runs",
+            self.each_store(|s, _| u64::from(s.status.scrubbing)),
+        )?;
+        page.gauge(
+            "ashlar_store_scrub_bytes",
+            "Verified by the scrub that runs or ran last",
+            self.each_store(|s, _| blocks(s.status.scrub_blocks)),
+        )?;
+        page.gauge(
+            "ashlar_store_scrub_damaged_blocks",
+            "Damaged blocks that scrub found",
+            self.each_store(|s, _| s.status.scrub_damaged),
+        )
+    }
+
+    fn encode_disks(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.counter(
+            "ashlar_store_read_bytes",
+            "Read from the file or device",
+            self.each_store(|_, d| d.read_bytes.get()),
+        )?;
+        page.counter(
+            "ashlar_store_written_bytes",
+            "Written to the file or device",
+            self.each_store(|_, d| d.write_bytes.get()),
+        )?;
+        page.counter(
+            "ashlar_store_allocated_bytes",
+            "Allocated and written with zeros",
+            self.each_store(|_, d| d.allocated_bytes.get()),
+        )?;
+        page.counter(
+            "ashlar_store_disk_errors",
+            "Disk operations that failed",
+            self.each_store(|_, d| d.errors.get()),
+        )?;
+        page.gauge(
+            "ashlar_store_disk_inflight",
+            "Disk operations under way",
+            self.each_store(|_, d| d.in_flight.get()),
+        )?;
+        page.histogram(
+            "ashlar_store_disk_read_seconds",
+            "Duration of disk reads",
+            self.each_store(|_, d| d.read_latency.snapshot()),
+        )?;
+        page.histogram(
+            "ashlar_store_disk_write_seconds",
+            "Duration of disk writes",
+            self.each_store(|_, d| d.write_latency.snapshot()),
+        )?;
+        page.histogram(
+            "ashlar_store_disk_sync_seconds",
+            "Duration of data syncs",
+            self.each_store(|_, d| d.sync_latency.snapshot()),
+        )
+    }
+
+    fn encode_threads(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.counter(
+            "ashlar_thread_turns",
+            "Passes of the event loop",
+            self.each_thread(|t| t.turns.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_requests",
+            "Requests taken from sockets",
+            self.each_thread(|t| t.requests.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_receives",
+            "Receive calls",
+            self.each_thread(|t| t.receives.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_sends",
+            "Send calls",
+            self.each_thread(|t| t.sends.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_received_bytes",
+            "Received from clients",
+            self.each_thread(|t| t.received_bytes.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_sent_bytes",
+            "Sent to clients",
+            self.each_thread(|t| t.sent_bytes.get()),
+        )?;
+        page.gauge(
+            "ashlar_thread_connections",
+            "Connections the thread serves",
+            self.each_thread(|t| t.connections.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_protocol_errors",
+            "Connections closed because the client broke the protocol",
+            self.each_thread(|t| t.protocol_errors.get()),
+        )?;
+        page.gauge(
+            "ashlar_thread_buffered_bytes",
+            "Requests and replies held for clients",
+            self.each_thread(|t| t.buffered_bytes.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_pauses",
+            "Times a connection was left unread at a limit",
+            self.each_thread(|t| t.pauses.get()),
+        )?;
+        page.counter(
+            "ashlar_thread_parked_writes",
+            "Writes that waited for room in a tail",
+            self.each_thread(|t| t.parked_writes.get()),
+        )
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut page = Page(encoder);
+        self.encode_process(&mut page)?;
+        self.encode_connections(&mut page)?;
+        self.encode_volumes(&mut page)?;
+        self.encode_store_space(&mut page)?;
+        self.encode_store_work(&mut page)?;
+        self.encode_disks(&mut page)?;
+        self.encode_threads(&mut page)
+    }
+}
+
+impl VolumeScrape {
+    fn labels(&self) -> Labels<'_> {
+        vec![
+            ("volume", self.name.as_str().into()),
+            ("id", self.id.as_str().into()),
+        ]
+    }
+}
+
+fn store_labels(view: &StoreView) -> Labels<'_> {
+    vec![
+        ("store", view.id.0.to_string().into()),
+        ("path", view.path.to_string_lossy()),
+    ]
+}
+
+/// Blocks written to the device for one client block; `None` before the first.
+pub(crate) fn write_amplification(store: &StoreView) -> Option<f64> {
+    let status = &store.status;
+    let written = status.log_blocks + status.cleaned_blocks + status.checkpoint_blocks;
+    (status.client_blocks > 0).then(|| written as f64 / status.client_blocks as f64)
+}
+
+fn one<T>(value: T) -> [(Labels<'static>, T); 1] {
+    [(Vec::new(), value)]
+}
+
+/// A page of metrics being written.
+struct Page<'a>(DescriptorEncoder<'a>);
+
+impl Page<'_> {
+    /// Samples of a gauge.
+    fn gauge<'l, T: prometheus_client::encoding::EncodeGaugeValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l>, T)>,
+    ) -> fmt::Result {
+        self.family(name, help, MetricType::Gauge, samples, |encoder, value| {
+            encoder.encode_gauge(&value)
+        })
+    }
+
+    /// Samples of a counter; `_total` is added to its name.
+    fn counter<'l, T: prometheus_client::encoding::EncodeCounterValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l>, T)>,
+    ) -> fmt::Result {
+        self.family(
+            name,
+            help,
+            MetricType::Counter,
+            samples,
+            |encoder, value| encoder.encode_counter::<[(&str, &str); 0], _, u64>(&value, None),
+        )
+    }
+
+    /// Samples of a histogram of durations.
+    fn histogram<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l>, HistogramSnapshot)>,
+    ) -> fmt::Result {
+        self.family(
+            name,
+            help,
+            MetricType::Histogram,
+            samples,
+            |encoder, snapshot| {
+                let sum = snapshot.sum_ns as f64 / 1e9;
+                let buckets = doublings(&snapshot);
+                encoder.encode_histogram::<[(&str, &str); 0]>(sum, snapshot.count(), &buckets, None)
+            },
+        )
+    }
+
+    fn family<'l, T>(
+        &mut self,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        samples: impl IntoIterator<Item = (Labels<'l>, T)>,
+        encode: impl Fn(&mut MetricEncoder<'_>, T) -> fmt::Result,
+    ) -> fmt::Result {
+        let mut samples = samples.into_iter().peekable();
+        if samples.peek().is_none() {
+            return Ok(());
+        }
+        let mut metric = self.0.encode_descriptor(name, help, None, kind)?;
+        for (labels, value) in samples {
+            if labels.is_empty() {
+                encode(&mut metric, value)?;
+            } else {
+                let labels: Vec<(&str, &str)> = labels
+                    .iter()
+                    .map(|(key, text)| (*key, text.as_ref()))
+                    .collect();
+                encode(&mut metric.encode_family(&labels)?, value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The buckets that end at a doubling of 1 µs, with what falls between two of them; seconds. Half as many lines as are
+/// counted, and still one bucket a doubling.
+fn doublings(snapshot: &HistogramSnapshot) -> Vec<(f64, u64)> {
+    let mut buckets = Vec::with_capacity(BUCKETS / 2 + 1);
+    let mut pending = 0;
+    for (index, count) in snapshot.buckets.iter().enumerate() {
+        pending += count;
+        match BUCKET_BOUNDS_NS.get(index) {
+            Some(bound) if index % 2 == 0 => {
+                buckets.push((*bound as f64 / 1e9, pending));
+                pending = 0;
+            }
+            Some(_) => {}
+            // The last bucket is open.
+            None => buckets.push((f64::INFINITY, pending)),
+        }
+    }
+    buckets
+}

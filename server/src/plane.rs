@@ -1,0 +1,84 @@
+//! What the interfaces for people and programs see of the data plane.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ashlar_core::store::{OpenReport, StoreStatus};
+use ashlar_core::units::{StoreId, VolumeId};
+use async_trait::async_trait;
+
+use crate::metrics::Metrics;
+use crate::volumes::{HostError, VolumeHost};
+
+/// A store as it is now.
+#[derive(Clone, Debug)]
+pub struct StoreView {
+    /// As in its superblock.
+    pub id: StoreId,
+    /// File or device.
+    pub path: PathBuf,
+    /// A block device and not a file.
+    pub is_device: bool,
+    /// "io_uring" or "posix".
+    pub engine: &'static str,
+    /// Where its tail lies.
+    pub tail_path: PathBuf,
+    /// The tail's memory outlives the daemon without touching a disk.
+    pub tail_on_tmpfs: bool,
+    /// From the opening to being ready, recovery included.
+    pub opening_took: Duration,
+    /// What recovery did.
+    pub recovery: OpenReport,
+    /// Counters and state of the machine.
+    pub status: StoreStatus,
+}
+
+/// An NBD connection in its transmission phase.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionView {
+    /// Unique while the daemon runs.
+    pub id: u64,
+    /// `unix:pid=…,uid=…` or `tcp:ADDRESS:PORT`.
+    pub peer: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub connected_at_unix_ms: u64,
+    /// Changes are refused.
+    pub read_only: bool,
+    /// Replies are structured; with extended headers they always are.
+    pub structured_replies: bool,
+    /// 64-bit requests.
+    pub extended_headers: bool,
+    /// `base:allocation` was chosen.
+    pub block_status: bool,
+    /// Taken and not yet answered.
+    pub inflight_requests: u32,
+    /// Answered.
+    pub requests: u64,
+    /// Payload of reads answered.
+    pub read_bytes: u64,
+    /// Payload of writes answered.
+    pub written_bytes: u64,
+}
+
+/// The data plane, as far as the interfaces go.
+#[async_trait]
+pub trait Plane: VolumeHost {
+    /// Every open store, in the order they were configured.
+    async fn store_views(&self) -> Vec<StoreView>;
+
+    /// The connections of one volume; none when it is not open.
+    async fn connections(&self, volume: VolumeId) -> Vec<ConnectionView>;
+
+    /// Begins to verify everything a store holds, from the start, at this many bytes a second. How far it is and what
+    /// it found stand in the store's status.
+    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<(), HostError>;
+
+    /// Ends the scrub of a store, if one runs.
+    async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError>;
+
+    /// Takes a checkpoint; answers when it is durable.
+    async fn checkpoint(&self, store: StoreId) -> Result<(), HostError>;
+
+    /// Everything that is counted on the path of an I/O.
+    fn metrics(&self) -> &Metrics;
+}
