@@ -77,6 +77,10 @@ impl CheckpointState {
         self.phase != Phase::Idle
     }
 
+    pub(super) fn phase_name(&self) -> String {
+        format!("{:?}", self.phase)
+    }
+
     /// Whether leaves must not change now.
     pub(super) fn holds_apply(&self) -> bool {
         self.phase == Phase::Leaves

@@ -21,6 +21,8 @@ use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
 const KEEP_FOR_COLD: usize = 3;
 /// Segments that cleaning always leaves to checkpoints.
 const KEEP_FOR_CHECKPOINT: usize = 1;
+/// Blocks copied per block that clients write, at the most: victims are at most 15/16 live.
+const CREDIT: u64 = 16;
 /// Frames of copies in flight at once.
 const COLD_FRAMES: usize = 4;
 /// Blocks looked at in one turn.
@@ -73,6 +75,14 @@ impl Cold {
 #[derive(Default)]
 pub(super) struct Cleaner {
     victim: Option<Victim>,
+    /// Blocks copied so far.
+    copied: u64,
+}
+
+impl Cleaner {
+    pub(super) fn running(&self) -> bool {
+        self.victim.is_some()
+    }
 }
 
 struct Victim {
@@ -198,7 +208,9 @@ impl Store {
             .iter()
             .filter(|(e, _)| e.kind == EntryKind::Leaf)
             .count() as u64;
-        self.counters.cleaned_blocks += u64::from(blocks) - leaves * u64::from(LEAF_DISK_BLOCKS);
+        let copied = u64::from(blocks) - leaves * u64::from(LEAF_DISK_BLOCKS);
+        self.counters.cleaned_blocks += copied;
+        self.cleaner.copied += copied;
         self.cold.in_flight += 1;
         let (ptr, len, offset) = (
             frame.buf.as_ptr(),
@@ -301,7 +313,10 @@ impl Store {
         if self.wants_growth() && self.growth.retry_at_ms.is_none() {
             return false;
         }
-        self.segments.free_count() <= self.clean_start()
+        // A store that cannot reach its goal must not copy for ever: at most what clients' writes can need, unless
+        // one of them waits.
+        let worth = CREDIT * (self.counters.log_blocks + u64::from(self.segments.geometry.segment_blocks));
+        self.segments.free_count() <= self.clean_start() && (self.cleaner.copied < worth || self.want_ready)
     }
 
     /// The sealed segment with the fewest live blocks. None when even that one is nearly full.
@@ -319,7 +334,7 @@ impl Store {
                     && s.live <= worth
                     && s.last_seq <= applied
                     && !s.damaged
-                    && s.cleaned < 3
+                    && s.clean_after <= self.superblock.checkpoint_seq
             })
             .min_by_key(|(_, s)| (s.cleaned, s.live))?;
         let segment = &mut self.segments.all[s];
@@ -412,6 +427,7 @@ impl Store {
     fn end_victim(&mut self, v: Victim, failed: bool) {
         self.unpin(self.segments.geometry.segment_start(v.segment));
         self.counters.segments_cleaned += 1;
+        self.segments.all[v.segment as usize].clean_after = self.superblock.checkpoint_seq + 2;
         if failed {
             self.segments.all[v.segment as usize].damaged = true;
             self.event(Event::SegmentDamaged { segment: v.segment });

@@ -304,7 +304,9 @@ impl Store {
         let used = self.used_blocks() + self.reserved;
         let target = 2 * used / u64::from(geometry.segment_blocks)
             + 4 * u64::from(self.params.grow_segments);
-        let low = self.segments.free_count() < self.params.grow_segments as usize;
+        // Before cleaning would begin: a larger file is cheaper than copying.
+        let enough = (self.params.grow_segments as usize).max(self.clean_start() + 2);
+        let low = self.segments.free_count() < enough;
         low && (have < target || self.segments.free_count() < 4)
     }
 
@@ -376,6 +378,19 @@ impl Store {
             scrubbing: self.scrub.running(),
             ..self.counters.clone()
         }
+    }
+
+    /// One line on what is under way, for a test that hangs.
+    #[doc(hidden)]
+    pub fn debug_line(&self) -> String {
+        let h = &self.hot;
+        format!(
+            "next {} open {:?} issued {} written {} reclaimed {} durable {} chain {} applied {} appends {}/{} sync {} waiters {:?} ios {} loads {} checkpoint {:?} cleaning {} dirty {:?} now {} block {} free {} keep {} more {}",
+            h.next_seq, h.open.as_ref().map(|o| (o.seq, o.progress)), h.issued_seq, h.written_seq, h.reclaimed_seq,
+            h.durable_seq, h.durable_chain, h.applied_seq, h.appends, h.durable_appends, h.sync_in_flight,
+            self.waiters, self.ios.len(), self.loads.len(), self.checkpoint.phase_name(), self.cleaner.running(),
+            h.dirty_since_ms, self.now_ms, h.next_block, self.segments.free_count(), self.keep_for_cold(), self.more_work
+        )
     }
 
     /// Layers that have blocks here, in order; what the metadata does not know of is an orphan.

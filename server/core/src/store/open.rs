@@ -446,10 +446,18 @@ impl Store {
             clean: old.clean,
             ..OpenReport::default()
         };
-        let last_tail = TailIdentity {
+        // The life that died may have saved the tail of the one before and begun its own.
+        let begun = TailIdentity {
             store: old.store,
             boot: old.boot,
-            incarnation: old.tail_incarnation,
+            incarnation: old.incarnation,
+        };
+        let last_tail = match tail.identity() {
+            Some(found) if found == begun => begun,
+            _ => TailIdentity {
+                incarnation: old.tail_incarnation,
+                ..begun
+            },
         };
         let same_boot = old.boot == options.boot && options.boot != [0; 16];
         let replay_tail = if old.clean {
@@ -557,19 +565,18 @@ impl Store {
             clean: false,
             // Until the tail is this life's, the dead one's still counts.
             boot: if replay_tail { old.boot } else { options.boot },
-            tail_incarnation: if replay_tail {
-                old.tail_incarnation
-            } else {
-                incarnation
-            },
+            tail_incarnation: if replay_tail { last_tail.incarnation } else { incarnation },
             ..old
         };
+        let log_segments = frames.iter().map(|f| old.geometry.segment_of(f.header.addr));
+        let log_highest = log_segments.max().unwrap_or(0);
         let mut store = assemble(
             params,
             superblock,
             checkpoint,
             tail,
             (segment, next_block, next_segment, last_seq),
+            log_highest,
         );
         if !replay_tail {
             store.tail.reset(
@@ -801,6 +808,7 @@ fn assemble(
     checkpoint: Checkpoint,
     tail: Tail,
     position: (u32, u32, u32, u64),
+    log_highest: u32,
 ) -> Store {
     let (segment, next_block, next_segment, last_seq) = position;
     let mut segments = Segments::new(superblock.geometry, &checkpoint.segments);
@@ -810,7 +818,7 @@ fn assemble(
         index.insert_row(row.key, row.leaves);
     }
     // The log may have gone on into segments that were allocated after the checkpoint.
-    let highest = segment.max(next_segment);
+    let highest = segment.max(next_segment).max(log_highest);
     if highest as usize >= segments.all.len() {
         let more = highest + 1 - segments.all.len() as u32;
         segments.grow(more);

@@ -29,6 +29,8 @@ pub(super) struct Segment {
     pub(super) damaged: bool,
     /// How often it was cleaned since it was written.
     pub(super) cleaned: u8,
+    /// Not cleaned again before this checkpoint: leaves in it move with the next one.
+    pub(super) clean_after: u64,
 }
 
 pub(super) struct Segments {
@@ -52,6 +54,7 @@ impl Segments {
                 reads: 0,
                 damaged: s.damaged,
                 cleaned: 0,
+                clean_after: 0,
             })
             .collect();
         Segments {
@@ -91,6 +94,7 @@ impl Segments {
                 reads: 0,
                 damaged: false,
                 cleaned: 0,
+                clean_after: 0,
             });
         }
     }
@@ -106,6 +110,7 @@ impl Segments {
         segment.state = SegmentState::Open;
         segment.last_seq = 0;
         segment.cleaned = 0;
+        segment.clean_after = 0;
         Some(s)
     }
 

@@ -74,6 +74,8 @@ pub(super) struct Tail {
     first: u32,
     /// Frames held, the open one included.
     frames: u32,
+    /// The newest of them is still being filled.
+    open: bool,
 }
 
 // SAFETY: `ring` points into `memory`, which moves along and is `Send`.
@@ -96,6 +98,7 @@ impl Tail {
             head: 0,
             first: 0,
             frames: 0,
+            open: false,
         })
     }
 
@@ -139,6 +142,7 @@ impl Tail {
         self.head = 0;
         self.first = 0;
         self.frames = 0;
+        self.open = false;
         self.publish_first(next_seq);
         let mut raw = RawTailHeader {
             magic: TAIL_MAGIC,
@@ -160,7 +164,7 @@ impl Tail {
 
     /// Blocks in use.
     pub(super) fn used(&self) -> u32 {
-        match (self.frames, self.head.cmp(&self.first)) {
+        match (self.frames - u32::from(self.open), self.head.cmp(&self.first)) {
             (0, _) => 0,
             (_, std::cmp::Ordering::Greater) => self.head - self.first,
             _ => self.blocks - self.first + self.head,
@@ -193,12 +197,14 @@ impl Tail {
             self.publish_first(seq);
         }
         self.frames += 1;
+        self.open = true;
         self.head = at;
     }
 
     /// Ends the frame that began last; it took `blocks`.
     pub(super) fn end(&mut self, blocks: u32) {
         self.head += blocks;
+        self.open = false;
         debug_assert!(self.head <= self.blocks);
     }
 

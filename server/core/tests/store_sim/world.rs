@@ -1,0 +1,622 @@
+//! One store on one simulated disk, driven by a seed.
+
+use std::cell::{RefCell, UnsafeCell};
+use std::rc::Rc;
+
+use ashlar_core::store::format::{LEAF_BYTES, LeafEntries, Mapping};
+use ashlar_core::store::{
+    Action, AlignedBuf, Event, ExtentKey, Geometry, OpenOptions, OpenReport, Params, ReadOutcome,
+    Store, StoreError, TailMemory, WriteError, format_store, tail_bytes,
+};
+use ashlar_core::units::{BLOCK_BYTES, ChunkIndex, LEAF_BLOCKS, LayerId, StoreId, Version};
+
+use crate::disk::{Opening, SimDisk};
+use crate::oracle::{Oracle, Place, fill};
+use crate::rng::Rng;
+
+/// Tail memory that outlives the store.
+#[derive(Clone)]
+pub(crate) struct SharedTail(Rc<UnsafeCell<AlignedBuf>>);
+
+// SAFETY: a run stays on one thread; the store's bound is for the daemon.
+unsafe impl Send for SharedTail {}
+
+impl SharedTail {
+    pub(crate) fn new() -> SharedTail {
+        SharedTail(Rc::new(UnsafeCell::new(AlignedBuf::zeroed(tail_bytes(
+            4 << 20,
+        )))))
+    }
+
+    pub(crate) fn snapshot(&self) -> Vec<u8> {
+        // SAFETY: nobody writes while a snapshot is taken: one thread.
+        unsafe { (*self.0.get()).to_vec() }
+    }
+
+    pub(crate) fn restore(&self, bytes: &[u8]) {
+        // SAFETY: as above.
+        unsafe { (*self.0.get()).copy_from_slice(bytes) }
+    }
+}
+
+impl TailMemory for SharedTail {
+    fn as_mut_ptr(&mut self) -> *mut u8 {
+        // SAFETY: the only store that uses it holds this handle.
+        unsafe { (*self.0.get()).as_mut_ptr() }
+    }
+    fn len(&self) -> usize {
+        // SAFETY: the length never changes.
+        unsafe { (&*self.0.get()).len() }
+    }
+}
+
+/// An I/O the store asked for.
+enum Pending {
+    Write {
+        io: u32,
+        offset: u64,
+        ptr: *const u8,
+        len: usize,
+        durable: bool,
+    },
+    Read {
+        io: u32,
+        offset: u64,
+        ptr: *mut u8,
+        len: usize,
+    },
+    Sync {
+        io: u32,
+        stamp: u64,
+    },
+    Allocate {
+        io: u32,
+        offset: u64,
+        len: u64,
+    },
+}
+
+enum Op {
+    Flush(Vec<(Place, u64)>),
+    Durable(Vec<(Place, u64)>),
+    Read {
+        key: ExtentKey,
+        first: u32,
+        since: Vec<u64>,
+        buf: AlignedBuf,
+    },
+    Other,
+}
+
+pub(crate) struct World {
+    pub(crate) rng: Rng,
+    pub(crate) disk: RefCell<SimDisk>,
+    pub(crate) tail: SharedTail,
+    pub(crate) geometry: Geometry,
+    pub(crate) params: Params,
+    pub(crate) store: Option<Store>,
+    pub(crate) oracle: Oracle,
+    pending: Vec<Pending>,
+    ops: std::collections::HashMap<u64, Op>,
+    next_op: u64,
+    version: u64,
+    epoch: u32,
+    boot: u8,
+    now: u64,
+    pub(crate) layer: u64,
+    pub(crate) events: u64,
+    pub(crate) cleaned: u64,
+    pub(crate) checkpoints: u64,
+    pub(crate) busy: u64,
+    pub(crate) no_space: u64,
+}
+
+pub(crate) const NODE: [u8; 16] = [7; 16];
+/// Blocks the client writes to: a handful of leaves of two chunks.
+const CHUNKS: u64 = 2;
+const LEAVES: u64 = 3;
+const PER_LEAF: u64 = 24;
+
+impl World {
+    pub(crate) fn new(seed: u64, params: impl FnOnce(&mut Params)) -> World {
+        let mut rng = Rng::new(seed);
+        let geometry = Geometry {
+            segment_blocks: 32,
+            segments_max: 24,
+            checkpoint_blocks: 4,
+        };
+        let mut p = Params {
+            leaf_cache: 16,
+            checkpoint_log_blocks: 60 + rng.below(300),
+            writeback_ms: 1 + rng.below(50),
+            max_appends: 1 + rng.below(6) as usize,
+            sync_log_blocks: 20 + rng.below(100),
+            grow_segments: 1 + rng.below(4) as u32,
+            ..Params::default()
+        };
+        params(&mut p);
+        let blocks = (geometry.total_bytes() / BLOCK_BYTES as u64) as u32;
+        let disk = RefCell::new(SimDisk::new(blocks));
+        let id = StoreId(uuid::Uuid::from_u128(u128::from(seed) << 1 | 1));
+        let mut opening = Opening {
+            disk: &disk,
+            lives: u64::MAX,
+        };
+        format_store(&mut opening, geometry, id, NODE, 6, 0).expect("a new disk takes a store");
+        World {
+            rng,
+            disk,
+            tail: SharedTail::new(),
+            geometry,
+            params: p,
+            store: None,
+            oracle: Oracle::default(),
+            pending: Vec::new(),
+            ops: Default::default(),
+            next_op: 1,
+            version: 0,
+            epoch: 0,
+            boot: 1,
+            now: 0,
+            layer: 1,
+            events: 0,
+            cleaned: 0,
+            checkpoints: 0,
+            busy: 0,
+            no_space: 0,
+        }
+    }
+
+    pub(crate) fn open(&mut self, lives: u64) -> Result<OpenReport, ashlar_core::store::OpenError> {
+        let mut opening = Opening {
+            disk: &self.disk,
+            lives,
+        };
+        let options = OpenOptions {
+            node: NODE,
+            boot: [self.boot; 16],
+            accept_tail_loss: false,
+        };
+        let (mut store, report) = Store::open(
+            &mut opening,
+            Box::new(self.tail.clone()),
+            self.params.clone(),
+            &options,
+        )?;
+        store.check_invariants();
+        store.on_tick(self.now);
+        self.store = Some(store);
+        self.epoch += 1;
+        self.version = 0;
+        Ok(report)
+    }
+
+    fn next_version(&mut self) -> Version {
+        self.version += 1;
+        Version::new(ashlar_core::units::Epoch(self.epoch), self.version)
+    }
+
+    fn key(&mut self) -> ExtentKey {
+        ExtentKey {
+            layer: LayerId(self.layer),
+            chunk: ChunkIndex(self.rng.below(CHUNKS) as u32),
+        }
+    }
+
+    /// Some blocks next to each other.
+    fn range(&mut self) -> (u32, u32) {
+        let leaf = self.rng.below(LEAVES) as u32;
+        // At the end of a leaf now and then, to cross into the next.
+        let at = if self.rng.below(4) == 0 {
+            LEAF_BLOCKS - 4
+        } else {
+            self.rng.below(PER_LEAF) as u32
+        };
+        let count = if self.rng.below(3) == 0 {
+            1 + self.rng.below(20)
+        } else {
+            1 + self.rng.below(3)
+        } as u32;
+        (leaf * LEAF_BLOCKS + at, count)
+    }
+
+    pub(crate) fn client_op(&mut self) {
+        match self.rng.below(100) {
+            0..=54 => self.write(),
+            55..=62 => self.zero(),
+            63..=77 => self.flush(),
+            78..=95 => self.read(),
+            96 => self.checkpoint(),
+            97 if self.rng.below(4) == 0 => self.drop_layer(),
+            _ => {
+                self.now += self.rng.below(60);
+                let now = self.now;
+                self.store_mut().on_tick(now);
+            }
+        }
+        self.pump();
+    }
+
+    fn store_mut(&mut self) -> &mut Store {
+        self.store.as_mut().expect("open")
+    }
+
+    fn op(&mut self, op: Op) -> u64 {
+        self.next_op += 1;
+        self.ops.insert(self.next_op, op);
+        self.next_op
+    }
+
+    pub(crate) fn write(&mut self) {
+        let key = self.key();
+        let (first, count) = self.range();
+        self.write_at(key, first, count);
+    }
+
+    pub(crate) fn write_at(&mut self, key: ExtentKey, first: u32, count: u32) {
+        let version = self.next_version();
+        let mut data = vec![0; count as usize * BLOCK_BYTES];
+        for (i, block) in data.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+            fill(block, (key, first + i as u32), version.0);
+        }
+        let durable = (self.rng.below(6) == 0).then(|| {
+            self.next_op += 1;
+            self.next_op
+        });
+        let result = self.store_mut().write(key, first, &data, version, durable);
+        let taken = match result {
+            Ok(()) => count,
+            Err(WriteError::Busy { accepted }) => {
+                self.busy += 1;
+                accepted
+            }
+            Err(WriteError::NoSpace) => {
+                self.no_space += 1;
+                0
+            }
+            Err(e) => panic!("write: {e}"),
+        };
+        let mut marks = Vec::new();
+        for i in 0..taken {
+            let place = (key, first + i);
+            self.oracle.wrote(place, version.0, false, result.is_ok());
+            marks.push((place, version.0));
+        }
+        if let (Some(op), true) = (durable, result.is_ok()) {
+            self.ops.insert(op, Op::Durable(marks));
+        }
+    }
+
+    fn zero(&mut self) {
+        let key = self.key();
+        let (first, count) = if self.rng.below(4) == 0 {
+            (self.rng.below(LEAVES) as u32 * LEAF_BLOCKS, LEAF_BLOCKS)
+        } else {
+            self.range()
+        };
+        let version = self.next_version();
+        match self
+            .store_mut()
+            .write_zeroes(key, first, count, version, None)
+        {
+            Ok(()) => {
+                for place in self.oracle.places() {
+                    if place.0 == key && (first..first + count).contains(&place.1) {
+                        self.oracle.wrote(place, version.0, true, true);
+                    }
+                }
+            }
+            Err(WriteError::Busy { accepted: 0 }) => {}
+            Err(e) => panic!("zero: {e}"),
+        }
+    }
+
+    pub(crate) fn flush(&mut self) {
+        let marks = self.oracle.marks();
+        let op = self.op(Op::Flush(marks));
+        self.store_mut().flush(op);
+    }
+
+    pub(crate) fn checkpoint(&mut self) {
+        let op = self.op(Op::Other);
+        self.store_mut().checkpoint(op);
+    }
+
+    fn drop_layer(&mut self) {
+        let op = self.op(Op::Other);
+        let layer = self.layer;
+        // Reads of the layer must be over.
+        if self.ops.values().any(|o| matches!(o, Op::Read { .. })) {
+            self.ops.remove(&op);
+            return;
+        }
+        match self.store_mut().drop_layer(op, LayerId(layer)) {
+            Ok(()) => {
+                self.oracle.forget_layer(layer);
+                self.layer += 1;
+            }
+            Err(_) => {
+                self.ops.remove(&op);
+            }
+        }
+    }
+
+    fn read(&mut self) {
+        let key = self.key();
+        let (first, count) = self.range();
+        let since: Vec<u64> = (0..count)
+            .map(|i| self.oracle.mark((key, first + i)))
+            .collect();
+        let mut buf = AlignedBuf::blocks(count);
+        let op = self.next_op + 1;
+        self.next_op = op;
+        // SAFETY: the buffer is kept in `ops` until the operation is done; its heap memory does not move.
+        let outcome = unsafe {
+            let slice = std::slice::from_raw_parts_mut(buf.as_mut_ptr(), buf.len());
+            self.store_mut().read(op, key, first, slice)
+        };
+        match outcome {
+            Ok(ReadOutcome::Done(info)) => {
+                for &(at, n) in &info.holes {
+                    assert!(
+                        buf[at as usize * BLOCK_BYTES..][..n as usize * BLOCK_BYTES]
+                            .iter()
+                            .all(|&b| b == 0)
+                    );
+                }
+                self.check_read(key, first, &since, &buf);
+            }
+            Ok(ReadOutcome::Pending) => {
+                self.ops.insert(
+                    op,
+                    Op::Read {
+                        key,
+                        first,
+                        since,
+                        buf,
+                    },
+                );
+            }
+            Err(e) => panic!("read: {e}"),
+        }
+    }
+
+    fn check_read(&self, key: ExtentKey, first: u32, since: &[u64], buf: &[u8]) {
+        for (i, block) in buf.chunks_exact(BLOCK_BYTES).enumerate() {
+            self.oracle
+                .read((key, first + i as u32), since[i], block)
+                .unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+
+    /// Takes the store's actions.
+    pub(crate) fn pump(&mut self) {
+        let mut actions = Vec::new();
+        let Some(store) = self.store.as_mut() else {
+            return;
+        };
+        store.poll_actions(&mut actions);
+        store.check_invariants();
+        for action in actions {
+            self.events += 1;
+            match action {
+                Action::Write {
+                    io,
+                    offset,
+                    ptr,
+                    len,
+                    durable,
+                } => {
+                    self.pending.push(Pending::Write {
+                        io,
+                        offset,
+                        ptr,
+                        len,
+                        durable,
+                    });
+                }
+                Action::Read {
+                    io,
+                    offset,
+                    ptr,
+                    len,
+                } => self.pending.push(Pending::Read {
+                    io,
+                    offset,
+                    ptr,
+                    len,
+                }),
+                Action::Sync { io } => {
+                    let stamp = self.disk.borrow().stamp();
+                    self.pending.push(Pending::Sync { io, stamp });
+                }
+                Action::Allocate { io, offset, len } => {
+                    self.pending.push(Pending::Allocate { io, offset, len })
+                }
+                Action::Done { op, result } => self.done(op, result.map(|_| ())),
+                Action::Ready => {}
+                Action::Event(Event::ChecksumMismatch(e)) => panic!("the store found {e}"),
+                Action::Event(Event::SegmentDamaged { segment }) => {
+                    panic!("segment {segment} called damaged")
+                }
+                Action::Event(e) => { if std::env::var_os("DBG").is_some() { eprintln!("DBG event {e:?}") } }
+            }
+        }
+    }
+
+    fn done(&mut self, op: u64, result: Result<(), StoreError>) {
+        if let Err(e) = &result {
+            panic!("operation {op} failed: {e}");
+        }
+        match self.ops.remove(&op).expect("done once") {
+            Op::Flush(marks) | Op::Durable(marks) => self.oracle.flushed(&marks),
+            Op::Read {
+                key,
+                first,
+                since,
+                buf,
+            } => self.check_read(key, first, &since, &buf),
+            Op::Other => {}
+        }
+    }
+
+    /// Lets a random I/O end. False when there is none.
+    pub(crate) fn complete_one(&mut self) -> bool {
+        if self.pending.is_empty() {
+            return false;
+        }
+        let at = self.rng.below(self.pending.len() as u64) as usize;
+        if std::env::var_os("DBG").is_some() { match &self.pending[at] { Pending::Write{io,offset,..} if *offset < 264*4096 => eprintln!("DBG done write {io} block {}", offset/4096), Pending::Sync{io,stamp} => eprintln!("DBG done sync {io} {stamp}"), _ => {} } }
+        let io = match self.pending.swap_remove(at) {
+            Pending::Write {
+                io,
+                offset,
+                ptr,
+                len,
+                durable,
+            } => {
+                // SAFETY: the store keeps the memory of an I/O until it ends.
+                let bytes = unsafe { std::slice::from_raw_parts(ptr, len) };
+                self.disk.borrow_mut().write(offset, bytes, durable);
+                io
+            }
+            Pending::Read {
+                io,
+                offset,
+                ptr,
+                len,
+            } => {
+                // SAFETY: as above.
+                let out = unsafe { std::slice::from_raw_parts_mut(ptr, len) };
+                self.disk.borrow().read(offset, out);
+                io
+            }
+            Pending::Sync { io, stamp } => {
+                self.disk.borrow_mut().synced(stamp);
+                io
+            }
+            Pending::Allocate { io, offset, len } => {
+                self.disk
+                    .borrow_mut()
+                    .write(offset, &vec![0; len as usize], false);
+                io
+            }
+        };
+        self.store_mut().on_io(io, Ok(()));
+        self.pump();
+        true
+    }
+
+    /// Lets everything end.
+    pub(crate) fn settle(&mut self) {
+        let mut turns = 0;
+        loop {
+            while self.complete_one() {
+                turns += 1;
+                assert!(turns < 20_000, "the store never comes to rest: {:?}", self.store.as_ref().map(|s| (s.debug_line(), s.status())));
+            }
+            match self.store_mut().next_deadline_ms() {
+                Some(at) if at <= self.now => self.pump(),
+                Some(at) => {
+                    self.now = at;
+                    let now = self.now;
+                    self.store_mut().on_tick(now);
+                    self.pump();
+                }
+                None if self.pending.is_empty() => return,
+                None => {}
+            }
+            turns += 1;
+            assert!(turns < 20_000, "the store never comes to rest: {:?}", self.store.as_ref().map(|s| (s.debug_line(), s.status())));
+        }
+    }
+
+    /// Stops the process as it stands; what is under way may or may not land.
+    pub(crate) fn kill(&mut self) {
+        for p in std::mem::take(&mut self.pending) {
+            if let Pending::Write {
+                offset, ptr, len, ..
+            } = p
+            {
+                // SAFETY: the store is still there.
+                let bytes = unsafe { std::slice::from_raw_parts(ptr, len) };
+                self.disk
+                    .borrow_mut()
+                    .interrupted_write(offset, bytes, &mut self.rng);
+            }
+        }
+        self.note_counters();
+        self.store = None;
+        self.ops.clear();
+    }
+
+    /// Lets go of the store and of what it had under way, as if it had never been opened.
+    pub(crate) fn forget(&mut self) {
+        self.pending.clear();
+        self.ops.clear();
+        self.store = None;
+    }
+
+    pub(crate) fn note_counters(&mut self) {
+        if let Some(store) = &self.store {
+            let status = store.status();
+            self.cleaned += status.segments_cleaned;
+            self.checkpoints += status.checkpoints;
+        }
+    }
+
+    /// The power goes, and with it the tail.
+    pub(crate) fn power_cut(&mut self) {
+        self.kill();
+        self.disk.borrow_mut().power_cut(&mut self.rng);
+        self.boot = self.boot.wrapping_add(1).max(1);
+    }
+
+    /// Reads everything and compares it with what clients were told.
+    pub(crate) fn verify(&mut self, power: bool) -> Result<(), String> {
+        for place in self.oracle.places() {
+            let mut buf = AlignedBuf::blocks(1);
+            let op = self.next_op + 1;
+            self.next_op = op;
+            // SAFETY: `buf` lives until the read ended, below.
+            let outcome = unsafe {
+                let slice = std::slice::from_raw_parts_mut(buf.as_mut_ptr(), buf.len());
+                self.store_mut().read(op, place.0, place.1, slice)
+            };
+            match outcome.map_err(|e| e.to_string())? {
+                ReadOutcome::Done(_) => {}
+                ReadOutcome::Pending => {
+                    self.ops.insert(op, Op::Other);
+                    while self.ops.contains_key(&op) {
+                        self.pump();
+                        if !self.complete_one() && self.ops.contains_key(&op) {
+                            return Err(format!("{place:?}: the read never ends"));
+                        }
+                    }
+                }
+            }
+            self.oracle.recovered(place, &buf, power)?;
+        }
+        Ok(())
+    }
+
+    /// Recounts live blocks; needs a store at rest.
+    pub(crate) fn check_live(&self) {
+        let store = self.store.as_ref().expect("open");
+        store.check_live_counts(|addr| {
+            let mut bytes = vec![0; LEAF_BYTES];
+            self.disk.borrow().read(addr.offset(), &mut bytes);
+            let mut entries: Box<LeafEntries> = Box::new([Mapping::UNMAPPED; LEAF_BLOCKS as usize]);
+            zerocopy::IntoBytes::as_mut_bytes(&mut *entries).copy_from_slice(&bytes);
+            entries
+        });
+    }
+
+    pub(crate) fn set_boot(&mut self, boot: u8) {
+        self.boot = boot;
+    }
+
+    pub(crate) fn boot(&self) -> u8 {
+        self.boot
+    }
+}
