@@ -353,7 +353,9 @@ impl Store {
             blocks += next.blocks;
             last_seq += 1;
         }
-        let durable = first_seq <= wanted && self.hot.durable_chain + 1 == first_seq;
+        let durable = first_seq <= wanted
+            && self.hot.durable_chain + 1 == first_seq
+            && self.params.rules.sync_before_flush;
         if durable {
             self.hot.durable_chain = last_seq;
             self.hot.durable_appends += 1;
@@ -401,6 +403,10 @@ impl Store {
             .is_some_and(|f| f.written)
         {
             self.hot.written_seq += 1;
+        }
+        if !self.params.rules.sync_before_flush {
+            // The broken store of the test: it takes "written" for "durable".
+            self.answer_waiters(self.hot.written_seq);
         }
         if durable && !self.params.rules.ordered_ack {
             // The broken store of the test: it answers for a frame whose predecessor may still be lost.
@@ -460,12 +466,6 @@ impl Store {
         self.hot.unsynced_blocks = 0;
         self.hot.syncs_started += 1;
         self.counters.syncs += 1;
-        if !self.params.rules.sync_before_flush {
-            // The broken store of the test: it says "synced" and did not.
-            let (written_seq, number) = (self.hot.written_seq, self.hot.syncs_started);
-            self.on_sync(written_seq, number);
-            return;
-        }
         let io = self.start_io(Io::Sync {
             written_seq: self.hot.written_seq,
             number: self.hot.syncs_started,

@@ -161,13 +161,12 @@ impl Store {
     /// A block of this segment is no longer wanted. Its segment is left alone until a checkpoint says the same;
     /// the broken store of the test does not wait for that.
     pub(super) fn freed(&mut self, addr: Addr) {
-        if self.params.rules.quarantine_freed {
+        if self.params.rules.quarantine_freed || !self.cold.is_quiet() {
             return;
         }
         let s = self.segments.geometry.segment_of(addr);
         if self.segments.is_empty_sealed(s, self.hot.applied_seq) {
-            self.segments.set_freeing(s);
-            self.segments.release(s);
+            self.segments.reuse_at_once(s);
         }
     }
 

@@ -315,8 +315,10 @@ impl Store {
         }
         // A store that cannot reach its goal must not copy for ever: at most what clients' writes can need, unless
         // one of them waits.
-        let worth = CREDIT * (self.counters.log_blocks + u64::from(self.segments.geometry.segment_blocks));
-        self.segments.free_count() <= self.clean_start() && (self.cleaner.copied < worth || self.want_ready)
+        let worth =
+            CREDIT * (self.counters.log_blocks + u64::from(self.segments.geometry.segment_blocks));
+        self.segments.free_count() <= self.clean_start()
+            && (self.cleaner.copied < worth || self.want_ready)
     }
 
     /// The sealed segment with the fewest live blocks. None when even that one is nearly full.

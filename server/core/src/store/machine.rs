@@ -386,10 +386,28 @@ impl Store {
         let h = &self.hot;
         format!(
             "next {} open {:?} issued {} written {} reclaimed {} durable {} chain {} applied {} appends {}/{} sync {} waiters {:?} ios {} loads {} checkpoint {:?} cleaning {} dirty {:?} now {} block {} free {} keep {} more {}",
-            h.next_seq, h.open.as_ref().map(|o| (o.seq, o.progress)), h.issued_seq, h.written_seq, h.reclaimed_seq,
-            h.durable_seq, h.durable_chain, h.applied_seq, h.appends, h.durable_appends, h.sync_in_flight,
-            self.waiters, self.ios.len(), self.loads.len(), self.checkpoint.phase_name(), self.cleaner.running(),
-            h.dirty_since_ms, self.now_ms, h.next_block, self.segments.free_count(), self.keep_for_cold(), self.more_work
+            h.next_seq,
+            h.open.as_ref().map(|o| (o.seq, o.progress)),
+            h.issued_seq,
+            h.written_seq,
+            h.reclaimed_seq,
+            h.durable_seq,
+            h.durable_chain,
+            h.applied_seq,
+            h.appends,
+            h.durable_appends,
+            h.sync_in_flight,
+            self.waiters,
+            self.ios.len(),
+            self.loads.len(),
+            self.checkpoint.phase_name(),
+            self.cleaner.running(),
+            h.dirty_since_ms,
+            self.now_ms,
+            h.next_block,
+            self.segments.free_count(),
+            self.keep_for_cold(),
+            self.more_work
         )
     }
 

@@ -565,10 +565,16 @@ impl Store {
             clean: false,
             // Until the tail is this life's, the dead one's still counts.
             boot: if replay_tail { old.boot } else { options.boot },
-            tail_incarnation: if replay_tail { last_tail.incarnation } else { incarnation },
+            tail_incarnation: if replay_tail {
+                last_tail.incarnation
+            } else {
+                incarnation
+            },
             ..old
         };
-        let log_segments = frames.iter().map(|f| old.geometry.segment_of(f.header.addr));
+        let log_segments = frames
+            .iter()
+            .map(|f| old.geometry.segment_of(f.header.addr));
         let log_highest = log_segments.max().unwrap_or(0);
         let mut store = assemble(
             params,

@@ -164,7 +164,10 @@ impl Tail {
 
     /// Blocks in use.
     pub(super) fn used(&self) -> u32 {
-        match (self.frames - u32::from(self.open), self.head.cmp(&self.first)) {
+        match (
+            self.frames - u32::from(self.open),
+            self.head.cmp(&self.first),
+        ) {
             (0, _) => 0,
             (_, std::cmp::Ordering::Greater) => self.head - self.first,
             _ => self.blocks - self.first + self.head,

@@ -439,7 +439,7 @@ impl World {
                 Action::Event(Event::SegmentDamaged { segment }) => {
                     panic!("segment {segment} called damaged")
                 }
-                Action::Event(e) => { if std::env::var_os("DBG").is_some() { eprintln!("DBG event {e:?}") } }
+                Action::Event(_) => {}
             }
         }
     }
@@ -466,7 +466,6 @@ impl World {
             return false;
         }
         let at = self.rng.below(self.pending.len() as u64) as usize;
-        if std::env::var_os("DBG").is_some() { match &self.pending[at] { Pending::Write{io,offset,..} if *offset < 264*4096 => eprintln!("DBG done write {io} block {}", offset/4096), Pending::Sync{io,stamp} => eprintln!("DBG done sync {io} {stamp}"), _ => {} } }
         let io = match self.pending.swap_remove(at) {
             Pending::Write {
                 io,
@@ -513,7 +512,11 @@ impl World {
         loop {
             while self.complete_one() {
                 turns += 1;
-                assert!(turns < 20_000, "the store never comes to rest: {:?}", self.store.as_ref().map(|s| (s.debug_line(), s.status())));
+                assert!(
+                    turns < 20_000,
+                    "the store never comes to rest: {:?}",
+                    self.store.as_ref().map(|s| (s.debug_line(), s.status()))
+                );
             }
             match self.store_mut().next_deadline_ms() {
                 Some(at) if at <= self.now => self.pump(),
@@ -527,7 +530,11 @@ impl World {
                 None => {}
             }
             turns += 1;
-            assert!(turns < 20_000, "the store never comes to rest: {:?}", self.store.as_ref().map(|s| (s.debug_line(), s.status())));
+            assert!(
+                turns < 20_000,
+                "the store never comes to rest: {:?}",
+                self.store.as_ref().map(|s| (s.debug_line(), s.status()))
+            );
         }
     }
 
