@@ -37,7 +37,8 @@ pub struct DataConfig {
     pub drain_timeout: Duration,
     /// Open stores whose tail is missing or damaged; acknowledged writes may be lost.
     pub accept_tail_loss: bool,
-    /// How long a data thread that has just answered looks again for requests before it sleeps. Zero: not at all.
+    /// How long at most a data thread that has just answered looks again for requests before it sleeps, when that has
+    /// been paying. Zero: not at all.
     pub spin: Duration,
 }
 
@@ -58,10 +59,12 @@ impl DataConfig {
             scrub_bytes_per_second: 32 << 20,
             drain_timeout: Duration::from_secs(10),
             accept_tail_loss: false,
-            spin: Duration::ZERO,
+            spin: DataConfig::SPIN,
         }
     }
 
+    /// Default of [`DataConfig::spin`]: about what going to sleep and being woken costs.
+    pub const SPIN: Duration = Duration::from_micros(20);
     /// Default of [`DataConfig::tail_bytes`]: what a disk of 1 GB/s carries away in 64 ms, so that bursts are taken
     /// at the speed of memory.
     pub const TAIL_BYTES: u64 = 64 << 20;

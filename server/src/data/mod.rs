@@ -15,6 +15,7 @@ mod operation;
 mod outbox;
 mod pool;
 mod receiver;
+mod spin;
 mod thread;
 
 pub use config::{

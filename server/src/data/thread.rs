@@ -25,6 +25,7 @@ use super::connection::{Connection, Phase};
 use super::operation::{Operation, op_key};
 use super::pool::Pool;
 use super::receiver::{Next, Received};
+use super::spin::Spin;
 use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
 use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
 
@@ -127,7 +128,7 @@ pub(super) struct DataThread {
     born: Instant,
     actions: Vec<Action>,
     events: Vec<Event>,
-    spin: Duration,
+    spin: Spin,
     spin_until: Option<Instant>,
     next_sweep: Option<Instant>,
     /// Connections counted in `HELD_RECEIVE_BUFFERS`.
@@ -178,7 +179,7 @@ impl DataThread {
             born: now,
             actions: Vec::new(),
             events: Vec::new(),
-            spin: parts.spin,
+            spin: Spin::new(parts.spin),
             spin_until: None,
             next_sweep: None,
         }
@@ -187,9 +188,8 @@ impl DataThread {
     /// Runs until told to stop. An error is one of the engine's wait, after which nothing can be promised.
     pub(super) fn run(&mut self) -> io::Result<()> {
         while !self.stop {
-            let deadline = self.deadline();
             let mut events = std::mem::take(&mut self.events);
-            self.engine.wait(deadline, &mut events)?;
+            self.wait(&mut events)?;
             self.now = Instant::now();
             self.metrics.turns.add(1);
             let tick = self.now_ms();
@@ -216,8 +216,30 @@ impl DataThread {
         Ok(())
     }
 
+    /// The one place where the thread may sleep.
+    fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        if let Some(until) = self.spin_until.take() {
+            let begun = Instant::now();
+            loop {
+                // A deadline that has passed: looks and does not block.
+                self.engine.wait(Some(begun), events)?;
+                let now = Instant::now();
+                if !events.is_empty() {
+                    self.spin.learn(Some(now - begun));
+                    return Ok(());
+                }
+                if now >= until {
+                    break;
+                }
+            }
+            self.spin.learn(None);
+        }
+        let deadline = self.deadline();
+        self.engine.wait(deadline, events)
+    }
+
     fn turn(&mut self) {
-        let answered = self.metrics.requests.get();
+        let sent = self.metrics.sends.get();
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
@@ -239,8 +261,8 @@ impl DataThread {
         if self.drain.is_some() {
             self.go_on_draining();
         }
-        if !self.spin.is_zero() && self.metrics.requests.get() != answered {
-            self.spin_until = Some(self.now + self.spin);
+        if self.metrics.sends.get() != sent && self.ready.is_empty() && self.resumable.is_empty() {
+            self.spin_until = self.spin.look_until(Instant::now());
         }
     }
 
@@ -252,12 +274,6 @@ impl DataThread {
     fn deadline(&mut self) -> Option<Instant> {
         if !self.ready.is_empty() || !self.resumable.is_empty() || !self.dead.is_empty() {
             return Some(self.now);
-        }
-        if let Some(until) = self.spin_until {
-            if Instant::now() < until {
-                return Some(self.now);
-            }
-            self.spin_until = None;
         }
         let stores = self
             .stores
