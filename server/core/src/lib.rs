@@ -4,6 +4,7 @@
 //! actions, so one seed replays one run. The shell in `ashlar-server` carries the actions out.
 
 pub mod nbd;
+pub mod placement;
 pub mod records;
 pub mod store;
 pub mod units;
