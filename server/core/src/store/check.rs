@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use super::format::{
     Addr, ExtentKey, LEAF_BYTES, LeafEntries, Mapping, SUPERBLOCK_BLOCKS, Superblock,
 };
-use super::open::{
-    BlockingDisk, LogReader, OpenError, data_is_whole, read_checkpoint, read_superblock,
-};
+use super::log::{LogReader, data_is_whole};
+use super::open::{BlockingDisk, OpenError};
+use super::root::{read_checkpoint, read_superblock};
 use super::{AlignedBuf, Geometry};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS, LayerId, StoreId};
 

@@ -439,6 +439,6 @@ impl Store {
             .filter(|&s| self.segments.is_empty_sealed(s, applied))
             .count();
         let starved = free <= self.keep_for_cold() + 1;
-        empty >= (low / 2).max(2) || (starved && (empty > 0 || self.index.dirty_leaves > 0))
+        empty >= self.clean_batch() || (starved && (empty > 0 || self.index.dirty_leaves > 0))
     }
 }

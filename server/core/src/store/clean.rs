@@ -111,7 +111,12 @@ impl Store {
 
     /// Cleaning begins when this many segments are free. Few: what is kept free is not there to be half empty.
     pub(super) fn clean_start(&self) -> usize {
-        self.keep_for_cold() + (self.segments.all.len() * 3 / 100).max(4)
+        self.keep_for_cold() + (self.segments.all.len() * 2 / 100).max(2)
+    }
+
+    /// Segments emptied before a checkpoint makes them free. Many: each checkpoint writes every leaf that changed.
+    pub(super) fn clean_batch(&self) -> usize {
+        (self.segments.all.len() * 5 / 100).max(2)
     }
 
     // -- the cold stream
@@ -325,6 +330,12 @@ impl Store {
     fn pick_victim(&mut self) -> Option<u32> {
         let applied = self.hot.applied_seq;
         let worth = self.segments.geometry.segment_blocks * 15 / 16;
+        let empty = (0..self.segments.all.len() as u32)
+            .filter(|&s| self.segments.is_empty_sealed(s, applied))
+            .count();
+        if empty >= self.clean_batch() {
+            return None;
+        }
         let (s, _) = self
             .segments
             .all

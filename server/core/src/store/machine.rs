@@ -269,7 +269,7 @@ impl Store {
 
     // -- space
 
-    /// Blocks clients may fill, index included. 15 % is kept: cleaning at 85 % live costs what users accept, and
+    /// Blocks clients may fill, index included. 18 % is kept: cleaning at 82 % live costs what users accept, and
     /// less reserve would make it several times dearer.
     pub(super) fn capacity_blocks(&self) -> u64 {
         let geometry = &self.segments.geometry;
@@ -278,7 +278,7 @@ impl Store {
         } else {
             geometry.segments_max
         };
-        let usable = (u64::from(segments) * 85 / 100).min(u64::from(segments.saturating_sub(8)));
+        let usable = (u64::from(segments) * 82 / 100).min(u64::from(segments.saturating_sub(8)));
         usable * u64::from(geometry.segment_blocks) * 254 / 256
     }
 
@@ -300,9 +300,9 @@ impl Store {
         if have >= u64::from(geometry.segments_max) || self.growth.in_flight {
             return false;
         }
-        // Twice what is used, so that cleaning finds segments that are half empty, and room to write into.
+        // Two and a half times what is used, so that cleaning finds segments that are more than half empty.
         let used = self.used_blocks() + self.reserved;
-        let target = 2 * used / u64::from(geometry.segment_blocks)
+        let target = 5 * used / 2 / u64::from(geometry.segment_blocks)
             + 4 * u64::from(self.params.grow_segments);
         // Before cleaning would begin: a larger file is cheaper than copying.
         let enough = (self.params.grow_segments as usize).max(self.clean_start() + 2);

@@ -9,7 +9,7 @@
 //! - `index`: directory rows, leaves in memory and what is written but not yet in a leaf
 //! - `segment`: which space is free; `machine`: the state and its entry points
 //! - `append`: closing frames, group commit, syncs; `apply`: moving written frames into leaves
-//! - `checkpoint`, `clean`, `drop_layer`, `scrub`: background work; `open`: format and recovery; `check`: offline
+//! - `checkpoint`, `clean`, `drop_layer`, `scrub`: background work; `root`, `log`, `open`: making a store and recovery; `check`: offline
 
 mod append;
 mod apply;
@@ -20,9 +20,11 @@ mod clean;
 mod drop_layer;
 pub mod format;
 mod index;
+mod log;
 mod machine;
 mod open;
 mod read;
+mod root;
 mod scrub;
 mod segment;
 mod tail;
@@ -32,7 +34,8 @@ pub use buf::AlignedBuf;
 pub use check::{CheckFinding, CheckReport, Inspection, check, inspect};
 pub use format::{ExtentKey, FormatError, Geometry};
 pub use machine::Store;
-pub use open::{BlockingDisk, DiskError, OpenError, OpenOptions, OpenReport, format_store};
+pub use open::{BlockingDisk, DiskError, OpenError, OpenOptions, OpenReport};
+pub use root::format_store;
 pub use tail::{TAIL_HEADER_BYTES, TailMemory, tail_bytes};
 
 use smallvec::SmallVec;

@@ -65,7 +65,11 @@ impl Store {
     ) -> Result<ReadOutcome, StoreError> {
         self.healthy()?;
         let count = (buf.len() / BLOCK_BYTES) as u32;
-        assert!(buf.len() % BLOCK_BYTES == 0 && count > 0 && first_block + count <= CHUNK_BLOCKS);
+        assert!(
+            buf.len().is_multiple_of(BLOCK_BYTES)
+                && count > 0
+                && first_block + count <= CHUNK_BLOCKS
+        );
         let Some(row) = self.index.row_of(key) else {
             buf.fill(0);
             let mut info = ReadInfo::default();

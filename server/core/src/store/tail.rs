@@ -86,7 +86,7 @@ impl Tail {
     pub(super) fn new(mut memory: Box<dyn TailMemory>) -> Option<Tail> {
         let blocks =
             u32::try_from(memory.len().checked_sub(TAIL_HEADER_BYTES)? / BLOCK_BYTES).ok()?;
-        if blocks < MIN_RING_BLOCKS || memory.as_mut_ptr() as usize % BLOCK_BYTES != 0 {
+        if blocks < MIN_RING_BLOCKS || !(memory.as_mut_ptr() as usize).is_multiple_of(BLOCK_BYTES) {
             return None;
         }
         // SAFETY: the memory is longer than its header.
@@ -108,7 +108,7 @@ impl Tail {
     }
 
     fn word(&mut self, offset: usize) -> &AtomicU64 {
-        assert!(offset % 8 == 0 && offset + 8 <= TAIL_HEADER_BYTES);
+        assert!(offset.is_multiple_of(8) && offset + 8 <= TAIL_HEADER_BYTES);
         // SAFETY: in the header block, aligned, and only ever accessed by this process while it is open.
         unsafe { AtomicU64::from_ptr(self.memory.as_mut_ptr().add(offset).cast()) }
     }
@@ -190,7 +190,7 @@ impl Tail {
             self.first - self.head >= FRAME_BLOCKS
         };
         // Full: head == first with frames held.
-        (free && !(self.head == self.first && !wraps)).then_some(at)
+        (free && (wraps || self.head != self.first)).then_some(at)
     }
 
     /// Begins a frame at `at`, as [`Tail::place`] gave it.

@@ -26,7 +26,8 @@ impl Store {
     ) -> Result<(), WriteError> {
         let count = (data.len() / BLOCK_BYTES) as u32;
         assert!(
-            data.len() % BLOCK_BYTES == 0 && (1..=MAX_WRITE_BLOCKS).contains(&(count as usize))
+            data.len().is_multiple_of(BLOCK_BYTES)
+                && (1..=MAX_WRITE_BLOCKS).contains(&(count as usize))
         );
         assert!(first_block + count <= CHUNK_BLOCKS);
         self.healthy()?;

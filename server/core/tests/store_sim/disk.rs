@@ -138,19 +138,6 @@ impl SimDisk {
             });
         }
     }
-
-    pub(crate) fn flip_bit(&mut self, block: u32, bit: u32) {
-        self.synced(u64::MAX);
-        let mut data = self.stable[block as usize]
-            .as_ref()
-            .map_or([0; BLOCK_BYTES], |b| **b);
-        data[(bit / 8) as usize] ^= 1 << (bit % 8);
-        self.stable[block as usize] = Some(Rc::new(data));
-    }
-
-    pub(crate) fn blocks(&self) -> u32 {
-        self.stable.len() as u32
-    }
 }
 
 /// The disk while a store is opened: it may die after a number of writes and syncs.

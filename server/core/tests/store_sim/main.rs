@@ -1,8 +1,11 @@
 //! The store's machine over a simulated disk: random clients, random completion order, kills, power cuts, and cuts
 //! during recovery. One seed is one run; a failure prints its seed.
 
+mod cleaning;
 mod disk;
+mod faults;
 mod oracle;
 mod power_cut;
+mod ram;
 mod rng;
 mod world;

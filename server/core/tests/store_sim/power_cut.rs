@@ -135,8 +135,8 @@ fn seeds_from_env() -> (u64, u64) {
 #[test]
 fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
     let (start, count) = seeds_from_env();
-    // 4,200 seeds make more than 100,000 images.
-    let count = if count == 0 { 4200 } else { count };
+    // 2,900 seeds make more than 100,000 images.
+    let count = if count == 0 { 2900 } else { count };
     let images = AtomicU64::new(0);
     let next = AtomicU64::new(start);
     let totals = std::sync::Mutex::new(Seen::default());
@@ -169,7 +169,7 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
     });
     let totals = totals.into_inner().expect("not poisoned");
     println!("{totals:?}");
-    if count >= 4200 {
+    if count >= 2900 {
         assert!(images.load(Ordering::Relaxed) >= 100_000, "too few images");
         assert!(
             totals.cleaned > 1000

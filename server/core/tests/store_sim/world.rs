@@ -92,7 +92,6 @@ pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) disk: RefCell<SimDisk>,
     pub(crate) tail: SharedTail,
-    pub(crate) geometry: Geometry,
     pub(crate) params: Params,
     pub(crate) store: Option<Store>,
     pub(crate) oracle: Oracle,
@@ -147,7 +146,6 @@ impl World {
             rng,
             disk,
             tail: SharedTail::new(),
-            geometry,
             params: p,
             store: None,
             oracle: Oracle::default(),
@@ -617,13 +615,5 @@ impl World {
             zerocopy::IntoBytes::as_mut_bytes(&mut *entries).copy_from_slice(&bytes);
             entries
         });
-    }
-
-    pub(crate) fn set_boot(&mut self, boot: u8) {
-        self.boot = boot;
-    }
-
-    pub(crate) fn boot(&self) -> u8 {
-        self.boot
     }
 }

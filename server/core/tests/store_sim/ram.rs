@@ -1,0 +1,228 @@
+//! A store over plain memory whose I/O ends at once, or fails when told to.
+
+use ashlar_core::store::{
+    Action, AlignedBuf, BlockingDisk, DiskError, Errno, Event, ExtentKey, Geometry, OpenOptions,
+    Params, ReadOutcome, Store, StoreError, WriteError, format_store,
+};
+use ashlar_core::units::{BLOCK_BYTES, ChunkIndex, Epoch, LayerId, StoreId, Version};
+
+use crate::world::{NODE, SharedTail};
+
+pub(crate) struct RamDisk(pub(crate) Vec<u8>);
+
+impl BlockingDisk for RamDisk {
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        buf.copy_from_slice(&self.0[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+    fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
+        self.0[offset as usize..][..buf.len()].copy_from_slice(buf);
+        Ok(())
+    }
+    fn sync(&mut self) -> Result<(), DiskError> {
+        Ok(())
+    }
+    fn allocate(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.0[offset as usize..][..len as usize].fill(0);
+        Ok(())
+    }
+}
+
+/// A store, its disk, and what ended.
+pub(crate) struct Ram {
+    pub(crate) disk: RamDisk,
+    pub(crate) store: Option<Store>,
+    pub(crate) tail: SharedTail,
+    pub(crate) params: Params,
+    pub(crate) done: Vec<(u64, Result<(), StoreError>)>,
+    pub(crate) events: Vec<Event>,
+    /// I/Os left before one fails, and how.
+    pub(crate) fail_in: Option<(u64, Errno)>,
+    pub(crate) failed: Option<&'static str>,
+    pub(crate) ios: u64,
+    version: u64,
+    epoch: u32,
+}
+
+pub(crate) fn key(chunk: u32) -> ExtentKey {
+    ExtentKey {
+        layer: LayerId(1),
+        chunk: ChunkIndex(chunk),
+    }
+}
+
+impl Ram {
+    pub(crate) fn new(geometry: Geometry, params: Params, initial: u32) -> Ram {
+        let mut disk = RamDisk(vec![0; geometry.total_bytes() as usize]);
+        let id = StoreId(uuid::Uuid::from_u128(99));
+        format_store(&mut disk, geometry, id, NODE, initial, 0).expect("a store fits");
+        let mut ram = Ram {
+            disk,
+            store: None,
+            tail: SharedTail::new(),
+            params,
+            done: Vec::new(),
+            events: Vec::new(),
+            fail_in: None,
+            failed: None,
+            ios: 0,
+            version: 0,
+            epoch: 0,
+        };
+        ram.open().expect("opens");
+        ram
+    }
+
+    pub(crate) fn open(&mut self) -> Result<(), ashlar_core::store::OpenError> {
+        self.store = None;
+        let options = OpenOptions {
+            node: NODE,
+            boot: [1; 16],
+            accept_tail_loss: false,
+        };
+        let tail = Box::new(self.tail.clone());
+        let (store, _) = Store::open(&mut self.disk, tail, self.params.clone(), &options)?;
+        self.store = Some(store);
+        self.epoch += 1;
+        self.version = 0;
+        Ok(())
+    }
+
+    pub(crate) fn next_version(&mut self) -> Version {
+        self.version += 1;
+        Version::new(Epoch(self.epoch), self.version)
+    }
+
+    pub(crate) fn store(&mut self) -> &mut Store {
+        self.store.as_mut().expect("open")
+    }
+
+    /// Carries out what the store wants until it wants nothing. True when something was carried out.
+    pub(crate) fn run(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let mut actions = Vec::new();
+            self.store().poll_actions(&mut actions);
+            if actions.is_empty() {
+                return any;
+            }
+            any = true;
+            for action in actions {
+                self.carry_out(action);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        let (io, what) = match &action {
+            Action::Write { io, .. } => (*io, "write"),
+            Action::Read { io, .. } => (*io, "read"),
+            Action::Sync { io } => (*io, "sync"),
+            Action::Allocate { io, .. } => (*io, "allocate"),
+            Action::Done { op, result } => {
+                self.done.push((*op, result.clone().map(|_| ())));
+                return;
+            }
+            Action::Ready => return,
+            Action::Event(e) => {
+                self.events.push(e.clone());
+                return;
+            }
+        };
+        self.ios += 1;
+        if let Some((left, errno)) = &mut self.fail_in {
+            if *left == 0 {
+                let errno = *errno;
+                self.fail_in = None;
+                self.failed = Some(what);
+                self.store().on_io(io, Err(errno));
+                return;
+            }
+            *left -= 1;
+        }
+        match action {
+            Action::Write {
+                offset, ptr, len, ..
+            } => {
+                // SAFETY: the store keeps an I/O's memory until it ends.
+                let bytes = unsafe { std::slice::from_raw_parts(ptr, len) };
+                self.disk.0[offset as usize..][..len].copy_from_slice(bytes);
+            }
+            Action::Read {
+                offset, ptr, len, ..
+            } => {
+                // SAFETY: as above.
+                let out = unsafe { std::slice::from_raw_parts_mut(ptr, len) };
+                out.copy_from_slice(&self.disk.0[offset as usize..][..len]);
+            }
+            Action::Allocate { offset, len, .. } => {
+                self.disk.0[offset as usize..][..len as usize].fill(0);
+            }
+            _ => {}
+        }
+        self.store().on_io(io, Ok(()));
+    }
+
+    /// Writes, carrying out I/O while the tail is full.
+    pub(crate) fn write(
+        &mut self,
+        chunk: u32,
+        block: u32,
+        data: &[u8],
+    ) -> Result<Version, WriteError> {
+        let version = self.next_version();
+        let mut from = 0;
+        let mut turns = 0;
+        loop {
+            let at = block + (from / BLOCK_BYTES) as u32;
+            match self
+                .store()
+                .write(key(chunk), at, &data[from..], version, None)
+            {
+                Ok(()) => return Ok(version),
+                Err(WriteError::Busy { accepted }) => {
+                    from += accepted as usize * BLOCK_BYTES;
+                    self.run();
+                    turns += 1;
+                    assert!(
+                        turns < 10_000,
+                        "busy for ever: {}",
+                        self.store().debug_line()
+                    );
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    pub(crate) fn read(&mut self, chunk: u32, block: u32) -> Result<AlignedBuf, StoreError> {
+        let mut buf = AlignedBuf::blocks(1);
+        let op = u64::MAX;
+        // SAFETY: `buf` outlives the read: it is carried out below.
+        let outcome = unsafe {
+            let slice = std::slice::from_raw_parts_mut(buf.as_mut_ptr(), buf.len());
+            self.store().read(op, key(chunk), block, slice)
+        }?;
+        if outcome == ReadOutcome::Pending {
+            loop {
+                self.run();
+                if let Some(at) = self.done.iter().position(|d| d.0 == op) {
+                    self.done.swap_remove(at).1?;
+                    break;
+                }
+            }
+        }
+        Ok(buf)
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
+        let op = u64::MAX - 1;
+        self.store().flush(op);
+        loop {
+            self.run();
+            if let Some(at) = self.done.iter().position(|d| d.0 == op) {
+                return self.done.swap_remove(at).1;
+            }
+        }
+    }
+}
