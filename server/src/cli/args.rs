@@ -46,6 +46,12 @@ pub(super) enum Format {
 pub(super) enum Command {
     #[command(flatten)]
     Daemon(DaemonCommand),
+    /// The daemon, its listeners, its stores and what needs attention; exit code 5 when it is not ready
+    Status {
+        /// Wait this many seconds until the daemon answers and is ready
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60", require_equals = true)]
+        wait: Option<u32>,
+    },
     /// Look at and look after stores
     #[command(subcommand)]
     Store(StoreCommand),
@@ -62,8 +68,6 @@ pub(super) enum DaemonCommand {
     /// Create, list, show, change and delete volumes
     #[command(subcommand, visible_alias = "vol")]
     Volume(VolumeCommand),
-    /// The daemon, its listeners, its stores and what needs attention
-    Status,
     /// Open NBD connections
     Connections {
         /// Only those of this volume (name or id)

@@ -17,6 +17,7 @@ mod volume;
 use std::{
     io::{self, Write},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{CommandFactory, Parser};
@@ -46,6 +47,10 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Store(StoreCommand::Daemon(command)) => wait_for(async {
             store::run(&mut connect::connect(cli.admin).await?, cli.output, command).await
         }),
+        Command::Status { wait } => {
+            let limit = Duration::from_secs(wait.unwrap_or(0).into());
+            wait_for(status::status(cli.admin, cli.output, limit))
+        }
         Command::Daemon(command) => wait_for(async {
             ask(&mut connect::connect(cli.admin).await?, cli.output, command).await
         }),
@@ -64,7 +69,6 @@ fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), Cl
 async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Result<(), CliError> {
     match command {
         DaemonCommand::Volume(command) => volume::run(daemon, format, command).await,
-        DaemonCommand::Status => status::status(daemon, format).await,
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
         DaemonCommand::Top(args) => top::run(daemon, format, args).await,
     }

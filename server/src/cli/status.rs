@@ -1,53 +1,88 @@
 //! `ashlar status` and `ashlar connections`
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    time::{Duration, Instant},
+};
 
 use ashlar_proto::admin::{DaemonState, GetStatusRequest, ListConnectionsRequest};
 use serde::Serialize;
 
+use crate::config::Address;
+
 use super::{
     args::Format,
-    connect::Daemon,
-    error::CliError,
+    connect::{self, Daemon},
+    error::{CliError, Exit},
     output::{self, Answer},
     size::human,
     store::store_columns,
     view::{self, Connection, Listener, Store},
 };
 
-pub(super) async fn status(daemon: &mut Daemon, format: Format) -> Result<(), CliError> {
+/// Between two looks at a daemon that is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Prints the status; fails when the daemon is not ready, after waiting for that as long as `limit`.
+pub(super) async fn status(
+    admin: Option<Address>,
+    format: Format,
+    limit: Duration,
+) -> Result<(), CliError> {
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        let status = ask(admin.clone()).await;
+        let settled = match &status {
+            Ok(status) => status.state != STARTING,
+            Err(error) => error.exit != Exit::Unreachable,
+        };
+        if settled || Instant::now() >= deadline {
+            break status?;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    };
+    output::print(format, &status)?;
+    if status.state == READY {
+        Ok(())
+    } else {
+        Err(CliError::reported(Exit::Unreachable))
+    }
+}
+
+async fn ask(admin: Option<Address>) -> Result<Status, CliError> {
+    let mut daemon = connect::connect(admin).await?;
     let status = daemon
         .client
         .get_status(GetStatusRequest {})
         .await?
         .into_inner();
-    output::print(
-        format,
-        &Status {
-            admin: daemon.address.to_string(),
-            state: match status.state() {
-                DaemonState::Starting => "starting",
-                DaemonState::Ready => "ready",
-                DaemonState::Draining => "draining",
-                DaemonState::Unspecified => "unknown",
-            },
-            node_id: status.node_id,
-            version: status.version,
-            pid: status.pid,
-            started_at: view::time(status.started_at_unix_ms),
-            uptime_ms: status.uptime_ms,
-            data_dir: status.data_dir,
-            listeners: status.listeners.into_iter().map(Listener::from).collect(),
-            engine: status.engine,
-            engine_fallback_reason: status.engine_fallback_reason,
-            data_threads: status.data_threads,
-            volumes: status.volumes,
-            connections: status.connections,
-            stores: status.stores.into_iter().map(Store::from).collect(),
-            warnings: status.warnings,
+    Ok(Status {
+        admin: daemon.address.to_string(),
+        state: match status.state() {
+            DaemonState::Starting => STARTING,
+            DaemonState::Ready => READY,
+            DaemonState::Draining => "draining",
+            DaemonState::Unspecified => "unknown",
         },
-    )
+        node_id: status.node_id,
+        version: status.version,
+        pid: status.pid,
+        started_at: view::time(status.started_at_unix_ms),
+        uptime_ms: status.uptime_ms,
+        data_dir: status.data_dir,
+        listeners: status.listeners.into_iter().map(Listener::from).collect(),
+        engine: status.engine,
+        engine_fallback_reason: status.engine_fallback_reason,
+        data_threads: status.data_threads,
+        volumes: status.volumes,
+        connections: status.connections,
+        stores: status.stores.into_iter().map(Store::from).collect(),
+        warnings: status.warnings,
+    })
 }
+
+const STARTING: &str = "starting";
+const READY: &str = "ready";
 
 pub(super) async fn connections(
     daemon: &mut Daemon,
@@ -92,6 +127,15 @@ struct Status {
     warnings: Vec<String>,
 }
 
+/// What a daemon that is starting does not know yet has no text.
+fn known(text: &str) -> String {
+    if text.is_empty() {
+        "-".into()
+    } else {
+        text.into()
+    }
+}
+
 impl Answer for Status {
     fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
         let engine = match self.engine_fallback_reason.as_str() {
@@ -104,7 +148,7 @@ impl Answer for Status {
                 "Daemon",
                 format!("ashlard {}, pid {}", self.version, self.pid),
             ),
-            ("Node", self.node_id.clone()),
+            ("Node", known(&self.node_id)),
             (
                 "Up",
                 format!(
@@ -116,7 +160,10 @@ impl Answer for Status {
             ("Data", self.data_dir.clone()),
             (
                 "Engine",
-                format!("{engine}, {} data thread(s)", self.data_threads),
+                match self.data_threads {
+                    0 => known(&engine),
+                    threads => format!("{engine}, {threads} data thread(s)"),
+                },
             ),
         ];
         for listener in &self.listeners {

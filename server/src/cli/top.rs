@@ -193,7 +193,9 @@ impl Report {
             at: view::time(now.at_unix_ms),
             uptime_ms: now.uptime_ms,
             interval_ms,
-            cores_busy: now.cpu_time_us.saturating_sub(before.cpu_time_us) as f64 / 1e6 / seconds,
+            cores_busy: rounded(
+                now.cpu_time_us.saturating_sub(before.cpu_time_us) as f64 / 1e6 / seconds,
+            ),
             resident_bytes: now.resident_bytes,
             volumes: now
                 .volumes
@@ -307,7 +309,7 @@ impl VolumeRates {
             write: of(&[Command::Write]).rates(seconds),
             flush: of(&[Command::Flush]).rates(seconds),
             zero: of(&[Command::Trim, Command::WriteZeroes]).rates(seconds),
-            errors_per_second: of(&all).errors as f64 / seconds,
+            errors_per_second: rounded(of(&all).errors as f64 / seconds),
         }
     }
 }
@@ -366,10 +368,10 @@ impl Delta {
 
     fn rates(&self, seconds: f64) -> Rates {
         Rates {
-            requests_per_second: self.requests as f64 / seconds,
-            bytes_per_second: self.bytes as f64 / seconds,
+            requests_per_second: rounded(self.requests as f64 / seconds),
+            bytes_per_second: rounded(self.bytes as f64 / seconds),
             mean_latency_us: (self.requests > 0)
-                .then(|| self.latency_sum_ns as f64 / self.requests as f64 / 1000.0),
+                .then(|| rounded(self.latency_sum_ns as f64 / self.requests as f64 / 1000.0)),
             p99_latency_us: self.percentile_ns(99).map(|ns| ns as f64 / 1000.0),
         }
     }
@@ -405,14 +407,19 @@ impl StoreRates {
             live_bytes: store.live_bytes,
             available_bytes: store.available_bytes,
             tail_used_bytes: store.tail_used_bytes,
-            accepted_bytes_per_second: accepted as f64 / seconds,
-            device_written_bytes_per_second: written as f64 / seconds,
-            device_read_bytes_per_second: since(|c| c.device_read_bytes) as f64 / seconds,
-            cleaned_bytes_per_second: since(|c| c.cleaned_bytes) as f64 / seconds,
-            syncs_per_second: since(|c| c.syncs) as f64 / seconds,
+            accepted_bytes_per_second: rounded(accepted as f64 / seconds),
+            device_written_bytes_per_second: rounded(written as f64 / seconds),
+            device_read_bytes_per_second: rounded(since(|c| c.device_read_bytes) as f64 / seconds),
+            cleaned_bytes_per_second: rounded(since(|c| c.cleaned_bytes) as f64 / seconds),
+            syncs_per_second: rounded(since(|c| c.syncs) as f64 / seconds),
             write_amplification: view::amplification(written, accepted),
         }
     }
+}
+
+/// To three decimal places: more would be noise in what programs read.
+fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
 }
 
 fn rate(per_second: f64) -> String {

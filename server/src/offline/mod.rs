@@ -34,7 +34,7 @@ pub enum OfflineError {
         path: PathBuf,
     },
     /// A directory in which no file begins like a store.
-    #[error("no store in {path}: give the directory of a store (by default DATA_DIR/stores/0), its file or its block device", path = path.display())]
+    #[error("no store in {path}: give the file of a store (by default DATA_DIR/stores/0), its directory or its block device", path = path.display())]
     NoStore {
         /// The directory.
         path: PathBuf,
@@ -118,20 +118,13 @@ fn kind_of(path: &Path) -> Result<fs::FileType, OfflineError> {
     }
 }
 
-/// The one file of a directory that has a superblock's magic in any of the places where one is kept: a store whose first
-/// copy is damaged is still found.
+/// The one file of a directory, or of `stores` in it, that has a superblock's magic in any of the places where one is
+/// kept: a store whose first copy is damaged is still found, and a data directory with one store will do.
 fn the_store_in(directory: &Path) -> Result<PathBuf, OfflineError> {
-    let io_error = |source| OfflineError::Io {
-        path: directory.to_owned(),
-        source,
-    };
-    let mut found = Vec::new();
-    for entry in fs::read_dir(directory).map_err(io_error)? {
-        let entry = entry.map_err(io_error)?;
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) && begins_like_a_store(&entry.path())
-        {
-            found.push(entry.path());
-        }
+    let mut found = stores_in(directory)?;
+    let below = directory.join("stores");
+    if found.is_empty() && below.is_dir() {
+        found = stores_in(&below)?;
     }
     found.sort();
     match found.as_slice() {
@@ -147,6 +140,22 @@ fn the_store_in(directory: &Path) -> Result<PathBuf, OfflineError> {
                 .collect(),
         }),
     }
+}
+
+fn stores_in(directory: &Path) -> Result<Vec<PathBuf>, OfflineError> {
+    let io_error = |source| OfflineError::Io {
+        path: directory.to_owned(),
+        source,
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(io_error)? {
+        let entry = entry.map_err(io_error)?;
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) && begins_like_a_store(&entry.path())
+        {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 fn begins_like_a_store(path: &Path) -> bool {

@@ -80,10 +80,12 @@ fn flip(path: &Path, at: u64) {
 
 #[test]
 fn a_store_is_found_by_its_file_and_by_its_directory() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let file = format(directory.path(), "a");
-    fs::write(directory.path().join("notes.txt"), "nothing of ours").expect("writes");
-    for path in [&file, directory.path()] {
+    let data = tempfile::tempdir().expect("a directory");
+    let directory = data.path().join("stores");
+    fs::create_dir(&directory).expect("a directory");
+    let file = format(&directory, "0");
+    fs::write(directory.join("notes.txt"), "nothing of ours").expect("writes");
+    for path in [file.as_path(), &directory, data.path()] {
         let mut store = OfflineStore::open(path).expect("opens");
         assert_eq!(store.path(), file);
         assert!(!store.in_use());
