@@ -237,7 +237,7 @@ fn map(file: &File, bytes: u64) -> io::Result<MmapMut> {
 }
 
 pub(crate) fn is_tmpfs(dir: impl AsRef<Path>) -> bool {
-    rustix::fs::statfs(dir.as_ref()).is_ok_and(|stat| stat.f_type as i64 == TMPFS_MAGIC)
+    rustix::fs::statfs(dir.as_ref()).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC)
 }
 
 /// The kernel's name for this boot: a tail written under another one is void.

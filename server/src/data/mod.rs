@@ -2,9 +2,11 @@
 //! without crossing to another thread.
 //!
 //! [`DataPlane`] is what the rest of the daemon sees. Each thread (`thread`) runs one event loop over one
-//! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply, `receiver` and `outbox` are
+//! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply
+//! (`reads`, `changes`), `receiver` and `outbox` are
 //! the two directions of a connection, `pool` lends the buffers between them and the disk.
 
+mod changes;
 mod command;
 mod config;
 mod connection;
@@ -14,8 +16,11 @@ mod open;
 mod operation;
 mod outbox;
 mod pool;
+mod reads;
 mod receiver;
+mod sockets;
 mod spin;
+mod stores;
 mod thread;
 
 pub use config::{

@@ -58,9 +58,9 @@ const BOUNCE_BYTES: usize = 1 << 20;
 
 impl BlockingDisk for FileDisk {
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        if buf.as_ptr() as usize % BLOCK_BYTES == 0
-            && buf.len() % BLOCK_BYTES == 0
-            && offset % BLOCK_BYTES as u64 == 0
+        if (buf.as_ptr() as usize).is_multiple_of(BLOCK_BYTES)
+            && buf.len().is_multiple_of(BLOCK_BYTES)
+            && offset.is_multiple_of(BLOCK_BYTES as u64)
         {
             return read_or_zero(&self.file, offset, buf).map_err(disk_error);
         }
@@ -81,10 +81,10 @@ impl BlockingDisk for FileDisk {
 
     fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
         assert!(
-            offset % BLOCK_BYTES as u64 == 0 && buf.len() % BLOCK_BYTES == 0,
+            offset.is_multiple_of(BLOCK_BYTES as u64) && buf.len().is_multiple_of(BLOCK_BYTES),
             "a store writes whole blocks"
         );
-        if buf.as_ptr() as usize % BLOCK_BYTES == 0 {
+        if (buf.as_ptr() as usize).is_multiple_of(BLOCK_BYTES) {
             return self.file.write_all_at(buf, offset).map_err(disk_error);
         }
         let mut bounce = AlignedBuf::zeroed(BOUNCE_BYTES.min(buf.len()));

@@ -113,7 +113,7 @@ impl StoreFile {
             Err(e) => return Err(io_error(e.into())),
         }
         let size_bytes = if is_device {
-            let sector_bytes = device_sector_bytes(&fd).map_err(|e| io_error(e))?;
+            let sector_bytes = device_sector_bytes(&fd).map_err(&io_error)?;
             if sector_bytes > 4096 {
                 return Err(OpenStoreError::SectorTooLarge {
                     path: at(),

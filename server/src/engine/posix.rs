@@ -191,8 +191,8 @@ impl Engine for PosixEngine {
     }
 
     fn watch_writable(&mut self, id: WatchId) {
-        if let Some(&Watch { fd, generation, .. }) = self.watches.get(id.slot as usize) {
-            if generation == id.generation {
+        if let Some(&Watch { fd, generation, .. }) = self.watches.get(id.slot as usize)
+            && generation == id.generation {
                 // SAFETY: the caller keeps the socket open until `unwatch`.
                 let socket = unsafe { BorrowedFd::borrow_raw(fd) };
                 let flags = input_flags() | epoll::EventFlags::OUT;
@@ -203,7 +203,6 @@ impl Engine for PosixEngine {
                     flags,
                 );
             }
-        }
     }
 
     fn unwatch(&mut self, id: WatchId) {

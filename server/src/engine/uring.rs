@@ -375,8 +375,8 @@ impl UringEngine {
             min_wait_us: 0,
             timespec: 0,
         };
-        if want > 0 {
-            if let Some(deadline) = deadline {
+        if want > 0
+            && let Some(deadline) = deadline {
                 let left = deadline.saturating_duration_since(Instant::now());
                 timespec = libc::timespec {
                     tv_sec: left.as_secs() as i64,
@@ -384,7 +384,6 @@ impl UringEngine {
                 };
                 arg.timespec = &raw const timespec as u64;
             }
-        }
         let (fd, registered) = match self.registered_ring {
             Some(index) => (index as i32, ENTER_REGISTERED_RING),
             None => (self.ring.as_raw_fd(), 0),

@@ -1,0 +1,348 @@
+//! The sockets of a data thread: receiving, sending, pausing and ending connections.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ashlar_core::store::{
+    Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, Store, StoreError,
+};
+use ashlar_core::units::{StoreId, VolumeId};
+use ashlar_core::volume::{Head, Started};
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use super::command::Command;
+use super::config::{Limits, VolumeSpec};
+use super::connection::{Connection, Phase};
+use super::operation::{Operation, op_key};
+use super::pool::Pool;
+use super::receiver::{Next, Received};
+use super::spin::Spin;
+use super::thread::{DataThread, StoreDriver};
+use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
+use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+
+/// Bytes received from one connection in a turn before the others have theirs.
+const TURN_BYTES: usize = 1 << 20;
+/// Connections that may keep a receive buffer between turns because the beginning of a request lies in it.
+const HELD_RECEIVE_BUFFERS: usize = 32;
+/// How often such connections are looked at.
+const SWEEP: Duration = Duration::from_secs(1);
+/// A request this small is let in even when the daemon's buffers are all lent, so that no client is starved by others.
+const ALWAYS_ADMITTED_BYTES: usize = 64 << 10;
+
+impl DataThread {
+    // -- sockets
+
+    pub(super) fn make_ready(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if !connection.is_ready {
+            connection.is_ready = true;
+            self.ready.push(key);
+        }
+    }
+
+    pub(super) fn make_dirty(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if !connection.is_dirty {
+            connection.is_dirty = true;
+            self.dirty.push(key);
+        }
+    }
+
+    pub(super) fn kill(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if connection.phase != Phase::Dead {
+            connection.phase = Phase::Dead;
+            self.dead.push(key);
+        }
+    }
+
+    pub(super) fn on_readable(&mut self, token: u32, hang_up: bool) {
+        if let Some(connection) = self.connections.get_mut(token as usize) {
+            connection.readable = true;
+            connection.hang_up |= hang_up;
+            connection.was_idle = false;
+            if !connection.is_paused {
+                self.make_ready(token);
+            }
+        }
+    }
+
+    pub(super) fn on_writable(&mut self, token: u32) {
+        if let Some(connection) = self.connections.get_mut(token as usize) {
+            connection.is_blocked = false;
+            self.make_dirty(token);
+        }
+    }
+
+    pub(super) fn serve_ready(&mut self) {
+        let mut ready = std::mem::take(&mut self.ready);
+        for key in ready.drain(..) {
+            if let Some(connection) = self.connections.get_mut(key as usize) {
+                connection.is_ready = false;
+                if self.drain.is_none() {
+                    self.serve(key);
+                }
+            }
+        }
+        // Those that were made ready meanwhile have used their share of this turn.
+        ready.append(&mut self.ready);
+        self.ready = ready;
+    }
+
+    /// Takes requests from one connection and receives more, until its socket is empty or its share is used.
+    pub(super) fn serve(&mut self, key: u32) {
+        let mut left = TURN_BYTES;
+        loop {
+            if !self.take_requests(key) {
+                return;
+            }
+            let connection = &mut self.connections[key as usize];
+            if !connection.readable || connection.phase != Phase::Open {
+                break;
+            }
+            if left == 0 {
+                self.make_ready(key);
+                return;
+            }
+            let received = connection.receiver.receive(connection.fd(), &mut self.pool);
+            self.metrics.receives.add(1);
+            let connection = &mut self.connections[key as usize];
+            match received {
+                Ok(Received::Bytes { count, drained }) => {
+                    self.metrics.received_bytes.add(count as u64);
+                    left = left.saturating_sub(count);
+                    if drained && !connection.hang_up {
+                        connection.readable = false;
+                    }
+                }
+                Ok(Received::WouldBlock) => connection.readable = false,
+                Ok(Received::End) => {
+                    connection.readable = false;
+                    if connection.receiver.is_mid_request() {
+                        tracing::debug!(
+                            peer = connection.peer,
+                            "the client hung up in the middle of a request"
+                        );
+                    }
+                    self.leave(key);
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(peer = connection.peer, %error, "receiving failed");
+                    self.kill(key);
+                    return;
+                }
+            }
+        }
+        self.release_receive_buffer(key);
+    }
+
+    /// Hands every whole request on. False when the connection takes no more for now.
+    pub(super) fn take_requests(&mut self, key: u32) -> bool {
+        loop {
+            let connection = &mut self.connections[key as usize];
+            if connection.phase != Phase::Open {
+                return false;
+            }
+            let limits = self.limits;
+            let lent = self.pool.lent_bytes();
+            let (held, in_flight) = (
+                connection.held_bytes + connection.outbox.header_bytes(),
+                connection.in_flight,
+            );
+            let admit = |needs: usize| {
+                // One request is always let in, whatever its size, so that every client gets on.
+                let own = held == 0 || held + needs <= limits.bytes_per_connection;
+                let all = lent + needs <= limits.bytes
+                    || (needs <= ALWAYS_ADMITTED_BYTES && held <= ALWAYS_ADMITTED_BYTES);
+                own && all && in_flight < limits.requests_per_connection
+            };
+            match connection
+                .receiver
+                .next(&connection.session, &mut self.pool, admit)
+            {
+                Next::Incomplete => return true,
+                Next::Paused => {
+                    if !connection.is_paused {
+                        connection.is_paused = true;
+                        self.paused.push(key);
+                        self.metrics.pauses.add(1);
+                    }
+                    return false;
+                }
+                Next::Request { request, from, len } => {
+                    let payload: &[u8] = match connection.receiver.buffer() {
+                        // SAFETY: `from..from + len` was received, and the receive buffer is neither moved nor written
+                        // to before `next` or `receive` are called again, which serving a request does not do: it
+                        // never removes a connection.
+                        Some(buffer) if len > 0 => unsafe {
+                            std::slice::from_raw_parts(buffer.at(from), len)
+                        },
+                        _ => &[],
+                    };
+                    self.request(key, request, payload, None);
+                }
+                Next::Buffered { request, buffer } => self.request(key, request, &[], Some(buffer)),
+                Next::Refuse {
+                    cookie,
+                    offset,
+                    command,
+                    error,
+                } => self.refuse(key, cookie, offset, command, error),
+                Next::Disconnect => {
+                    self.leave(key);
+                    return false;
+                }
+                Next::Close(reason) => {
+                    tracing::info!(peer = connection.peer, %reason, "closing a connection");
+                    self.metrics.protocol_errors.add(1);
+                    self.leave(key);
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Takes no more requests; the connection ends when what was taken has been answered.
+    pub(super) fn leave(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if connection.phase == Phase::Open {
+            connection.phase = Phase::Leaving;
+            connection.receiver.clear(&mut self.pool);
+            self.freed = true;
+            let settled = connection.is_settled();
+            self.buffer_released(key);
+            if settled {
+                self.kill(key);
+            }
+        }
+    }
+
+    pub(super) fn release_receive_buffer(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if !connection.receiver.holds_buffer() {
+            return;
+        }
+        // A payload that is half here will go on in a moment; moving it would be a copy for nothing.
+        if connection.receiver.has_bytes()
+            && (connection.keeps_buffer || self.held_receive_buffers < HELD_RECEIVE_BUFFERS)
+        {
+            if !connection.keeps_buffer {
+                connection.keeps_buffer = true;
+                self.held_receive_buffers += 1;
+            }
+            self.next_sweep.get_or_insert(self.now + SWEEP);
+            return;
+        }
+        self.force_release(key);
+    }
+
+    pub(super) fn force_release(&mut self, key: u32) {
+        let limits = self.limits;
+        let lent = self.pool.lent_bytes();
+        let connection = &mut self.connections[key as usize];
+        let admit = |needs: usize| lent + needs <= limits.bytes;
+        if connection
+            .receiver
+            .release(&connection.session, &mut self.pool, admit)
+        {
+            self.buffer_released(key);
+        }
+    }
+
+    pub(super) fn buffer_released(&mut self, key: u32) {
+        let connection = &mut self.connections[key as usize];
+        if std::mem::take(&mut connection.keeps_buffer) {
+            self.held_receive_buffers -= 1;
+        }
+    }
+
+    /// Takes receive buffers from clients that stopped in the middle of a request.
+    pub(super) fn sweep(&mut self) {
+        if self.next_sweep.is_none_or(|at| at > self.now) {
+            return;
+        }
+        self.next_sweep = None;
+        for key in 0..self.connections.capacity() {
+            let Some(connection) = self.connections.get_mut(key) else {
+                continue;
+            };
+            if !connection.receiver.holds_buffer() || connection.is_ready || connection.is_paused {
+                continue;
+            }
+            if std::mem::replace(&mut connection.was_idle, true) {
+                self.force_release(key as u32);
+            } else {
+                self.next_sweep = Some(self.now + SWEEP);
+            }
+        }
+    }
+
+    /// One `sendmsg` for each connection with something to send.
+    pub(super) fn send_dirty(&mut self) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for key in dirty.drain(..) {
+            let Some(connection) = self.connections.get_mut(key as usize) else {
+                continue;
+            };
+            connection.is_dirty = false;
+            if connection.phase == Phase::Dead || connection.is_blocked {
+                continue;
+            }
+            match connection.outbox.send(connection.fd(), &mut self.pool) {
+                Ok(sent) => {
+                    self.metrics.sends.add(sent.calls);
+                    self.metrics.sent_bytes.add(sent.bytes);
+                    connection.held_bytes -= sent.freed_bytes;
+                    self.freed |= sent.bytes > 0;
+                    if sent.blocked && !connection.outbox.is_empty() {
+                        connection.is_blocked = true;
+                        self.engine.watch_writable(connection.watch);
+                    } else if connection.phase == Phase::Leaving && connection.is_settled() {
+                        self.kill(key);
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(peer = connection.peer, %error, "sending failed");
+                    self.kill(key);
+                }
+            }
+        }
+        dirty.append(&mut self.dirty);
+        self.dirty = dirty;
+    }
+
+    /// Removes the connections that ended.
+    pub(super) fn bury(&mut self) {
+        while let Some(key) = self.dead.pop() {
+            self.buffer_released(key);
+            let mut connection = self.connections.remove(key as usize);
+            connection.receiver.clear(&mut self.pool);
+            connection.outbox.clear(&mut self.pool);
+            self.engine.unwatch(connection.watch);
+            self.freed = true;
+            self.metrics.connections.sub(1);
+            if let Some(volume) = self.volumes.get_mut(connection.volume) {
+                volume.connections.retain(|k| *k != key);
+                volume.metrics.connections.sub(1);
+            }
+            tracing::debug!(peer = connection.peer, "connection closed");
+            for list in [&mut self.ready, &mut self.dirty, &mut self.paused] {
+                list.retain(|k| *k != key);
+            }
+            if self.connections.is_empty() {
+                self.pool.trim();
+            }
+            self.volume_may_close(connection.volume);
+        }
+        self.metrics
+            .buffered_bytes
+            .set(self.pool.lent_bytes() as u64);
+    }
+}

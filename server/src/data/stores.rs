@@ -1,0 +1,277 @@
+//! The stores of a data thread: their disk operations, what ends, and who waits for room.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ashlar_core::store::{
+    Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, Store, StoreError,
+};
+use ashlar_core::units::{StoreId, VolumeId};
+use ashlar_core::volume::{Head, Started};
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use super::command::Command;
+use super::config::{Limits, VolumeSpec};
+use super::connection::{Connection, Phase};
+use super::operation::{Operation, op_key};
+use super::pool::Pool;
+use super::receiver::{Next, Received};
+use super::spin::Spin;
+use super::thread::{DataThread, StoreDriver};
+use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
+use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+
+/// A disk operation under way.
+pub(super) struct DiskIo {
+    store: usize,
+    io: IoId,
+    kind: DiskKind,
+    bytes: u64,
+    started: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum DiskKind {
+    Read,
+    Write,
+    Sync,
+    Allocate,
+}
+
+impl DataThread {
+    // -- stores
+
+    pub(super) fn on_disk(&mut self, tag: Tag, result: Result<u32, rustix::io::Errno>) {
+        let io = self.ios.remove(tag as usize);
+        let driver = &mut self.stores[io.store];
+        let took = self.now.saturating_duration_since(io.started);
+        driver.metrics.in_flight.sub(1);
+        let result = match result {
+            Ok(bytes)
+                if matches!(io.kind, DiskKind::Read | DiskKind::Write)
+                    && u64::from(bytes) != io.bytes =>
+            {
+                Err(Errno::EIO)
+            }
+            Ok(_) => Ok(()),
+            Err(e) => Err(Errno(e.raw_os_error())),
+        };
+        let metrics = &driver.metrics;
+        if result.is_err() {
+            metrics.errors.add(1);
+        }
+        match io.kind {
+            DiskKind::Read => {
+                metrics.reads.add(1);
+                metrics.read_bytes.add(io.bytes);
+                metrics.read_latency.record(took);
+            }
+            DiskKind::Write => {
+                metrics.writes.add(1);
+                metrics.write_bytes.add(io.bytes);
+                metrics.write_latency.record(took);
+            }
+            DiskKind::Sync => {
+                metrics.syncs.add(1);
+                metrics.sync_latency.record(took);
+            }
+            DiskKind::Allocate => metrics.allocated_bytes.add(io.bytes),
+        }
+        driver.store.on_io(io.io, result);
+    }
+
+    /// Asks every store for its actions until none has any.
+    pub(super) fn run_stores(&mut self) {
+        loop {
+            let mut any = false;
+            for index in 0..self.stores.len() {
+                let mut actions = std::mem::take(&mut self.actions);
+                self.stores[index].store.poll_actions(&mut actions);
+                any |= actions
+                    .iter()
+                    .any(|action| matches!(action, Action::Done { .. } | Action::Ready));
+                for action in actions.drain(..) {
+                    self.carry_out(index, action);
+                }
+                self.actions = actions;
+            }
+            // What was ended may have let others go on, who asked the stores for more.
+            if !any {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn carry_out(&mut self, store: usize, action: Action) {
+        let file = self.stores[store].file;
+        match action {
+            Action::Write {
+                io,
+                offset,
+                ptr,
+                len,
+                durable,
+            } => {
+                self.submit(
+                    store,
+                    io,
+                    DiskKind::Write,
+                    len as u64,
+                    DiskOp::Write {
+                        file,
+                        offset,
+                        data: ptr,
+                        len,
+                        durable,
+                    },
+                );
+            }
+            Action::Read {
+                io,
+                offset,
+                ptr,
+                len,
+            } => {
+                self.submit(
+                    store,
+                    io,
+                    DiskKind::Read,
+                    len as u64,
+                    DiskOp::Read {
+                        file,
+                        offset,
+                        data: ptr,
+                        len,
+                    },
+                );
+            }
+            Action::Sync { io } => self.submit(store, io, DiskKind::Sync, 0, DiskOp::Sync { file }),
+            Action::Allocate { io, offset, len } => {
+                self.submit(
+                    store,
+                    io,
+                    DiskKind::Allocate,
+                    len,
+                    DiskOp::Allocate { file, offset, len },
+                );
+            }
+            Action::Done { op, result } => self.done(store, op, result),
+            Action::Ready => self.retry_parked(store),
+            Action::Event(event) => self.store_event(store, &event),
+        }
+    }
+
+    pub(super) fn submit(
+        &mut self,
+        store: usize,
+        io: IoId,
+        kind: DiskKind,
+        bytes: u64,
+        op: DiskOp,
+    ) {
+        let tag = self.ios.insert(DiskIo {
+            store,
+            io,
+            kind,
+            bytes,
+            started: self.now,
+        }) as Tag;
+        self.stores[store].metrics.in_flight.add(1);
+        // SAFETY: the store leaves the memory alone until `on_io` (contract of Action), which follows the event; the
+        // engine is dropped before the stores and buffers are (order in `Drop`).
+        unsafe { self.engine.submit(tag, op) };
+    }
+
+    pub(super) fn done(&mut self, store: usize, op: OpId, result: Result<ReadInfo, StoreError>) {
+        let (key, part) = op_key(op);
+        match self.operations.get(key) {
+            Some(Operation::Request(_)) => self.request_done(key, part, result),
+            Some(Operation::Task(_)) => {
+                if let Operation::Task(answer) = self.operations.remove(key) {
+                    let _ = answer.send(result.map(|_| ()));
+                }
+            }
+            Some(Operation::DropLayer { .. }) => {
+                if let Operation::DropLayer { answer, .. } = self.operations.remove(key) {
+                    let _ = answer.send(result.map(|_| ()));
+                }
+            }
+            None => {
+                tracing::error!(store = %self.stores[store].id.0, op, "a store ended an operation that does not exist")
+            }
+        }
+    }
+
+    /// Tries the operations that found the tail full, oldest first, until one finds it full again.
+    pub(super) fn retry_parked(&mut self, store: usize) {
+        for key in std::mem::take(&mut self.stores[store].waiting_for_index) {
+            self.resume(key);
+        }
+        let mut waiting = std::mem::take(&mut self.stores[store].parked);
+        while let Some(key) = waiting.pop_front() {
+            self.resume(key);
+            if !self.stores[store].parked.is_empty() {
+                break;
+            }
+        }
+        // Those not tried were there before whatever was parked meanwhile, except the one that just failed.
+        let parked = &mut self.stores[store].parked;
+        if let Some(first) = parked.pop_front() {
+            waiting.push_front(first);
+            waiting.append(parked);
+        }
+        *parked = waiting;
+    }
+
+    pub(super) fn store_event(&self, store: usize, event: &StoreEvent) {
+        let id = self.stores[store].id.0;
+        match event {
+            StoreEvent::Poisoned(error) => {
+                tracing::error!(store = %id, %error, "the store stopped: a write or sync failed; restart the daemon once the device is sound");
+            }
+            StoreEvent::ChecksumMismatch(error) => {
+                tracing::error!(store = %id, "{error}");
+                if let StoreError::Corrupt {
+                    layer,
+                    chunk,
+                    block,
+                }
+                | StoreError::Lost {
+                    layer,
+                    chunk,
+                    block,
+                } = *error
+                {
+                    let problem = error.to_string();
+                    let damage = Damage {
+                        layer,
+                        chunk,
+                        block,
+                        problem,
+                    };
+                    self.registry.add_damage(StoreId(id), damage);
+                }
+            }
+            StoreEvent::SegmentDamaged { segment } => {
+                tracing::error!(store = %id, segment, "part of a segment could not be read for cleaning; it is left alone");
+            }
+            StoreEvent::GrowthFailed(error) => {
+                tracing::warn!(store = %id, %error, "the store's file could not be made larger; trying again in a minute");
+            }
+            StoreEvent::Checkpointed { seq, leaves, bytes } => {
+                tracing::debug!(store = %id, seq, leaves, bytes, "checkpoint")
+            }
+            StoreEvent::ScrubFinished { blocks, damaged: 0 } => {
+                tracing::info!(store = %id, blocks, "scrub finished, all sound")
+            }
+            StoreEvent::ScrubFinished { blocks, damaged } => {
+                tracing::error!(store = %id, blocks, damaged, "scrub found damaged blocks")
+            }
+        }
+    }
+}
