@@ -1,27 +1,16 @@
 //! Writes, trims and zeroes: from the range lock into the stores, past full tails.
 
 use ashlar_core::nbd::errors::RequestError;
-use ashlar_core::nbd::reply::{self, Allocation, ReplyTo, Status};
-use ashlar_core::nbd::request::{Command as Asked, Request as Parsed};
-use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::store::{ExtentKey, MAX_WRITE_BLOCKS, OpId, ReadInfo, ReadOutcome, StoreError};
-use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
-use ashlar_core::volume::{
-    Access, Began, BlockRange, Pieces, Refusal, Started, StoreSlot, Ticket, blocks_touched,
-    whole_blocks,
-};
-use smallvec::SmallVec;
-use std::time::Instant;
+use ashlar_core::store::{MAX_WRITE_BLOCKS, OpId, ReadOutcome};
+use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, Version};
+use ashlar_core::volume::{Access, Began, BlockRange, Started, blocks_touched};
 
-use super::connection::{ConnectionRef, Phase};
+use super::execute::refusal_text;
 use super::operation::{
     Edge, Edges, NotTaken, Operation, Request, Source, Stage, Work, Write, op_id, refusal_of,
 };
-use super::execute::{note_holes, refusal_text};
-use super::pool::Buffer;
-use super::receiver::{covering_bytes, payload_start};
+use super::receiver::covering_bytes;
 use super::thread::DataThread;
-use crate::metrics::Command;
 
 /// Blocks of real zeros written at a time.
 const ZERO_BLOCKS: usize = MAX_WRITE_BLOCKS;

@@ -5,22 +5,16 @@
 //! room again carries on.
 
 use ashlar_core::nbd::errors::RequestError;
-use ashlar_core::nbd::reply::{self, Allocation, ReplyTo, Status};
+use ashlar_core::nbd::reply::{self, ReplyTo};
 use ashlar_core::nbd::request::{Command as Asked, Request as Parsed};
-use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::store::{ExtentKey, MAX_WRITE_BLOCKS, ReadInfo, ReadOutcome, StoreError};
-use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
-use ashlar_core::volume::{
-    Access, Began, BlockRange, Pieces, Refusal, Started, StoreSlot, Ticket, blocks_touched,
-    whole_blocks,
-};
+use ashlar_core::store::{ExtentKey, ReadInfo, StoreError};
+use ashlar_core::units::{CHUNK_BLOCKS, ChunkIndex, Version};
+use ashlar_core::volume::{Refusal, Started, StoreSlot, Ticket, whole_blocks};
 use smallvec::SmallVec;
 use std::time::Instant;
 
 use super::connection::{ConnectionRef, Phase};
-use super::operation::{
-    Edge, Edges, NotTaken, Operation, Request, Source, Stage, Work, Write, op_id, refusal_of,
-};
+use super::operation::{Edges, Operation, Request, Source, Stage, Work, refusal_of};
 use super::pool::Buffer;
 use super::receiver::{covering_bytes, payload_start};
 use super::thread::DataThread;

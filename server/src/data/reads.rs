@@ -1,27 +1,17 @@
 //! Reads, block status, flushes and prefetching: what changes nothing.
 
-use ashlar_core::nbd::errors::RequestError;
-use ashlar_core::nbd::reply::{self, Allocation, ReplyTo, Status};
-use ashlar_core::nbd::request::{Command as Asked, Request as Parsed};
+use ashlar_core::nbd::reply::{self, Allocation, Status};
+use ashlar_core::nbd::request::Command as Asked;
 use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::store::{ExtentKey, MAX_WRITE_BLOCKS, ReadInfo, ReadOutcome, StoreError};
-use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
-use ashlar_core::volume::{
-    Access, Began, BlockRange, Pieces, Refusal, Started, StoreSlot, Ticket, blocks_touched,
-    whole_blocks,
-};
+use ashlar_core::store::{ReadOutcome, StoreError};
+use ashlar_core::units::BLOCK_BYTES;
+use ashlar_core::volume::{Access, Began, Pieces, StoreSlot, blocks_touched};
 use smallvec::SmallVec;
-use std::time::Instant;
 
-use super::connection::{ConnectionRef, Phase};
-use super::operation::{
-    Edge, Edges, NotTaken, Operation, Request, Source, Stage, Work, Write, op_id, refusal_of,
-};
 use super::execute::{note_holes, refusal_text};
-use super::pool::Buffer;
-use super::receiver::{covering_bytes, payload_start};
+use super::operation::{Operation, Request, Work, op_id, refusal_of};
+use super::receiver::payload_start;
 use super::thread::DataThread;
-use crate::metrics::Command;
 
 /// Chunks whose index a CACHE request fetches: 64 GiB of volume, more than the leaf cache holds.
 const CACHE_CHUNKS: usize = 1024;

@@ -1,30 +1,11 @@
 //! The sockets of a data thread: receiving, sending, pausing and ending connections.
 
-use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ashlar_core::store::{
-    Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, Store, StoreError,
-};
-use ashlar_core::units::{StoreId, VolumeId};
-use ashlar_core::volume::{Head, Started};
-use slab::Slab;
-use tokio::sync::oneshot;
-
-use super::command::Command;
-use super::config::{Limits, VolumeSpec};
-use super::connection::{Connection, Phase};
-use super::operation::{Operation, op_key};
-use super::pool::Pool;
+use super::connection::Phase;
 use super::receiver::{Next, Received};
-use super::spin::Spin;
-use super::thread::{DataThread, StoreDriver};
-use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
-use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use super::thread::DataThread;
+use crate::engine::Engine;
 
 /// Bytes received from one connection in a turn before the others have theirs.
 const TURN_BYTES: usize = 1 << 20;

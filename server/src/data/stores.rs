@@ -1,30 +1,14 @@
 //! The stores of a data thread: their disk operations, what ends, and who waits for room.
 
-use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use ashlar_core::store::{
-    Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, Store, StoreError,
-};
-use ashlar_core::units::{StoreId, VolumeId};
-use ashlar_core::volume::{Head, Started};
-use slab::Slab;
-use tokio::sync::oneshot;
+use ashlar_core::store::{Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, StoreError};
+use ashlar_core::units::StoreId;
 
-use super::command::Command;
-use super::config::{Limits, VolumeSpec};
-use super::connection::{Connection, Phase};
 use super::operation::{Operation, op_key};
-use super::pool::Pool;
-use super::receiver::{Next, Received};
-use super::spin::Spin;
-use super::thread::{DataThread, StoreDriver};
-use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
-use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use super::thread::DataThread;
+use crate::engine::{DiskOp, Engine, Tag};
+use crate::metrics::Damage;
 
 /// A disk operation under way.
 pub(super) struct DiskIo {

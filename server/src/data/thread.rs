@@ -11,9 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use ashlar_core::store::{
-    Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, Store, StoreError,
-};
+use ashlar_core::store::{Action, Store, StoreError};
 use ashlar_core::units::{StoreId, VolumeId};
 use ashlar_core::volume::{Head, Started};
 use slab::Slab;
@@ -21,14 +19,13 @@ use tokio::sync::oneshot;
 
 use super::command::Command;
 use super::config::{Limits, VolumeSpec};
-use super::connection::{Connection, Phase};
-use super::operation::{Operation, op_key};
+use super::connection::Connection;
+use super::operation::Operation;
 use super::pool::Pool;
-use super::receiver::{Next, Received};
 use super::spin::Spin;
 use super::stores::DiskIo;
-use crate::engine::{DiskOp, Engine, Event, FileId, Tag};
-use crate::metrics::{Damage, DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use crate::engine::{Engine, Event, FileId};
+use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
 
 /// Free buffers a thread keeps: enough for 128 KiB reads at depth 128 and its receive buffers.
 const KEEP_BUFFER_BYTES: usize = 32 << 20;
