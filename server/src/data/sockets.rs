@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::connection::Phase;
 use super::receiver::{Next, Received};
 use super::thread::DataThread;
-use crate::engine::Engine;
 
 /// Bytes received from one connection in a turn before the others have theirs.
 const TURN_BYTES: usize = 1 << 20;

@@ -7,7 +7,7 @@ use ashlar_core::units::StoreId;
 
 use super::operation::{Operation, op_key};
 use super::thread::DataThread;
-use crate::engine::{DiskOp, Engine, Tag};
+use crate::engine::{DiskOp, Tag};
 use crate::metrics::Damage;
 
 /// A disk operation under way.
@@ -150,7 +150,7 @@ impl DataThread {
         }
     }
 
-    pub(super) fn submit(
+    fn submit(
         &mut self,
         store: usize,
         io: IoId,
