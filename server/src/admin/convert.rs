@@ -1,7 +1,7 @@
 //! From the daemon's own words to those of the admin interface.
 
 use ashlar_core::records::{VolumeRecord, VolumeState};
-use ashlar_core::units::{BLOCK_BYTES, VolumeId};
+use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::admin;
 
 use crate::metrics::{
@@ -27,12 +27,7 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         }
         .into(),
         layers: record.layers.iter().map(|layer| layer.0).collect(),
-        store_ids: record
-            .placement
-            .stores
-            .iter()
-            .map(|store| store.0.to_string())
-            .collect(),
+        store_ids: each_once(&record.placement.stores),
         runtime: view.runtime.map(
             |VolumeRuntime {
                  connections,
@@ -175,4 +170,14 @@ fn command_stats(command: Command, counters: &CommandMetrics) -> admin::CommandS
             counts: latency.buckets.to_vec(),
         }),
     }
+}
+/// A placement is a deal in which a store comes as often as its share is large.
+fn each_once(stores: &[StoreId]) -> Vec<String> {
+    let mut seen = Vec::new();
+    for store in stores {
+        if !seen.contains(store) {
+            seen.push(*store);
+        }
+    }
+    seen.iter().map(|store| store.0.to_string()).collect()
 }

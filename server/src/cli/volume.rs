@@ -176,8 +176,8 @@ async fn resize(
     let connections = volume.runtime.map_or(0, |runtime| runtime.connections);
     if connections > 0 && volume.size_bytes != answer.previous_size_bytes {
         output::note(format_args!(
-            "{connections} open connection(s) keep the old size until they reconnect: for a kernel device detach it \
-             ('nbd-client -d /dev/nbdN') and attach it again"
+            "{connections} client(s) are connected and do not know the new size: NBD cannot tell them. Detach a kernel \
+             device ('nbd-client -d /dev/nbdN') and attach it again"
         ));
     }
     output::print(
