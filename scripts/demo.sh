@@ -15,6 +15,8 @@ start_deadline_s=60
 # The default is on disk and not in /tmp, which is memory on many machines.
 scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/ashlar-demo.XXXXXX")
 data=$scratch/data
+# Acknowledged writes outlive the daemon in memory, where there is a tmpfs for them.
+if [ -w /dev/shm ]; then tails=$(mktemp -d /dev/shm/ashlar-demo.XXXXXX); else tails=$data; fi
 admin=unix:$data/admin.sock
 uri="nbd+unix:///demo?socket=$data/nbd.sock"
 daemon_pid=
@@ -44,7 +46,7 @@ clean_up() {
     local status=$?
     trap - EXIT
     stop_daemon KILL
-    rm -rf "$scratch"
+    rm -rf "$scratch" "$tails"
     exit "$status"
 }
 trap clean_up EXIT
@@ -53,10 +55,10 @@ trap 'exit 143' TERM HUP
 
 # Port 0: any free one, so that a daemon already running here is not disturbed.
 start_daemon() {
-    "$bin/ashlard" --data-dir "$data" --listen-http 127.0.0.1:0 >>"$scratch/ashlard.log" 2>&1 </dev/null &
+    "$bin/ashlard" --data-dir "$data" --tail-dir "$tails" --listen-http 127.0.0.1:0 >>"$scratch/ashlard.log" 2>&1 </dev/null &
     daemon_pid=$!
     local deadline=$((SECONDS + start_deadline_s))
-    until "$bin/ashlar" --admin "$admin" status >/dev/null 2>&1; do
+    until "$bin/ashlar" --admin "$admin" status -o json 2>/dev/null | grep -q '"state": "ready"'; do
         kill -0 "$daemon_pid" 2>/dev/null || fail "the daemon ended while starting"
         [ "$SECONDS" -lt "$deadline" ] || fail "the daemon was not ready after $start_deadline_s s"
         sleep 0.05

@@ -27,12 +27,14 @@ pub(crate) struct Ashlar {
     /// A short path, for the sockets in it.
     pub(crate) data_dir: PathBuf,
     pub(crate) log: PathBuf,
+    /// On a tmpfs where there is one, as by default, but one that goes with the scratch directories.
+    pub(crate) tail_dir: PathBuf,
     pub(crate) more_flags: Vec<String>,
     pub(crate) http: SocketAddr,
 }
 
 impl Ashlar {
-    /// Keeps the daemon's data in `scratch` and reaches it by a link in `sockets`.
+    /// Keeps the daemon's data in `scratch` and reaches it by a link in `sockets`, where its tail is too.
     pub(crate) fn new(
         programs: PathBuf,
         scratch: &Path,
@@ -56,6 +58,7 @@ impl Ashlar {
             programs,
             data_dir,
             log: scratch.join("ashlar.log"),
+            tail_dir: sockets.to_owned(),
             more_flags,
             http,
         })
@@ -68,6 +71,8 @@ impl Ashlar {
             .arg("--data-dir")
             .arg(&self.data_dir)
             .arg(format!("--listen-http={}", self.http))
+            .arg("--tail-dir")
+            .arg(&self.tail_dir)
             .args(&self.more_flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

@@ -262,7 +262,14 @@ impl Scratch {
         let data = base.join(&name);
         fs::create_dir_all(&data).with_context(|| data.display().to_string())?;
         let data = data.canonicalize()?;
-        let sockets = std::env::temp_dir().join(&name);
+        // On a tmpfs where there is one: Ashlar's tail goes there too, as it does by default.
+        let shared_memory = Path::new("/dev/shm");
+        let volatile = if shared_memory.is_dir() {
+            shared_memory.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        let sockets = volatile.join(&name);
         fs::create_dir(&sockets).with_context(|| sockets.display().to_string())?;
         Ok(Scratch {
             data,
