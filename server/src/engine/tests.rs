@@ -235,6 +235,38 @@ fn an_ended_watch_reports_nothing_and_lets_the_peer_see_the_close() {
 }
 
 #[test]
+fn a_watch_ends_although_an_event_is_just_coming_in() {
+    each_engine(|engine| {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        ours.set_nonblocking(true).expect("nonblocking");
+        let watch = engine.watch(ours.as_raw_fd(), 1).expect("watch");
+        theirs.write_all(b"x").expect("write");
+        wait_for(engine, 1);
+        // Seen by the kernel, not yet by us, when the watch is ended.
+        theirs.write_all(b"y").expect("write");
+        engine.unwatch(watch);
+        drop(ours);
+        theirs
+            .set_read_timeout(Some(Duration::from_millis(10)))
+            .expect("timeout");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let mut events = Vec::new();
+            engine
+                .wait(Some(Instant::now()), &mut events)
+                .expect("wait");
+            assert!(events.is_empty(), "{events:?}");
+            // Data was left unread, so the end may come as a reset.
+            match theirs.read(&mut [0]) {
+                Ok(0) => return,
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return,
+                other => assert!(Instant::now() < deadline, "still open: {other:?}"),
+            }
+        }
+    });
+}
+
+#[test]
 fn two_opens_of_one_store_are_refused() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("store");

@@ -24,7 +24,9 @@ const KIND_DISK: u64 = 0;
 const KIND_READABLE: u64 = 1;
 const KIND_WRITABLE: u64 = 2;
 const KIND_MAILBOX: u64 = 3;
-const KIND_IGNORED: u64 = 4;
+/// The removal of a readability poll, with its generation and slot.
+const KIND_UNWATCHED: u64 = 4;
+const KIND_IGNORED: u64 = 5;
 
 /// `user_data` is kind (4 bits), generation (28 bits), slot (32 bits).
 fn user_data(kind: u64, generation: u32, slot: u32) -> u64 {
@@ -341,8 +343,17 @@ impl UringEngine {
                     self.arm_mailbox();
                 }
             }
+            // The poll was just being run for an event: it was not removed and stays armed, holding the socket.
+            KIND_UNWATCHED if entry.result() == -libc::EALREADY => {
+                self.remove_readable(generation, slot);
+            }
             _ => {}
         }
+    }
+
+    fn remove_readable(&mut self, generation: u32, slot: u32) {
+        let entry = opcode::PollRemove::new(user_data(KIND_READABLE, generation, slot)).build();
+        self.push(entry.user_data(user_data(KIND_UNWATCHED, generation, slot)));
     }
 
     /// Takes every completion that is there.
@@ -468,17 +479,12 @@ impl Engine for UringEngine {
         let writable = watch.writable_armed;
         self.watches.remove(id.slot as usize);
         // The polls hold a reference to the socket; until they are removed the peer would not see it closed.
-        let ignored = user_data(KIND_IGNORED, 0, 0);
-        self.push(
-            opcode::PollRemove::new(user_data(KIND_READABLE, id.generation, id.slot))
-                .build()
-                .user_data(ignored),
-        );
+        self.remove_readable(id.generation, id.slot);
         if writable {
             self.push(
                 opcode::PollRemove::new(user_data(KIND_WRITABLE, id.generation, id.slot))
                     .build()
-                    .user_data(ignored),
+                    .user_data(user_data(KIND_IGNORED, 0, 0)),
             );
         }
     }
