@@ -7,6 +7,7 @@ mod error;
 mod offline;
 mod output;
 mod progress;
+mod screen;
 mod size;
 mod status;
 mod store;

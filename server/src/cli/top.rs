@@ -9,6 +9,7 @@ use ashlar_proto::admin::{
     Command, CommandStats, Histogram, StatsSample, VolumeStats, WatchStatsRequest,
 };
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 use tonic::Streaming;
 
 use super::{
@@ -16,19 +17,10 @@ use super::{
     connect::Daemon,
     error::{CliError, Exit},
     output,
+    screen::Screen,
     size::human,
     view,
 };
-
-/// Enters the terminal's alternate screen and hides the cursor.
-const ENTER: &str = "\x1b[?1049h\x1b[?25l";
-/// Undoes [`ENTER`].
-const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
-/// Cursor to the top left.
-const HOME: &str = "\x1b[H";
-/// Clears to the end of the line, and of the screen.
-const CLEAR_LINE: &str = "\x1b[K";
-const CLEAR_REST: &str = "\x1b[J";
 
 pub(super) async fn run(
     daemon: &mut Daemon,
@@ -49,15 +41,21 @@ pub(super) async fn run(
     let screen = (format == Format::Table && !args.once && io::stdout().is_terminal())
         .then(Screen::enter)
         .transpose()?;
-    let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     loop {
         let now = tokio::select! {
             sample = next(&mut samples) => sample?,
-            _ = &mut interrupted => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
         };
         let report = Report::between(&before, &now);
         match (&screen, format) {
-            (Some(screen), _) => screen.draw(&daemon.address.to_string(), &report)?,
+            (Some(screen), _) => screen.draw(&format!(
+                "ashlar top, {}, Ctrl-C ends it\n\n{}",
+                daemon.address,
+                report.table()
+            ))?,
             (None, Format::Table) => io::stdout().write_all(report.table().as_bytes())?,
             (None, _) => output::print_streamed(format, &report)?,
         }
@@ -75,44 +73,6 @@ async fn next(samples: &mut Streaming<StatsSample>) -> Result<StatsSample, CliEr
             "the daemon ended the statistics: it is stopping",
         )
     })
-}
-
-/// The alternate screen; left again however the program ends, short of a signal that cannot be caught.
-struct Screen;
-
-impl Screen {
-    fn enter() -> io::Result<Screen> {
-        let mut out = io::stdout().lock();
-        out.write_all(ENTER.as_bytes())?;
-        out.flush()?;
-        Ok(Screen)
-    }
-
-    fn draw(&self, address: &str, report: &Report) -> io::Result<()> {
-        let mut frame = String::from(HOME);
-        for line in format!(
-            "ashlar top, {address}, Ctrl-C ends it\n\n{}",
-            report.table()
-        )
-        .lines()
-        {
-            frame += line;
-            frame += CLEAR_LINE;
-            frame += "\r\n";
-        }
-        frame += CLEAR_REST;
-        let mut out = io::stdout().lock();
-        out.write_all(frame.as_bytes())?;
-        out.flush()
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        let mut out = io::stdout().lock();
-        // The terminal may be gone, and then there is nothing to restore.
-        let _ = out.write_all(LEAVE.as_bytes()).and_then(|()| out.flush());
-    }
 }
 
 /// Everything that happened between two samples, as rates.

@@ -150,14 +150,7 @@ impl DataThread {
         }
     }
 
-    fn submit(
-        &mut self,
-        store: usize,
-        io: IoId,
-        kind: DiskKind,
-        bytes: u64,
-        op: DiskOp,
-    ) {
+    fn submit(&mut self, store: usize, io: IoId, kind: DiskKind, bytes: u64, op: DiskOp) {
         let tag = self.ios.insert(DiskIo {
             store,
             io,

@@ -274,11 +274,12 @@ impl Engine for FaultEngine {
             for i in first..out.len() {
                 let event = out[i];
                 if let Event::Disk { tag, .. } = event
-                    && let Some(at) = self.to_delay.iter().position(|d| d.0 == tag) {
-                        let (_, delay) = self.to_delay.swap_remove(at);
-                        self.delayed.push((Instant::now() + delay, event));
-                        continue;
-                    }
+                    && let Some(at) = self.to_delay.iter().position(|d| d.0 == tag)
+                {
+                    let (_, delay) = self.to_delay.swap_remove(at);
+                    self.delayed.push((Instant::now() + delay, event));
+                    continue;
+                }
                 out[kept] = event;
                 kept += 1;
             }

@@ -192,17 +192,18 @@ impl Engine for PosixEngine {
 
     fn watch_writable(&mut self, id: WatchId) {
         if let Some(&Watch { fd, generation, .. }) = self.watches.get(id.slot as usize)
-            && generation == id.generation {
-                // SAFETY: the caller keeps the socket open until `unwatch`.
-                let socket = unsafe { BorrowedFd::borrow_raw(fd) };
-                let flags = input_flags() | epoll::EventFlags::OUT;
-                let _ = epoll::modify(
-                    &self.epoll,
-                    socket,
-                    epoll::EventData::new_u64(key(id)),
-                    flags,
-                );
-            }
+            && generation == id.generation
+        {
+            // SAFETY: the caller keeps the socket open until `unwatch`.
+            let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+            let flags = input_flags() | epoll::EventFlags::OUT;
+            let _ = epoll::modify(
+                &self.epoll,
+                socket,
+                epoll::EventData::new_u64(key(id)),
+                flags,
+            );
+        }
     }
 
     fn unwatch(&mut self, id: WatchId) {

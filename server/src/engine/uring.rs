@@ -387,14 +387,15 @@ impl UringEngine {
             timespec: 0,
         };
         if want > 0
-            && let Some(deadline) = deadline {
-                let left = deadline.saturating_duration_since(Instant::now());
-                timespec = libc::timespec {
-                    tv_sec: left.as_secs() as i64,
-                    tv_nsec: i64::from(left.subsec_nanos()),
-                };
-                arg.timespec = &raw const timespec as u64;
-            }
+            && let Some(deadline) = deadline
+        {
+            let left = deadline.saturating_duration_since(Instant::now());
+            timespec = libc::timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            arg.timespec = &raw const timespec as u64;
+        }
         let (fd, registered) = match self.registered_ring {
             Some(index) => (index as i32, ENTER_REGISTERED_RING),
             None => (self.ring.as_raw_fd(), 0),

@@ -1,9 +1,10 @@
 //! The `ashlar` program against a real daemon: what it prints, what it refuses and with which exit code.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use ashlar_tests::admin::Admin;
+use ashlar_tests::admin::{Admin, offline};
 use ashlar_tests::daemon::{Daemon, Setup, binary};
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::tool::{Finished, Tool};
@@ -272,4 +273,64 @@ fn completions_are_written_for_every_shell() {
             "{shell}"
         );
     }
+}
+
+#[test]
+fn a_flipped_bit_is_found_without_a_daemon() {
+    let (mut daemon, admin) = start("cli-check");
+    admin.run(["volume", "create", "data", "--size", "16MiB"]);
+    let mut client = daemon.open("data", Wishes::SIMPLE);
+    for block in 0..64_u8 {
+        client
+            .write(u64::from(block) * 4096, &[block + 1; 4096])
+            .expect("writes");
+    }
+    client.flush().expect("flushes");
+    let store = daemon.store().into_os_string();
+    let open = offline(["store".as_ref(), "check".as_ref(), store.as_os_str()]);
+    assert!(open.stderr.contains("is open in a daemon"), "{open}");
+    drop(client);
+    daemon.stop();
+
+    let check = || {
+        offline([
+            "store".as_ref(),
+            "check".as_ref(),
+            store.as_os_str(),
+            "-o".as_ref(),
+            "json".as_ref(),
+        ])
+    };
+    let sound: Value = serde_json::from_str(&check().success()).expect("JSON");
+    assert_eq!(sound["damages"], Value::Array(vec![]));
+    assert_eq!(sound["verified_bytes"], 64 * 4096);
+    let inspected = offline(["store".as_ref(), "inspect".as_ref(), store.as_os_str()]).success();
+    assert!(inspected.contains("cleanly"), "{inspected}");
+
+    // One bit of the block that was written as the eighth.
+    let bytes = std::fs::read(&store).expect("the store");
+    let at = bytes
+        .chunks(4096)
+        .position(|block| block == [8; 4096])
+        .expect("the block is in the store")
+        * 4096;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&store)
+        .expect("opens");
+    file.write_all_at(&[8 ^ 1], at as u64 + 99).expect("writes");
+    drop(file);
+
+    let finished = check();
+    assert_eq!(finished.status.code(), Some(7), "{finished}");
+    let report: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+    let damages = report["damages"].as_array().expect("a list");
+    assert_eq!(damages.len(), 1, "{damages:?}");
+    assert_eq!(damages[0]["kind"], "data");
+    assert_eq!(
+        (&damages[0]["chunk"], &damages[0]["block"]),
+        (&Value::from(0), &Value::from(7))
+    );
+    assert_eq!(damages[0]["volume_offset_bytes"], 7 * 4096);
+    assert_eq!(damages[0]["store_offset_bytes"], at);
 }
