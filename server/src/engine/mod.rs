@@ -1,8 +1,8 @@
 //! The I/O engine of a data thread: disk operations, socket readiness, a mailbox and a clock behind one wait point.
 //!
 //! A data thread owns exactly one engine and blocks nowhere but in [`Engine::wait`]. Two engines exist: io_uring
-//! ([`uring`]) and, where the kernel or a seccomp profile forbids that, epoll with a small pool of threads doing
-//! positional reads and writes ([`posix`]). [`open`] picks one and says why.
+//! ([`UringEngine`]) and, where the kernel or a seccomp profile forbids that, epoll with a small pool of threads doing
+//! positional reads and writes ([`PosixEngine`]). [`open`] picks one and says why.
 //!
 //! Sockets are watched, not read: readiness arrives as an event and the thread calls `recv` and `sendmsg` itself.
 
