@@ -11,6 +11,7 @@ use ashlar_proto::admin::admin_server::AdminServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
@@ -21,6 +22,8 @@ use crate::nbd::socket::{Bound, BoundSocket};
 
 /// How long calls under way may take once the daemon has drained; what they asked of it is done or refused by then.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// How long the listening socket is left alone after it failed.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// Largest message that is accepted: requests are names and numbers.
 const REQUEST_MAX_BYTES: usize = 64 << 10;
 /// Streams of one connection at once, so that one client cannot make the daemon hold any number of them.
@@ -96,17 +99,31 @@ async fn serve_socket(
     // The second value of a Unix socket removes its path when it is dropped.
     let (served, _path) = match bound.socket {
         BoundSocket::Unix(listener, path) => {
-            let incoming = UnixListenerStream::new(UnixListener::from_std(listener)?);
+            let incoming = patient(UnixListenerStream::new(UnixListener::from_std(listener)?));
             let served = router.serve_with_incoming_shutdown(incoming, stop);
             (bounded(served, stopped).await, path)
         }
         BoundSocket::Tcp(listener) => {
-            let incoming = TcpListenerStream::new(TcpListener::from_std(listener)?);
+            let incoming = patient(TcpListenerStream::new(TcpListener::from_std(listener)?));
             let served = router.serve_with_incoming_shutdown(incoming, stop);
             (bounded(served, stopped).await, None)
         }
     };
     served
+}
+
+/// Rests after a connection could not be accepted: for want of descriptors the next attempt would fail as well, and the
+/// one after it, with all of a processor's time.
+fn patient<T: Send>(
+    incoming: impl Stream<Item = std::io::Result<T>> + Send,
+) -> impl Stream<Item = std::io::Result<T>> + Send {
+    incoming.then(async |accepted| {
+        if let Err(error) = &accepted {
+            tracing::warn!(%error, "cannot accept an admin connection for now");
+            tokio::time::sleep(EXHAUSTED_PAUSE).await;
+        }
+        accepted
+    })
 }
 
 async fn stop_said(mut stop: watch::Receiver<bool>) {

@@ -26,8 +26,8 @@ const HTTP_PORT_DEFAULT: u16 = 9460;
 /// Default of `tail-size`: what a disk takes in well under a second, so that a burst is absorbed while a shut-down and
 /// a restart stay short; small enough to count as memory of the daemon.
 const TAIL_BYTES_DEFAULT: u64 = 64 << 20;
-/// The smallest tail: room for a few of the largest writes (32 MiB is the largest request).
-const TAIL_BYTES_MIN: u64 = 40 << 20;
+/// The smallest tail: twice what a store takes at least, so that one part is filled while another is carried away.
+const TAIL_BYTES_MIN: u64 = 8 << 20;
 /// Default of `leaf-cache-size`: at 16 bytes a block, the index of 16 GiB of data.
 const LEAF_CACHE_BYTES_DEFAULT: u64 = 64 << 20;
 /// Least that lets cleaning and recovery work without thrashing.

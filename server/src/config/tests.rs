@@ -185,7 +185,7 @@ fn what_cannot_work_is_refused_in_words() {
             "given twice",
         ),
         (&["--data-threads=0"], "between 1 and 256"),
-        (&["--tail-size=1MiB"], "at least 40MiB"),
+        (&["--tail-size=1MiB"], "at least 8MiB"),
         (&["--max-connection-buffer=1MiB"], "at least 33MiB"),
         (&["--max-buffer=40MiB"], "at least 64MiB"),
         (&["--log-level=a=b=c"], "log-level"),

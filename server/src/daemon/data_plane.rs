@@ -1,6 +1,7 @@
 //! The data plane behind the traits that the rest of the daemon is written against.
 
 use ashlar_core::nbd::session::ReplyStyle;
+use ashlar_core::placement::StoreSpace;
 use ashlar_core::units::{BLOCK_BYTES, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
@@ -91,8 +92,26 @@ impl VolumeHost for Host {
         self.plane.stores().iter().map(|store| store.id).collect()
     }
 
-    fn store_groups(&self) -> Vec<Vec<StoreId>> {
-        self.plane.store_groups()
+    async fn store_groups(&self) -> Vec<Vec<StoreSpace>> {
+        let reports = self.plane.store_statuses().await;
+        let space = |id: StoreId| {
+            let status = reports
+                .iter()
+                .find(|report| report.id == id)
+                .map(|report| &report.status);
+            let free_blocks = match status {
+                Some(status) if status.poisoned.is_none() => {
+                    status.capacity_blocks.saturating_sub(status.used_blocks)
+                }
+                // Nothing can be written there.
+                _ => 0,
+            };
+            StoreSpace { id, free_blocks }
+        };
+        let groups = self.plane.store_groups().into_iter();
+        groups
+            .map(|group| group.into_iter().map(space).collect())
+            .collect()
     }
 
     async fn layers(&self) -> Result<Vec<LayerId>, HostError> {

@@ -14,3 +14,6 @@ pub use process::Usage;
 pub use run::{DaemonError, run};
 pub use state::State;
 pub(crate) use state::{Phase, Services, usage};
+
+#[cfg(test)]
+mod tests;

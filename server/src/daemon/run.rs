@@ -234,7 +234,7 @@ impl Sockets {
 }
 
 /// A daemon that serves.
-struct Daemon {
+pub(super) struct Daemon {
     state: Arc<State>,
     plane: DataPlane,
     volumes: Arc<Volumes>,
@@ -274,7 +274,7 @@ impl Daemon {
         Ok(())
     }
 
-    async fn start(
+    pub(super) async fn start(
         config: Config,
         given: Vec<activation::Activated>,
     ) -> Result<Daemon, DaemonError> {
@@ -387,7 +387,7 @@ impl Daemon {
     }
 
     /// Accepts no more, answers what was accepted, takes a checkpoint, closes every socket.
-    async fn drain(mut self, timeout: Duration) {
+    pub(super) async fn drain(mut self, timeout: Duration) {
         self.state.enter(Phase::Draining);
         self.listeners.stop().await;
         self.volumes.drain().await;

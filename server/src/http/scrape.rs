@@ -346,6 +346,16 @@ impl Scrape {
             self.each_store(|s, _| blocks(s.status.checkpoint_blocks)),
         )?;
         page.counter(
+            "ashlar_store_checkpoint_seconds",
+            "What checkpoints took, all together",
+            self.each_store(|s, _| s.status.checkpoints_took_ms as f64 / 1e3),
+        )?;
+        page.gauge(
+            "ashlar_store_last_checkpoint_seconds",
+            "What the newest checkpoint took",
+            self.each_store(|s, _| s.status.checkpoint_took_ms as f64 / 1e3),
+        )?;
+        page.counter(
             "ashlar_store_checkpoints",
             "Checkpoints taken",
             self.each_store(|s, _| s.status.checkpoints),

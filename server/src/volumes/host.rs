@@ -1,5 +1,6 @@
 //! What the volume service needs of the data plane.
 
+use ashlar_core::placement::StoreSpace;
 use ashlar_core::records::Placement;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
@@ -89,8 +90,8 @@ pub trait VolumeHost: Send + Sync + 'static {
     /// The open stores, in the order they were configured.
     fn stores(&self) -> Vec<StoreId>;
 
-    /// Groups of stores that may hold the chunks of one volume together.
-    fn store_groups(&self) -> Vec<Vec<StoreId>>;
+    /// The stores and their room, in groups that may hold the chunks of one volume together.
+    async fn store_groups(&self) -> Vec<Vec<StoreSpace>>;
 
     /// Every layer that any store holds blocks of.
     async fn layers(&self) -> Result<Vec<LayerId>, HostError>;

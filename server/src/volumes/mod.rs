@@ -281,14 +281,15 @@ impl Volumes {
         read_only: bool,
         write_through: bool,
     ) -> Result<VolumeView, VolumeError> {
+        let id = VolumeId(Uuid::new_v4());
         let new = NewVolume {
-            id: VolumeId(Uuid::new_v4()),
+            id,
             name,
             size,
             read_only,
             write_through,
             created_at_unix_ms: unix_ms(),
-            placement: self.place(),
+            placement: self.place(id).await,
         };
         let created = self.change(&Change::Create(new)).await?;
         // `change` answers None only when the decision was to do nothing.
@@ -523,13 +524,12 @@ impl Volumes {
         }
     }
 
-    /// The stores for a new volume.
-    fn place(&self) -> Placement {
+    /// The stores for a new volume; the id decides where in the deal it begins.
+    async fn place(&self, id: VolumeId) -> Placement {
+        let groups = self.host.store_groups().await;
         let all = self.catalog().all();
-        Placement::choose(
-            self.host.store_groups(),
-            all.iter().map(|entry| &entry.current.record),
-        )
+        let records = all.iter().map(|entry| &entry.current.record);
+        Placement::choose(&groups, records, id.0.as_u128() as u64)
     }
 
     async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {

@@ -1,5 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
+use ashlar_core::placement::StoreSpace;
 use ashlar_core::units::{Epoch, StoreId};
 use async_trait::async_trait;
 
@@ -85,8 +86,14 @@ impl VolumeHost for Host {
         vec![STORE]
     }
 
-    fn store_groups(&self) -> Vec<Vec<StoreId>> {
-        vec![vec![], vec![STORE]]
+    async fn store_groups(&self) -> Vec<Vec<StoreSpace>> {
+        vec![
+            vec![],
+            vec![StoreSpace {
+                id: STORE,
+                free_blocks: 1000,
+            }],
+        ]
     }
 
     async fn layers(&self) -> Result<Vec<LayerId>, HostError> {

@@ -10,6 +10,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::VolumeName;
+use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, VolumeId};
 
 /// The keys of the metadata store.
@@ -165,7 +166,8 @@ pub enum VolumeState {
     Deleting,
 }
 
-/// Where the chunks of a volume lie: chunk `c` on store number `c mod n` of the list. The list never changes in a
+/// Where the chunks of a volume lie: chunk `c` on store number `c mod n` of the list, in which a store may come more
+/// than once. The list never changes in a
 /// volume's life on one node, so a chunk is always found where it was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -176,28 +178,32 @@ pub struct Placement {
 
 impl Placement {
     /// Chooses stores for a new volume: of the groups whose stores may hold a volume together, the one with the least
-    /// volume per store. Sizes are what volumes may come to hold, so that volumes created one after another spread
-    /// before any of them is written. Empty when there is no store.
+    /// volume per store, and in it a [`deal`] by free room. Sizes are what volumes may come to hold, so that volumes
+    /// created one after another spread before any of them is written. Empty when there is no store.
     pub fn choose<'a>(
-        groups: Vec<Vec<StoreId>>,
+        groups: &[Vec<StoreSpace>],
         volumes: impl Iterator<Item = &'a VolumeRecord>,
+        turn: u64,
     ) -> Placement {
         let mut promised_bytes = vec![0u128; groups.len()];
         for volume in volumes {
-            for store in &volume.placement.stores {
-                if let Some(group) = groups.iter().position(|group| group.contains(store)) {
-                    promised_bytes[group] +=
-                        u128::from(volume.size_bytes) / volume.placement.stores.len() as u128;
+            let entries = volume.placement.stores.len() as u128;
+            for entry in &volume.placement.stores {
+                let holds = |group: &Vec<StoreSpace>| group.iter().any(|store| store.id == *entry);
+                if let Some(group) = groups.iter().position(holds) {
+                    promised_bytes[group] += u128::from(volume.size_bytes) / entries;
                 }
             }
         }
         let usable = groups
-            .into_iter()
+            .iter()
             .zip(promised_bytes)
             .filter(|(stores, _)| !stores.is_empty());
         let emptiest = usable.min_by_key(|(stores, bytes)| bytes / stores.len() as u128);
         Placement {
-            stores: emptiest.map(|(stores, _)| stores).unwrap_or_default(),
+            stores: emptiest
+                .map(|(stores, _)| deal(stores, turn))
+                .unwrap_or_default(),
         }
     }
 
@@ -361,12 +367,15 @@ mod tests {
 
     #[test]
     fn volumes_spread_over_groups_of_stores() {
-        let store = |n| StoreId(Uuid::from_u128(n));
-        let groups = || vec![vec![], vec![store(1), store(2)], vec![store(3)]];
+        let store = |n| StoreSpace {
+            id: StoreId(Uuid::from_u128(n)),
+            free_blocks: 100,
+        };
+        let groups = [vec![], vec![store(1), store(2)], vec![store(3)]];
         let mut volumes: Vec<VolumeRecord> = Vec::new();
         let mut chosen = Vec::new();
         for size_bytes in [16384, 4096, 4096, 8192, 8192] {
-            let placement = Placement::choose(groups(), volumes.iter());
+            let placement = Placement::choose(&groups, volumes.iter(), 0);
             chosen.push(placement.stores.len());
             volumes.push(VolumeRecord {
                 size_bytes,
@@ -376,7 +385,7 @@ mod tests {
         }
         // Per store: 8192 and 0, then 4096, then 8192 each.
         assert_eq!(chosen, [2, 1, 1, 2, 1]);
-        assert!(Placement::choose(vec![], volumes.iter()).stores.is_empty());
+        assert!(Placement::choose(&[], volumes.iter(), 0).stores.is_empty());
     }
 
     proptest! {

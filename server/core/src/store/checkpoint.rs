@@ -62,6 +62,7 @@ pub(super) struct CheckpointState {
     /// Segments that are free but for a read under way in them.
     released: Vec<u32>,
     log_blocks_at_start: u64,
+    started_ms: u64,
     /// Mark the store as closed in order.
     clean_close: bool,
     /// What the state was when space was looked at last: looking means walking all segments.
@@ -177,6 +178,7 @@ impl Store {
     fn collect_dirty_leaves(&mut self) {
         self.checkpoint.phase = Phase::Leaves;
         self.checkpoint.log_blocks_at_start = self.hot.checkpoint_log_blocks;
+        self.checkpoint.started_ms = self.now_ms;
         self.checkpoint.leaves = self.index.dirty_slots();
         self.checkpoint.leaves_written = self.checkpoint.leaves.len() as u32;
         self.write_leaves();
@@ -407,7 +409,10 @@ impl Store {
             .checkpoint
             .log_blocks_at_start
             .min(self.hot.checkpoint_log_blocks);
+        let took_ms = self.now_ms - self.checkpoint.started_ms;
         self.counters.checkpoints += 1;
+        self.counters.checkpoints_took_ms += took_ms;
+        self.counters.checkpoint_took_ms = took_ms;
         self.event(Event::Checkpointed {
             seq: self.superblock.checkpoint_seq,
             leaves: self.checkpoint.leaves_written,

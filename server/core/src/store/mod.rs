@@ -311,6 +311,10 @@ pub struct StoreStatus {
     pub segments_cleaned: u64,
     /// Checkpoints taken.
     pub checkpoints: u64,
+    /// What all of them took together, milliseconds.
+    pub checkpoints_took_ms: u64,
+    /// What the newest took, milliseconds.
+    pub checkpoint_took_ms: u64,
     /// Number of the newest durable checkpoint.
     pub checkpoint_seq: u64,
     /// Client log since that checkpoint, in blocks: what a restart would replay.
