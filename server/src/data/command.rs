@@ -336,6 +336,7 @@ impl DataThread {
             is_blocked: false,
             was_idle: false,
             keeps_buffer: false,
+            moved_at: self.now,
             _slot: client.slot,
         });
         self.next_serial += 1;

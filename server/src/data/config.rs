@@ -93,6 +93,9 @@ pub struct Limits {
     pub bytes_per_connection: usize,
     /// Bytes of buffers lent by all data threads together.
     pub bytes: usize,
+    /// How long a client may neither send the rest of a payload nor read its replies while others wait for the memory
+    /// it holds. Then its connection is closed.
+    pub stall: Duration,
 }
 
 impl Default for Limits {
@@ -101,6 +104,8 @@ impl Default for Limits {
             requests_per_connection: 1024,
             bytes_per_connection: 64 << 20,
             bytes: 512 << 20,
+            // Longer than any hiccup of a host or a network that the client would survive itself.
+            stall: Duration::from_secs(15),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One client in transmission.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Instant;
 
 use ashlar_core::nbd::session::Session;
 
@@ -64,6 +65,8 @@ pub(super) struct Connection {
     pub(super) was_idle: bool,
     /// It keeps its receive buffer between turns, and is counted for that.
     pub(super) keeps_buffer: bool,
+    /// When bytes last moved in either direction.
+    pub(super) moved_at: Instant,
     /// Its place under the daemon's connection limit.
     pub(super) _slot: ConnectionSlot,
 }
@@ -71,6 +74,11 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn fd(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+
+    /// It makes the daemon hold memory and waits for its client: for the rest of a payload, or for replies to be read.
+    pub(super) fn waits_for_client(&self) -> bool {
+        self.receiver.is_mid_payload() || !self.outbox.is_empty()
     }
 
     /// Everything taken has been answered and sent.

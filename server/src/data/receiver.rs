@@ -17,6 +17,8 @@ use super::pool::{Buffer, Pool};
 
 /// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
 pub(super) const RECEIVE_BYTES: usize = 256 << 10;
+/// The same while the daemon's buffers are all lent: enough for headers.
+const SCARCE_RECEIVE_BYTES: usize = 4096;
 /// An incomplete payload of at least this is received into a buffer of its own rather than moved to the front of
 /// the receive buffer.
 const OWN_BUFFER_BYTES: usize = 32 << 10;
@@ -36,8 +38,11 @@ struct Incoming {
 pub(super) enum Next {
     /// Receive more first.
     Incomplete,
-    /// The limits do not allow the next request now; ask again when something has been given back.
-    Paused,
+    /// The limits do not allow the next request now; ask again when something has been given back. `whole`: all of it
+    /// is here.
+    Paused {
+        whole: bool,
+    },
     /// A request; a payload, if it has one, is bytes `from..from + len` of the receive buffer, valid until the next
     /// call of anything here.
     Request {
@@ -147,10 +152,26 @@ impl Receiver {
         self.has_bytes() || self.stashed > 0 || self.incoming.is_some() || self.discard > 0
     }
 
-    /// Receives once, as much as there is room for.
-    pub(super) fn receive(&mut self, fd: RawFd, pool: &mut Pool) -> io::Result<Received> {
+    /// Whether a payload is being received into a buffer of its own.
+    pub(super) fn is_mid_payload(&self) -> bool {
+        self.incoming.is_some()
+    }
+
+    /// Receives once, as much as there is room for. `scarce`: memory is short, so a receive buffer that must be taken
+    /// is a small one.
+    pub(super) fn receive(
+        &mut self,
+        fd: RawFd,
+        pool: &mut Pool,
+        scarce: bool,
+    ) -> io::Result<Received> {
+        let bytes = if scarce {
+            SCARCE_RECEIVE_BYTES
+        } else {
+            RECEIVE_BYTES
+        };
         let stashed = std::mem::take(&mut self.stashed);
-        let buffer = self.buffer.get_or_insert_with(|| pool.take(RECEIVE_BYTES));
+        let buffer = self.buffer.get_or_insert_with(|| pool.take(bytes));
         if stashed > 0 {
             buffer.put(0, &self.stash[..stashed]);
             self.start = 0;
@@ -287,7 +308,7 @@ impl Receiver {
         if payload <= room {
             return Next::Incomplete;
         }
-        if payload < OWN_BUFFER_BYTES {
+        if payload < OWN_BUFFER_BYTES && header_bytes + payload <= buffer.capacity() {
             self.move_down();
             return Next::Incomplete;
         }

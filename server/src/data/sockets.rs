@@ -90,11 +90,15 @@ impl DataThread {
                 self.make_ready(key);
                 return;
             }
-            let received = connection.receiver.receive(connection.fd(), &mut self.pool);
+            let scarce = self.pool.lent_bytes() > self.limits.bytes;
+            let received = connection
+                .receiver
+                .receive(connection.fd(), &mut self.pool, scarce);
             self.metrics.receives.add(1);
             let connection = &mut self.connections[key as usize];
             match received {
                 Ok(Received::Bytes { count, drained }) => {
+                    connection.moved_at = self.now;
                     self.metrics.received_bytes.add(count as u64);
                     left = left.saturating_sub(count);
                     if drained && !connection.hang_up {
@@ -137,9 +141,10 @@ impl DataThread {
                 connection.in_flight,
             );
             let admit = |needs: usize| {
-                // One request is always let in, whatever its size, so that every client gets on.
+                // One request is let in whatever its size, so that every client gets on.
                 let own = held == 0 || held + needs <= limits.bytes_per_connection;
                 let all = lent + needs <= limits.bytes
+                    || (held == 0 && lent <= limits.bytes / 2)
                     || (needs <= ALWAYS_ADMITTED_BYTES && held <= ALWAYS_ADMITTED_BYTES);
                 own && all && in_flight < limits.requests_per_connection
             };
@@ -153,6 +158,7 @@ impl DataThread {
                         connection.is_paused = true;
                         self.paused.push(key);
                         self.metrics.pauses.add(1);
+                        self.next_sweep.get_or_insert(self.now + SWEEP);
                     }
                     return false;
                 }
@@ -243,24 +249,41 @@ impl DataThread {
         }
     }
 
-    /// Takes receive buffers from clients that stopped in the middle of a request.
+    /// Looks at clients that make the daemon hold memory and do nothing: takes receive buffers back, and, while others
+    /// wait for memory, ends those that have not moved a byte for [`super::Limits::stall`].
     pub(super) fn sweep(&mut self) {
         if self.next_sweep.is_none_or(|at| at > self.now) {
             return;
         }
         self.next_sweep = None;
+        let scarce = !self.paused.is_empty() && self.pool.lent_bytes() > self.limits.bytes / 2;
+        let mut again = !self.paused.is_empty();
         for key in 0..self.connections.capacity() {
             let Some(connection) = self.connections.get_mut(key) else {
                 continue;
             };
+            if scarce
+                && connection.waits_for_client()
+                && self.now.saturating_duration_since(connection.moved_at) >= self.limits.stall
+            {
+                tracing::warn!(
+                    peer = connection.peer,
+                    "closing a connection that stalls while others wait for the memory it holds"
+                );
+                self.kill(key as u32);
+                continue;
+            }
             if !connection.receiver.holds_buffer() || connection.is_ready || connection.is_paused {
                 continue;
             }
             if std::mem::replace(&mut connection.was_idle, true) {
                 self.force_release(key as u32);
             } else {
-                self.next_sweep = Some(self.now + SWEEP);
+                again = true;
             }
+        }
+        if again {
+            self.next_sweep = Some(self.now + SWEEP);
         }
     }
 
@@ -280,6 +303,9 @@ impl DataThread {
                     self.metrics.sends.add(sent.calls);
                     self.metrics.sent_bytes.add(sent.bytes);
                     connection.held_bytes -= sent.freed_bytes;
+                    if sent.bytes > 0 {
+                        connection.moved_at = self.now;
+                    }
                     self.freed |= sent.bytes > 0;
                     if sent.blocked && !connection.outbox.is_empty() {
                         connection.is_blocked = true;

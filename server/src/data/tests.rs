@@ -755,3 +755,40 @@ fn strange_files_and_vanished_stores_are_refused() {
     assert!(matches!(start(&config), Err(StartError::Emptied { .. })));
     assert!(!path.exists());
 }
+
+#[test]
+fn clients_that_stop_in_their_payloads_do_not_starve_the_others() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), 1);
+    config.limits = Limits {
+        bytes: 8 << 20,
+        stall: Duration::from_millis(500),
+        ..Limits::default()
+    };
+    let (runtime, plane) = start(config);
+    let size = 64 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    let stalled: Vec<Client> = (0..8)
+        .map(|_| {
+            let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+            let mut out = Vec::new();
+            client.encode(&mut out, command::WRITE, 0, 0, 4 << 20, &[9; 70_000]);
+            client.stream.write_all(&out).expect("send");
+            client
+        })
+        .collect();
+    // Small requests go on at once, large ones when the stalled have been ended.
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    for i in 0..100u64 {
+        client.write(0, i * 8192, &[1; 4096]);
+        assert_eq!(client.read(i * 8192, 4096), vec![1; 4096]);
+    }
+    let lent = plane.metrics().threads()[0].buffered_bytes.get();
+    // The limit, one request more, and a little for each client.
+    assert!(lent < 13 << 20, "{lent} bytes are held");
+    client.write(0, 32 * MIB, &vec![2; 4 << 20]);
+    drop(stalled);
+    runtime.block_on(plane.drain());
+}
