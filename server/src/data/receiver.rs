@@ -38,11 +38,8 @@ struct Incoming {
 pub(super) enum Next {
     /// Receive more first.
     Incomplete,
-    /// The limits do not allow the next request now; ask again when something has been given back. `whole`: all of it
-    /// is here.
-    Paused {
-        whole: bool,
-    },
+    /// The limits do not allow the next request now; ask again when something has been given back.
+    Paused,
     /// A request; a payload, if it has one, is bytes `from..from + len` of the receive buffer, valid until the next
     /// call of anything here.
     Request {
