@@ -90,6 +90,11 @@ pub(super) struct Hot {
     pub(super) checkpoint_log_blocks: u64,
     /// Since when something acknowledged is not durable.
     pub(super) dirty_since_ms: Option<u64>,
+    /// Turns with writes since the last flush, and whether this one has any.
+    pub(super) write_turns: u32,
+    pub(super) wrote: bool,
+    /// Flushes in a row that each came within two such turns.
+    pub(super) flush_habit: u32,
     /// Where apply stands in frame `applied_seq + 1`: header offset and blocks of that entry done.
     pub(super) cursor: (usize, u32),
 }
@@ -126,6 +131,9 @@ impl Hot {
             unsynced_blocks: 0,
             checkpoint_log_blocks: 0,
             dirty_since_ms: None,
+            write_turns: 0,
+            wrote: false,
+            flush_habit: 0,
             cursor: (FRAME_FIXED_BYTES, 0),
         }
     }
@@ -275,6 +283,7 @@ impl Store {
         open.progress.entry_bytes = (offset - FRAME_FIXED_BYTES) as u16;
         open.progress.data_blocks += entry.data_blocks() as u16;
         self.tail.publish(open.tail_at, open.progress);
+        self.hot.wrote = true;
         if self.hot.dirty_since_ms.is_none() {
             self.hot.dirty_since_ms = Some(self.now_ms);
         }
@@ -287,6 +296,13 @@ impl Store {
             self.actions.push(Action::Done { op, result: Err(e) });
             return;
         }
+        match self.hot.write_turns + u32::from(self.hot.wrote) {
+            0 => {}
+            1 | 2 => self.hot.flush_habit += 1,
+            _ => self.hot.flush_habit = 0,
+        }
+        self.hot.write_turns = 0;
+        self.hot.wrote = false;
         self.wait_durable(Some(op));
     }
 
@@ -318,6 +334,15 @@ impl Store {
         {
             self.hot.dirty_since_ms = Some(self.now_ms);
             self.wait_durable(None);
+        }
+        if std::mem::take(&mut self.hot.wrote) {
+            self.hot.write_turns += 1;
+            if self.hot.write_turns > 2 {
+                self.hot.flush_habit = 0;
+            } else if self.hot.flush_habit >= self.params.flush_habit && self.waiters.is_empty() {
+                // A flush will follow: begin its append while the client still hears of the write.
+                self.wait_durable(None);
+            }
         }
         let wanted = self.waiters.back().map_or(0, |w| w.target);
         if self

@@ -2,6 +2,8 @@
 //!
 //! A block is looked up in this order: pending entries (newest writes), zero marks (whole leaves trimmed), the leaf.
 
+use std::hash::{BuildHasherDefault, Hasher};
+
 use hashbrown::HashMap;
 use slab::Slab;
 
@@ -70,14 +72,40 @@ pub(super) enum Lookup {
     NeedLeaf,
 }
 
+/// Hashes a block's key so that sixteen neighbours lie side by side in the table: a large write touches a few cache
+/// lines, not one for each block. Keys are row numbers of ours and block numbers; no client chooses collisions.
+#[derive(Default)]
+pub(super) struct NeighbourHasher(u64);
+
+impl Hasher for NeighbourHasher {
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("keys are 64-bit numbers")
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        let group = (key >> 4).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mixed = group ^ (group >> 32);
+        // The table takes the place from the low bits and a tag from the top seven, which must differ between
+        // neighbours, or each look-up would compare all of them.
+        let tag = (mixed >> 20 ^ key) & 0x7f;
+        self.0 = tag << 57 | (mixed << 4 | key & 15) & ((1 << 57) - 1);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type NeighbourMap<T> = HashMap<u64, T, BuildHasherDefault<NeighbourHasher>>;
+
 #[derive(Default)]
 pub(super) struct Index {
     rows: Slab<Row>,
     by_key: HashMap<ExtentKey, RowId>,
     leaves: Slab<Leaf>,
     clock: usize,
-    pending: HashMap<u64, Pending>,
-    zero_marks: HashMap<u64, ZeroMark>,
+    pending: NeighbourMap<Pending>,
+    zero_marks: NeighbourMap<ZeroMark>,
     pub(super) dirty_leaves: usize,
     /// Leaves that exist, on disk or only in memory.
     pub(super) leaf_count: u64,

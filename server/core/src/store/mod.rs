@@ -218,6 +218,9 @@ pub struct Params {
     pub writeback_ms: u64,
     /// Appends in flight at once.
     pub max_appends: usize,
+    /// After this many flushes in a row that each followed a write at once, a write is appended durably without
+    /// waiting for the flush that will follow it.
+    pub flush_habit: u32,
     /// A background sync is made after this many blocks were appended: bounds what is verified at open.
     pub sync_log_blocks: u64,
     /// Grow the file by this many segments at a time.
@@ -237,6 +240,8 @@ impl Default for Params {
             checkpoint_log_blocks: 262_144,
             writeback_ms: 1000,
             max_appends: 8,
+            // Few: a database's log shows its habit soon, and a wrong guess costs one small frame.
+            flush_habit: 4,
             // 128 MiB.
             sync_log_blocks: 32_768,
             grow_segments: 16,

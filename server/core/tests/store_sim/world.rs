@@ -130,6 +130,7 @@ impl World {
             writeback_ms: 1 + rng.below(50),
             max_appends: 1 + rng.below(6) as usize,
             sync_log_blocks: 20 + rng.below(100),
+            flush_habit: rng.below(4) as u32,
             grow_segments: 1 + rng.below(4) as u32,
             ..Params::default()
         };
