@@ -46,7 +46,7 @@ pub struct WatchId {
 /// multiples of the block size.
 #[derive(Clone, Copy, Debug)]
 pub enum DiskOp {
-    /// Write all of `len` bytes; `durable` makes the write carry its own data sync (RWF_DSYNC).
+    /// Write all of `len` bytes; with `durable`, end when they are on stable storage.
     Write {
         file: FileId,
         offset: u64,
