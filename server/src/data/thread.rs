@@ -219,7 +219,7 @@ impl DataThread {
         self.send_dirty();
         self.run_stores();
         self.send_dirty();
-        if self.freed && !self.paused.is_empty() {
+        if std::mem::take(&mut self.freed) && !self.paused.is_empty() {
             for key in std::mem::take(&mut self.paused) {
                 if let Some(connection) = self.connections.get_mut(key as usize) {
                     connection.is_paused = false;
@@ -227,7 +227,6 @@ impl DataThread {
                 }
             }
         }
-        self.freed = false;
         self.sweep();
         self.bury();
         if self.drain.is_some() {
@@ -244,7 +243,12 @@ impl DataThread {
 
     /// When the loop must turn though nothing happens.
     fn deadline(&mut self) -> Option<Instant> {
-        if !self.ready.is_empty() || !self.resumable.is_empty() || !self.dead.is_empty() {
+        let pauses_may_end = self.freed && !self.paused.is_empty();
+        if pauses_may_end
+            || !self.ready.is_empty()
+            || !self.resumable.is_empty()
+            || !self.dead.is_empty()
+        {
             return Some(self.now);
         }
         let stores = self
