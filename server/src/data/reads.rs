@@ -174,11 +174,14 @@ impl DataThread {
             return;
         }
         volume.unlocked += 1;
-        request.pending = slots.len() as u32;
-        let stores: SmallVec<[usize; 4]> = slots
+        let mut stores: SmallVec<[usize; 4]> = slots
             .iter()
             .map(|slot| volume.stores[usize::from(slot.0)])
             .collect();
+        // A store may come more than once in a placement; one sync is enough.
+        stores.sort_unstable();
+        stores.dedup();
+        request.pending = stores.len() as u32;
         request.work = Work::Flush(plan);
         self.put(key, request);
         for store in stores {

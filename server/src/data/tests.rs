@@ -45,7 +45,13 @@ fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
         write_through: false,
         read_only: false,
         placement: Placement {
-            stores: plane.stores().iter().map(|s| s.id).collect(),
+            // The first store comes twice, as one with more room does.
+            stores: plane
+                .stores()
+                .iter()
+                .chain(plane.stores().first())
+                .map(|store| store.id)
+                .collect(),
         },
     }
 }
