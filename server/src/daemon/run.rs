@@ -297,6 +297,38 @@ impl Daemon {
         interfaces.spawn(admin);
 
         state.begin_step("the metadata is being opened");
+        let (plane, volumes, listeners) = match Daemon::open(&state, sockets.nbd).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                // Nobody answers on the sockets of a daemon that did not start.
+                let _ = stop_interfaces.send(true);
+                while interfaces.join_next().await.is_some() {}
+                return Err(error);
+            }
+        };
+        state.enter(Phase::Ready);
+        let views = volumes.list();
+        tracing::info!(
+            volumes = views.len(),
+            took_ms = state.uptime().as_millis() as u64,
+            "ready"
+        );
+        Ok(Daemon {
+            state,
+            plane,
+            volumes,
+            listeners,
+            stop_interfaces,
+            interfaces,
+        })
+    }
+
+    /// Metadata, stores and volumes, in this order.
+    async fn open(
+        state: &Arc<State>,
+        nbd: Vec<Bound>,
+    ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
+        let config = state.config();
         let store = SqliteStore::open(&config.data_dir.join(METADATA_FILE))?;
         let store: Arc<dyn MetadataStore> = Arc::new(store);
         let node = node_record(&*store).await?.id;
@@ -319,30 +351,15 @@ impl Daemon {
             );
         }
         let host = Arc::new(Host::new(plane.clone()));
-        let started = Daemon::start_volumes(&state, store, &known, host, &plane, sockets.nbd).await;
-        let (volumes, listeners) = match started {
-            Ok(started) => started,
+        let started = Daemon::start_volumes(state, store, &known, host, &plane, nbd).await;
+        match started {
+            Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.
                 plane.drain().await;
-                return Err(error);
+                Err(error)
             }
-        };
-        state.enter(Phase::Ready);
-        let views = volumes.list();
-        tracing::info!(
-            volumes = views.len(),
-            took_ms = state.uptime().as_millis() as u64,
-            "ready"
-        );
-        Ok(Daemon {
-            state,
-            plane,
-            volumes,
-            listeners,
-            stop_interfaces,
-            interfaces,
-        })
+        }
     }
 
     async fn start_volumes(
