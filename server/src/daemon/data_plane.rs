@@ -1,8 +1,10 @@
 //! The data plane behind the traits that the rest of the daemon is written against.
 
+use std::collections::BTreeMap;
+
 use ashlar_core::nbd::session::ReplyStyle;
 use ashlar_core::placement::StoreSpace;
-use ashlar_core::units::{BLOCK_BYTES, LayerId, StoreId, VolumeId};
+use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
 use crate::data::{self, DataError, DataPlane};
@@ -114,14 +116,14 @@ impl VolumeHost for Host {
             .collect()
     }
 
-    async fn layers(&self) -> Result<Vec<LayerId>, HostError> {
-        let of_stores = self.plane.layers().await.map_err(refusal)?;
-        let mut layers: Vec<_> = of_stores
-            .into_iter()
-            .flat_map(|(_, layers)| layers)
-            .collect();
-        layers.sort_unstable();
-        layers.dedup();
+    async fn layers(&self) -> Result<BTreeMap<LayerId, Epoch>, HostError> {
+        let mut layers = BTreeMap::new();
+        for (_, of_store) in self.plane.layers().await.map_err(refusal)? {
+            for (layer, epoch) in of_store {
+                let newest = layers.entry(layer).or_insert(epoch);
+                *newest = epoch.max(*newest);
+            }
+        }
         Ok(layers)
     }
 }

@@ -163,6 +163,8 @@ fn serve(config: Config) -> Result<(), DaemonError> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// A terminal that is closed.
+    hang_up: Signal,
 }
 
 impl Signals {
@@ -171,6 +173,7 @@ impl Signals {
         Ok(Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
+            hang_up: listen(SignalKind::hangup())?,
         })
     }
 
@@ -178,6 +181,7 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hang_up.recv() => "SIGHUP",
         }
     }
 }
@@ -241,7 +245,7 @@ pub(super) struct Daemon {
     listeners: Listeners,
     /// Ends the admin and HTTP servers.
     stop_interfaces: watch::Sender<bool>,
-    interfaces: tokio::task::JoinSet<std::io::Result<()>>,
+    interfaces: tokio::task::JoinSet<()>,
 }
 
 impl Daemon {
@@ -291,18 +295,18 @@ impl Daemon {
             if !local.ip().is_loopback() {
                 tracing::info!(%local, "metrics and health can be read from other machines");
             }
-            interfaces.spawn(http::serve(listener, state.clone(), until(stopped.clone())));
+            let serving = http::serve(listener, state.clone(), until(stopped.clone()));
+            interfaces.spawn(watched("http", serving));
         }
         let admin = crate::admin::serve(sockets.admin, state.clone(), stopped);
-        interfaces.spawn(admin);
+        interfaces.spawn(watched("admin", admin));
 
-        state.begin_step("the metadata is being opened");
-        let (plane, volumes, listeners) = match Daemon::open(&state, sockets.nbd).await {
-            Ok(opened) => opened,
+        let started = Daemon::start_serving(&state, sockets.nbd).await;
+        let (plane, volumes, listeners) = match started {
+            Ok(started) => started,
             Err(error) => {
-                // Nobody answers on the sockets of a daemon that did not start.
-                let _ = stop_interfaces.send(true);
-                while interfaces.join_next().await.is_some() {}
+                // Whoever asked is answered before the sockets close.
+                stop(&stop_interfaces, &mut interfaces).await;
                 return Err(error);
             }
         };
@@ -323,12 +327,13 @@ impl Daemon {
         })
     }
 
-    /// Metadata, stores and volumes, in this order.
-    async fn open(
+    /// Metadata, stores, volumes, NBD: one after the other.
+    async fn start_serving(
         state: &Arc<State>,
         nbd: Vec<Bound>,
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
+        state.begin_step("the metadata is being opened");
         let store = SqliteStore::open(&config.data_dir.join(METADATA_FILE))?;
         let store: Arc<dyn MetadataStore> = Arc::new(store);
         let node = node_record(&*store).await?.id;
@@ -351,8 +356,7 @@ impl Daemon {
             );
         }
         let host = Arc::new(Host::new(plane.clone()));
-        let started = Daemon::start_volumes(state, store, &known, host, &plane, nbd).await;
-        match started {
+        match Daemon::start_volumes(state, store, &known, host, &plane, nbd).await {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.
@@ -417,13 +421,25 @@ impl Daemon {
                 "the drain did not end in time; the next start replays the log"
             );
         }
-        let _ = self.stop_interfaces.send(true);
-        while self.interfaces.join_next().await.is_some() {}
+        stop(&self.stop_interfaces, &mut self.interfaces).await;
     }
 }
 
 /// What the data plane may take beyond its own deadline for clients: checkpoints of large stores.
 const DRAIN_SLACK: Duration = Duration::from_secs(30);
+
+/// Ends the admin and HTTP servers.
+async fn stop(stop_interfaces: &watch::Sender<bool>, interfaces: &mut tokio::task::JoinSet<()>) {
+    let _ = stop_interfaces.send(true);
+    while interfaces.join_next().await.is_some() {}
+}
+
+/// Runs the server of an interface; volumes are served without it, but somebody should know.
+async fn watched(interface: &'static str, serving: impl Future<Output = std::io::Result<()>>) {
+    if let Err(error) = serving.await {
+        tracing::error!(interface, %error, "an interface is not served any more; restart ashlard");
+    }
+}
 
 async fn until(mut stopped: watch::Receiver<bool>) {
     // An error means that the sender is gone, which is a stop too.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
 use tokio::sync::oneshot;
 
@@ -46,7 +46,7 @@ pub(super) enum Command {
         layer: LayerId,
         answer: Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
     },
-    Layers(Answer<Vec<(StoreId, Vec<LayerId>)>>),
+    Layers(Answer<Vec<(StoreId, Vec<(LayerId, Epoch)>)>>),
     StoreStatuses(Answer<Vec<StoreReport>>),
     /// Begins a scrub at this rate, or ends the one that runs.
     Scrub {

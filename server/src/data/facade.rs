@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::oneshot;
 
 use super::command::Command;
@@ -253,8 +253,9 @@ impl DataPlane {
         wait_all(pending).await
     }
 
-    /// Layers with blocks, by store; what the metadata does not know of is an orphan.
-    pub async fn layers(&self) -> Result<Vec<(StoreId, Vec<LayerId>)>, DataError> {
+    /// Layers with blocks and the highest epoch each was written under, by store; what the metadata does not know of is
+    /// an orphan.
+    pub async fn layers(&self) -> Result<Vec<(StoreId, Vec<(LayerId, Epoch)>)>, DataError> {
         let mut layers = Vec::new();
         for thread in &self.0.threads {
             layers.extend(thread.ask(Command::Layers).await?);

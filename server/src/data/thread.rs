@@ -129,7 +129,8 @@ impl DataThread {
             volumes: Slab::new(),
             volume_keys: HashMap::new(),
             connections: Slab::new(),
-            next_serial: 1,
+            // Unique in the daemon: the thread in the high bits.
+            next_serial: ((parts.index as u64) << 48) + 1,
             operations: Slab::with_capacity(256),
             pool: Pool::new(KEEP_BUFFER_BYTES),
             limits: parts.limits,

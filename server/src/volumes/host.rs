@@ -1,5 +1,7 @@
 //! What the volume service needs of the data plane.
 
+use std::collections::BTreeMap;
+
 use ashlar_core::placement::StoreSpace;
 use ashlar_core::records::Placement;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
@@ -93,6 +95,6 @@ pub trait VolumeHost: Send + Sync + 'static {
     /// The stores and their room, in groups that may hold the chunks of one volume together.
     async fn store_groups(&self) -> Vec<Vec<StoreSpace>>;
 
-    /// Every layer that any store holds blocks of.
-    async fn layers(&self) -> Result<Vec<LayerId>, HostError>;
+    /// Every layer that any store holds blocks of, with the highest epoch it was written under.
+    async fn layers(&self) -> Result<BTreeMap<LayerId, Epoch>, HostError>;
 }

@@ -10,6 +10,7 @@ mod error;
 mod exports;
 mod host;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -17,9 +18,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ashlar_core::records::{
     HeadClaim, LayerCounter, NameRecord, NewVolume, Placement, Record, Revision, RoundedSize,
     Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, begin_delete, claim, configure,
-    create, finish_delete, keys, rename, resize, round_up_to_block,
+    create, finish_delete, keys, pass_over_layers, rename, resize, round_up_to_block,
 };
-use ashlar_core::units::{LayerId, NodeId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
 pub use catalog::Serving;
@@ -83,6 +84,8 @@ pub struct Volumes {
     catalog: Mutex<Catalog>,
     /// Layers found in stores that no record names.
     unknown_layers: Mutex<Vec<LayerId>>,
+    /// What the stores held at the start, and the highest epoch of each.
+    written: Mutex<BTreeMap<LayerId, Epoch>>,
     draining: AtomicBool,
     /// Held for reading by every change, so that a drain can wait for them.
     changes: Arc<tokio::sync::RwLock<()>>,
@@ -106,12 +109,13 @@ impl Volumes {
             head,
             catalog: Mutex::default(),
             unknown_layers: Mutex::default(),
+            written: Mutex::default(),
             draining: AtomicBool::new(false),
             changes: Arc::default(),
         });
         service.load().await?;
+        service.survey_stores().await?;
         service.open_all().await?;
-        service.report_unknown_layers().await;
         service.resume_deletions();
         Ok(service)
     }
@@ -363,6 +367,10 @@ impl Volumes {
         let id = before.record.id;
         if configure(&before, read_only, write_through, 0)?.is_some() {
             let connections = self.close(id).await?;
+            if connections == 0 {
+                let closed = Serving::No("its settings are being changed".to_owned());
+                self.catalog().put(before.clone(), closed);
+            }
             let decided = self
                 .change(&Change::Configure {
                     id,
@@ -613,7 +621,11 @@ impl Volumes {
             Change::BeginDelete { id, connections } => {
                 Ok(begin_delete(&self.reread(id).await?, connections)?)
             }
-            Change::Claim { id } => Ok(Some(claim(&self.reread(id).await?, self.head)?)),
+            Change::Claim { id } => {
+                let current = self.reread(id).await?;
+                let written = self.written_epoch(&current.record);
+                Ok(Some(claim(&current, self.head, written)?))
+            }
         }
     }
 
@@ -667,7 +679,8 @@ impl Volumes {
         let mut transaction = Transaction::new();
         let mut records = Vec::with_capacity(batch.len());
         for volume in batch {
-            let Ok((record, step)) = claim(volume, self.head) else {
+            let Ok((record, step)) = claim(volume, self.head, self.written_epoch(&volume.record))
+            else {
                 return Ok(None);
             };
             transaction = transaction.and(step);
@@ -688,24 +701,70 @@ impl Volumes {
         }
     }
 
-    async fn report_unknown_layers(&self) {
-        let mut found = match self.host.layers().await {
-            Ok(layers) => layers,
-            Err(error) => {
-                tracing::warn!(%error, "the layers in the stores could not be listed");
-                return;
-            }
+    /// Looks at what the stores hold before anything is given out or served: metadata that was restored from a backup
+    /// is older than the stores, and must not give a layer or an epoch out a second time.
+    async fn survey_stores(&self) -> Result<(), VolumeError> {
+        let reference = || "in the stores".to_owned();
+        let found = self.host.layers().await;
+        let found = found.map_err(|source| VolumeError::Host {
+            reference: reference(),
+            source,
+        })?;
+        let (unknown, overtaken) = {
+            let catalog = self.catalog();
+            let known: BTreeSet<_> = catalog.layers().collect();
+            let unknown: Vec<_> = found
+                .keys()
+                .copied()
+                .filter(|layer| !known.contains(layer))
+                .collect();
+            let overtaken = catalog.all().into_iter().map(|entry| entry.current.record);
+            let overtaken = overtaken
+                .filter(|record| newest_epoch(&found, record) > record.epoch)
+                .count();
+            (unknown, overtaken)
         };
-        let known: Vec<_> = self.catalog().layers().collect();
-        found.retain(|layer| !known.contains(layer));
-        if !found.is_empty() {
-            let layers: Vec<_> = found.iter().map(|layer| layer.0).collect();
+        if overtaken > 0 {
+            tracing::warn!(
+                volumes = overtaken,
+                "the stores are newer than the metadata (restored from a backup?); the volumes' epochs are raised past what was used"
+            );
+        }
+        if !unknown.is_empty() {
+            let layers: Vec<_> = unknown.iter().map(|layer| layer.0).collect();
             tracing::warn!(
                 ?layers,
                 "stores hold layers that no volume names; they are kept, see `ashlar status`"
             );
         }
-        *lock(&self.unknown_layers) = found;
+        if let Some((&highest, _)) = found.last_key_value() {
+            self.pass_over(highest).await?;
+        }
+        *lock(&self.unknown_layers) = unknown;
+        *lock(&self.written) = found;
+        Ok(())
+    }
+
+    /// Moves the layer counter past ids that the stores have.
+    async fn pass_over(&self, used: LayerId) -> Result<(), VolumeError> {
+        for _ in 0..ATTEMPTS {
+            let counter = meta::read::<LayerCounter>(&*self.store, keys::NEXT_LAYER).await?;
+            let Some(transaction) = pass_over_layers(counter, used) else {
+                return Ok(());
+            };
+            match self.store.commit(transaction).await {
+                Ok(Outcome::Committed(_)) => return Ok(()),
+                // The next round reads what became of it.
+                Ok(Outcome::Conflict) | Err(MetadataError::Unknown { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(VolumeError::Contended)
+    }
+
+    /// The highest epoch that stores were found to hold blocks of this volume of, at the start.
+    fn written_epoch(&self, record: &VolumeRecord) -> Epoch {
+        newest_epoch(&lock(&self.written), record)
     }
 
     fn resume_deletions(self: &Arc<Self>) {
@@ -723,6 +782,17 @@ impl Volumes {
             });
         }
     }
+}
+
+/// The highest epoch among a volume's layers.
+fn newest_epoch(found: &BTreeMap<LayerId, Epoch>, record: &VolumeRecord) -> Epoch {
+    record
+        .layers
+        .iter()
+        .filter_map(|layer| found.get(layer))
+        .copied()
+        .max()
+        .unwrap_or(Epoch(0))
 }
 
 /// Reads the daemon's own record, or makes it at the first start. A second daemon that makes it at the same moment

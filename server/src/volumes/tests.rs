@@ -17,6 +17,8 @@ struct Host {
     /// Epochs served so far: none may come twice for one volume.
     served: Mutex<BTreeSet<(VolumeId, Epoch)>>,
     refuse_drops: AtomicBool,
+    /// What the stores were written under.
+    written: Mutex<BTreeMap<LayerId, Epoch>>,
 }
 
 const STORE: StoreId = StoreId(Uuid::from_u128(0xabc));
@@ -96,8 +98,17 @@ impl VolumeHost for Host {
         ]
     }
 
-    async fn layers(&self) -> Result<Vec<LayerId>, HostError> {
-        Ok(lock(&self.layers).iter().copied().collect())
+    async fn layers(&self) -> Result<BTreeMap<LayerId, Epoch>, HostError> {
+        let mut layers: BTreeMap<_, _> = lock(&self.layers)
+            .iter()
+            .map(|layer| (*layer, Epoch(0)))
+            .collect();
+        layers.extend(
+            lock(&self.written)
+                .iter()
+                .map(|(layer, epoch)| (*layer, *epoch)),
+        );
+        Ok(layers)
     }
 }
 
@@ -331,6 +342,35 @@ async fn a_deletion_cut_short_is_finished_by_the_next_start() {
             .collect::<Vec<_>>(),
         next.record.layers
     );
+}
+
+#[tokio::test]
+async fn metadata_from_an_old_backup_takes_no_epoch_and_no_layer_again() {
+    let daemon = Daemon::new();
+    let service = daemon.start().await;
+    let old = service
+        .create("a", 4096, false, false)
+        .await
+        .expect("create")
+        .record;
+    drop(service);
+    // What happened after the backup: the volume was opened often, and others were made.
+    lock(&daemon.host.written).insert(old.live_layer(), Epoch(50));
+    lock(&daemon.host.written).insert(LayerId(30), Epoch(2));
+    let service = daemon.start().await;
+    assert_eq!(daemon.spec(old.id).expect("open").epoch, Epoch(51));
+    assert_eq!(service.unknown_layers(), [LayerId(30)]);
+    let new = service
+        .create("b", 4096, false, false)
+        .await
+        .expect("create")
+        .record;
+    assert_eq!(new.live_layer(), LayerId(31));
+    let view = service
+        .configure("a", Some(true), None)
+        .await
+        .expect("opened again");
+    assert_eq!(view.record.epoch, Epoch(52));
 }
 
 #[tokio::test]

@@ -152,9 +152,14 @@ pub enum ClaimError {
 
 /// Decides the claim that must precede serving a volume: a new epoch with `head` as its holder. Answers the record as
 /// it will be.
+///
+/// `written`: the highest epoch that its stores hold blocks of. It is beyond the record's only when the metadata is
+/// older than the stores (restored from a backup); the new epoch is larger than both, because a store never replaces an
+/// entry by one of a smaller version, and what is written under a used epoch could vanish.
 pub fn claim(
     current: &Versioned<VolumeRecord>,
     head: HeadClaim,
+    written: Epoch,
 ) -> Result<(VolumeRecord, Transaction), ClaimError> {
     let record = &current.record;
     if record.state == VolumeState::Deleting {
@@ -162,18 +167,40 @@ pub fn claim(
             name: record.name.clone(),
         });
     }
-    if record.epoch >= Epoch::MAX {
+    let last = record.epoch.max(written);
+    if last >= Epoch::MAX {
         return Err(ClaimError::EpochsExhausted {
             name: record.name.clone(),
         });
     }
     let claimed = VolumeRecord {
-        epoch: Epoch(record.epoch.0 + 1),
+        epoch: Epoch(last.0 + 1),
         head: Some(head),
         ..record.clone()
     };
     let transaction = rewrite(current, &claimed);
     Ok((claimed, transaction))
+}
+
+/// Decides whether layer ids must be passed over: `used` is the highest that a store holds, and it was given out. It is
+/// beyond the counter only when the metadata is older than the stores. `None`: nothing to do.
+pub fn pass_over_layers(
+    counter: Option<Versioned<LayerCounter>>,
+    used: LayerId,
+) -> Option<Transaction> {
+    let next = counter
+        .as_ref()
+        .map_or(LayerCounter::FIRST.next, |counter| counter.record.next);
+    if used < next {
+        return None;
+    }
+    let transaction = match counter {
+        Some(counter) => Transaction::new().when_unchanged(keys::NEXT_LAYER, counter.changed_at),
+        None => Transaction::new().when_absent(keys::NEXT_LAYER),
+    };
+    // At the end of all ids the counter stays there, and creation says that there are none left.
+    let next = LayerId(used.0.saturating_add(1));
+    Some(transaction.put(keys::NEXT_LAYER, LayerCounter { next }.encode()))
 }
 
 /// Why a volume is not renamed.
@@ -602,8 +629,8 @@ mod tests {
     fn a_claim_raises_the_epoch_and_only_one_of_two_wins() {
         let mut memory = Memory::default();
         let volume = created(&mut memory, 1, "a");
-        let (mine, first) = claim(&volume, head(1)).expect("claim");
-        let (_, second) = claim(&volume, head(2)).expect("claim");
+        let (mine, first) = claim(&volume, head(1), Epoch(0)).expect("claim");
+        let (_, second) = claim(&volume, head(2), Epoch(0)).expect("claim");
         assert_eq!((mine.epoch, mine.head), (Epoch(1), Some(head(1))));
         assert!(memory.commit(&first));
         assert!(!memory.commit(&second));
@@ -617,9 +644,33 @@ mod tests {
                 changed_at: Revision(1),
             },
             head(1),
+            Epoch(0),
         )
         .expect_err("used up");
         assert_eq!(error, ClaimError::EpochsExhausted { name: name("a") });
+    }
+
+    #[test]
+    fn metadata_older_than_the_stores_gives_nothing_out_twice() {
+        let mut memory = Memory::default();
+        let volume = created(&mut memory, 1, "a");
+        let (claimed, _) = claim(&volume, head(1), Epoch(40)).expect("claim");
+        assert_eq!(claimed.epoch, Epoch(41));
+        assert!(claim(&volume, head(1), Epoch::MAX).is_err());
+
+        assert_eq!(
+            pass_over_layers(memory.read(keys::NEXT_LAYER), volume.record.live_layer()),
+            None
+        );
+        let skip = pass_over_layers(memory.read(keys::NEXT_LAYER), LayerId(9))
+            .expect("beyond the counter");
+        assert!(memory.commit(&skip));
+        assert_eq!(
+            created(&mut memory, 2, "b").record.live_layer(),
+            LayerId(10)
+        );
+        let skip = pass_over_layers(None, LayerId(u64::MAX)).expect("beyond the counter");
+        assert!(Memory::default().commit(&skip));
     }
 
     #[test]
@@ -685,7 +736,7 @@ mod tests {
         let tombstone = memory.volumes().remove(0);
         assert_eq!(begin_delete(&tombstone, 0), Ok(None));
         assert!(matches!(
-            claim(&tombstone, head(1)),
+            claim(&tombstone, head(1), Epoch(0)),
             Err(ClaimError::Deleting { .. })
         ));
         assert!(matches!(
@@ -743,7 +794,7 @@ mod tests {
                         .and_then(|v| resize(&v, round_up_to_block(blocks * 4096).expect("size")).ok().flatten())
                         .map(|(_, transaction)| transaction),
                     Step::Claim { volume } => pick(volume)
-                        .and_then(|v| claim(&v, head(number as u128)).ok())
+                        .and_then(|v| claim(&v, head(number as u128), Epoch(0)).ok())
                         .map(|(_, transaction)| transaction),
                     Step::Delete { volume } => pick(volume)
                         .and_then(|v| begin_delete(&v, 0).ok().flatten())

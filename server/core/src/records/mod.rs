@@ -12,7 +12,8 @@ mod transaction;
 
 pub use change::{
     ClaimError, ConfigureError, CreateError, Creation, DeleteError, NewVolume, RenameError,
-    ResizeError, begin_delete, claim, configure, create, finish_delete, rename, resize,
+    ResizeError, begin_delete, claim, configure, create, finish_delete, pass_over_layers, rename,
+    resize,
 };
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use record::{

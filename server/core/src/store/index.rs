@@ -8,7 +8,7 @@ use hashbrown::HashMap;
 use slab::Slab;
 
 use super::format::{Addr, ExtentKey, LeafEntries, Mapping};
-use crate::units::{CHUNK_LEAVES, LEAF_BLOCKS};
+use crate::units::{CHUNK_LEAVES, LEAF_BLOCKS, LayerId, Version};
 
 /// A directory row's place in memory.
 pub(super) type RowId = u32;
@@ -138,6 +138,31 @@ impl Index {
 
     pub(super) fn rows(&self) -> impl Iterator<Item = (RowId, &Row)> {
         self.rows.iter().map(|(id, row)| (id as RowId, row))
+    }
+
+    /// The versions of everything that is mapped, pending or marked, as far as it takes to know the highest of a layer
+    /// that is not being written; layers that were dropped are left out.
+    pub(super) fn versions(&self) -> impl Iterator<Item = (LayerId, Version)> {
+        let leaves = self
+            .rows()
+            .flat_map(|(id, row)| row.leaves.iter().map(move |leaf| (id, leaf.version)));
+        let pending = self
+            .pending
+            .iter()
+            .map(|(key, entry)| ((key >> 14) as RowId, entry.version));
+        let marks = self
+            .zero_marks
+            .iter()
+            .map(|(key, mark)| ((key >> 5) as RowId, mark.version));
+        let memory = self
+            .leaves
+            .iter()
+            .flat_map(|(_, leaf)| leaf.entries.iter().map(|entry| (leaf.row, entry.version)));
+        let all = leaves.chain(pending).chain(marks).chain(memory);
+        all.filter_map(|(row, version)| {
+            let row = self.row(row);
+            (!row.dropped).then_some((row.key.layer, Version(version)))
+        })
     }
 
     /// The row with the smallest key not before `from`; for walks that survive changes.

@@ -16,7 +16,7 @@ use super::scrub::Scrub;
 use super::segment::{SegmentState, Segments};
 use super::tail::Tail;
 use super::{Action, AlignedBuf, Errno, Event, IoId, OpId, Params, StoreError, StoreStatus};
-use crate::units::StoreId;
+use crate::units::{Epoch, LayerId, StoreId, Version};
 
 /// One store. Owned by one thread.
 pub struct Store {
@@ -411,17 +411,21 @@ impl Store {
         )
     }
 
-    /// Layers that have blocks here, in order; what the metadata does not know of is an orphan.
-    pub fn layers(&self) -> Vec<crate::units::LayerId> {
-        let mut layers: Vec<_> = self
-            .index
-            .rows()
-            .filter(|(_, r)| !r.dropped)
-            .map(|(_, r)| r.key.layer)
-            .collect();
-        layers.sort_unstable();
-        layers.dedup();
+    /// Layers that have blocks here, in order, each with the highest epoch that anything in it was written under.
+    ///
+    /// What the metadata does not know of is an orphan. A layer whose epoch is beyond its volume's is newer than the
+    /// metadata (restored from a backup?): it must not be written under an epoch that was used, because an entry with a
+    /// larger version is never replaced by one with a smaller.
+    pub fn layers(&self) -> Vec<(LayerId, Epoch)> {
+        let mut layers = std::collections::BTreeMap::new();
+        for (layer, version) in self.index.versions() {
+            let newest = layers.entry(layer).or_insert(Version::NONE);
+            *newest = (*newest).max(version);
+        }
         layers
+            .into_iter()
+            .map(|(layer, newest)| (layer, newest.epoch()))
+            .collect()
     }
 
     /// Whether nothing is under way and nothing waits, so that the store may be dropped.
