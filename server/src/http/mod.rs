@@ -3,6 +3,7 @@
 //! It only tells, takes no input beyond the path, and holds no secret but the names of volumes; so it may be reached
 //! from other machines when the configuration says so.
 
+mod page;
 mod scrape;
 
 use std::future::Future;

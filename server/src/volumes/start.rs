@@ -1,0 +1,183 @@
+//! A start: what the records and the stores say, and every volume claimed and opened.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ashlar_core::records::{
+    LayerCounter, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys, pass_over_layers,
+};
+use ashlar_core::units::{Epoch, LayerId};
+
+use super::{ATTEMPTS, OPENING, Serving, VolumeError, Volumes, lock};
+use crate::meta::{self, MetadataError, Outcome};
+
+/// Volumes claimed by one transaction at the start: a condition and an effect each, within
+/// [`meta::TRANSACTION_MAX_STEPS`]. One sync for all of them keeps the start short.
+const CLAIMS_AT_ONCE: usize = 100;
+
+impl Volumes {
+    pub(super) async fn load(&self) -> Result<(), VolumeError> {
+        let listing = self.store.list(keys::VOLUMES).await?;
+        for entry in listing.entries {
+            let current = entry.read::<VolumeRecord>()?;
+            if let Err(problem) = current.record.check_invariants() {
+                let reference = current.record.name.to_string();
+                return Err(VolumeError::BadRecord {
+                    reference,
+                    problem: problem.to_owned(),
+                });
+            }
+            self.catalog().put(current, Serving::No(OPENING.to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Claims and opens every active volume. The claims go in batches; a batch that does not commit is claimed one by
+    /// one, so that one bad volume spoils nothing.
+    pub(super) async fn open_all(&self) -> Result<(), VolumeError> {
+        let all = self.catalog().all();
+        let active: Vec<_> = all
+            .into_iter()
+            .map(|entry| entry.current)
+            .filter(|current| current.record.state == VolumeState::Active)
+            .collect();
+        for batch in active.chunks(CLAIMS_AT_ONCE) {
+            match self.claim_batch(batch).await? {
+                Some(claimed) => {
+                    for volume in claimed {
+                        self.log_unserved(self.open(volume).await);
+                    }
+                }
+                None => {
+                    for volume in batch {
+                        self.log_unserved(self.serve(volume.clone()).await);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `None`: not all of them could be claimed together.
+    async fn claim_batch(
+        &self,
+        batch: &[Versioned<VolumeRecord>],
+    ) -> Result<Option<Vec<Versioned<VolumeRecord>>>, VolumeError> {
+        let mut transaction = Transaction::new();
+        let mut records = Vec::with_capacity(batch.len());
+        for volume in batch {
+            let Ok((record, step)) = claim(volume, self.head, self.written_epoch(&volume.record))
+            else {
+                return Ok(None);
+            };
+            transaction = transaction.and(step);
+            records.push(record);
+        }
+        match self.store.commit(transaction).await? {
+            Outcome::Conflict => Ok(None),
+            Outcome::Committed(changed_at) => {
+                let claimed = |record| Versioned { record, changed_at };
+                Ok(Some(records.into_iter().map(claimed).collect()))
+            }
+        }
+    }
+
+    fn log_unserved(&self, outcome: Result<(), VolumeError>) {
+        if let Err(error) = outcome {
+            tracing::error!(%error, "a volume is not served");
+        }
+    }
+
+    /// Looks at what the stores hold before anything is given out or served: metadata that was restored from a backup
+    /// is older than the stores, and must not give a layer or an epoch out a second time.
+    pub(super) async fn survey_stores(&self) -> Result<(), VolumeError> {
+        let reference = || "in the stores".to_owned();
+        let found = self.host.layers().await;
+        let found = found.map_err(|source| VolumeError::Host {
+            reference: reference(),
+            source,
+        })?;
+        let (unknown, overtaken) = {
+            let catalog = self.catalog();
+            let known: BTreeSet<_> = catalog.layers().collect();
+            let unknown: Vec<_> = found
+                .keys()
+                .copied()
+                .filter(|layer| !known.contains(layer))
+                .collect();
+            let overtaken = catalog.all().into_iter().map(|entry| entry.current.record);
+            let overtaken = overtaken
+                .filter(|record| newest_epoch(&found, record) > record.epoch)
+                .count();
+            (unknown, overtaken)
+        };
+        if overtaken > 0 {
+            tracing::warn!(
+                volumes = overtaken,
+                "the stores are newer than the metadata (restored from a backup?); the volumes' epochs are raised past what was used"
+            );
+        }
+        if !unknown.is_empty() {
+            let layers: Vec<_> = unknown.iter().map(|layer| layer.0).collect();
+            tracing::warn!(
+                ?layers,
+                "stores hold layers that no volume names; they are kept, see `ashlar status`"
+            );
+        }
+        if let Some((&highest, _)) = found.last_key_value() {
+            self.pass_over(highest).await?;
+        }
+        *lock(&self.unknown_layers) = unknown;
+        *lock(&self.written) = found;
+        Ok(())
+    }
+
+    /// Moves the layer counter past ids that the stores have.
+    async fn pass_over(&self, used: LayerId) -> Result<(), VolumeError> {
+        for _ in 0..ATTEMPTS {
+            let counter = meta::read::<LayerCounter>(&*self.store, keys::NEXT_LAYER).await?;
+            let Some(transaction) = pass_over_layers(counter, used) else {
+                return Ok(());
+            };
+            match self.store.commit(transaction).await {
+                Ok(Outcome::Committed(_)) => return Ok(()),
+                // The next round reads what became of it.
+                Ok(Outcome::Conflict) | Err(MetadataError::Unknown { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(VolumeError::Contended)
+    }
+
+    /// The highest epoch that stores were found to hold blocks of this volume of, at the start.
+    pub(super) fn written_epoch(&self, record: &VolumeRecord) -> Epoch {
+        newest_epoch(&lock(&self.written), record)
+    }
+
+    pub(super) fn resume_deletions(self: &Arc<Self>) {
+        let all = self.catalog().all();
+        for entry in all
+            .into_iter()
+            .filter(|entry| entry.current.record.state == VolumeState::Deleting)
+        {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                let _guard = entry.changing.lock().await;
+                if let Err(error) = service.bury(entry.current.record.id).await {
+                    tracing::error!(%error, "an unfinished deletion could not be finished");
+                }
+            });
+        }
+    }
+}
+
+/// The highest epoch among a volume's layers.
+fn newest_epoch(found: &BTreeMap<LayerId, Epoch>, record: &VolumeRecord) -> Epoch {
+    record
+        .layers
+        .iter()
+        .filter_map(|layer| found.get(layer))
+        .copied()
+        .max()
+        .unwrap_or(Epoch(0))
+}
