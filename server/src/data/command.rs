@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use ashlar_core::units::{LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
 use tokio::sync::oneshot;
 
-use super::config::{ConnectionReport, DataError, StoreReport, VolumeRuntime, VolumeSpec};
+use super::config::{
+    ConnectionReport, DataError, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
+};
 use super::connection::{Connection, Phase};
 use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
@@ -46,7 +48,7 @@ pub(super) enum Command {
         layer: LayerId,
         answer: Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
     },
-    Layers(Answer<Vec<(StoreId, Vec<(LayerId, Epoch)>)>>),
+    Layers(Answer<Vec<StoreLayers>>),
     StoreStatuses(Answer<Vec<StoreReport>>),
     /// Begins a scrub at this rate, or ends the one that runs.
     Scrub {

@@ -156,6 +156,9 @@ pub struct StoreReport {
     pub status: StoreStatus,
 }
 
+/// A store, its layers and the highest epoch each was written under.
+pub type StoreLayers = (StoreId, Vec<(LayerId, Epoch)>);
+
 /// A volume as it is served now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeRuntime {

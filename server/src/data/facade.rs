@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use ashlar_core::units::{LayerId, StoreId, VolumeId};
 use tokio::sync::oneshot;
 
 use super::command::Command;
 use super::config::{
-    DataConfig, DataError, OpenedStore, StartError, StoreReport, VolumeRuntime, VolumeSpec,
+    DataConfig, DataError, OpenedStore, StartError, StoreLayers, StoreReport, VolumeRuntime,
+    VolumeSpec,
 };
 use super::open::open_store;
 use super::thread::{DataThread, Parts, StoreDriver};
@@ -255,7 +256,7 @@ impl DataPlane {
 
     /// Layers with blocks and the highest epoch each was written under, by store; what the metadata does not know of is
     /// an orphan.
-    pub async fn layers(&self) -> Result<Vec<(StoreId, Vec<(LayerId, Epoch)>)>, DataError> {
+    pub async fn layers(&self) -> Result<Vec<StoreLayers>, DataError> {
         let mut layers = Vec::new();
         for thread in &self.0.threads {
             layers.extend(thread.ask(Command::Layers).await?);

@@ -25,7 +25,7 @@ mod thread;
 
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, StartError, StoreConfig,
-    StoreReport, VolumeRuntime, VolumeSpec,
+    StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
 };
 pub use facade::DataPlane;
 pub use open::FileDisk;
