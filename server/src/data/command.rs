@@ -132,6 +132,12 @@ impl DataThread {
             }
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
+                    // What clients had sent by now is answered.
+                    for key in 0..self.connections.capacity() {
+                        if self.connections.get(key).is_some_and(|c| !c.is_paused) {
+                            self.serve(key as u32);
+                        }
+                    }
                     self.drain = Some(Drain {
                         answer,
                         give_up_at: self.now + patience,

@@ -65,9 +65,7 @@ impl DataThread {
         for key in ready.drain(..) {
             if let Some(connection) = self.connections.get_mut(key as usize) {
                 connection.is_ready = false;
-                if self.drain.is_none() {
-                    self.serve(key);
-                }
+                self.serve(key);
             }
         }
         // Those that were made ready meanwhile have used their share of this turn.
@@ -77,13 +75,21 @@ impl DataThread {
 
     /// Takes requests from one connection and receives more, until its socket is empty or its share is used.
     pub(super) fn serve(&mut self, key: u32) {
+        if self
+            .drain
+            .as_ref()
+            .is_some_and(|drain| drain.closing.is_some())
+        {
+            return;
+        }
         let mut left = TURN_BYTES;
         loop {
             if !self.take_requests(key) {
                 return;
             }
             let connection = &mut self.connections[key as usize];
-            if !connection.readable || connection.phase != Phase::Open {
+            // A drain finishes what was received and receives no more.
+            if !connection.readable || connection.phase != Phase::Open || self.drain.is_some() {
                 break;
             }
             if left == 0 {
