@@ -70,6 +70,7 @@ pub struct Setup {
     environment: Vec<(String, String)>,
     store_size: Option<String>,
     own_tail: bool,
+    fault: Option<String>,
     nbd: Vec<String>,
 }
 
@@ -80,6 +81,7 @@ impl Default for Setup {
             environment: Vec::new(),
             store_size: Some("1GiB".to_owned()),
             own_tail: false,
+            fault: None,
             nbd: Vec::new(),
         }
     }
@@ -125,9 +127,9 @@ impl Setup {
         self
     }
 
-    /// Faults of the disk, in the words of the daemon's hidden `--fault` setting.
-    pub fn fault(self, plan: &str) -> Setup {
-        self.arg("--fault").arg(plan)
+    /// Faults of the disk from the next start on, in the words of the daemon's hidden `--fault` setting.
+    pub fn set_fault(&mut self, plan: Option<&str>) {
+        self.fault = plan.map(str::to_owned);
     }
 
     /// A scratch directory and a daemon in it, ready.
@@ -206,6 +208,9 @@ impl Daemon {
             command.arg("--listen-nbd").arg(address);
         }
         command.args(&self.setup.arguments);
+        if let Some(plan) = &self.setup.fault {
+            command.arg("--fault").arg(plan);
+        }
         // What the person who runs the tests has set must not decide their outcome.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")) {
             command.env_remove(name);
@@ -260,6 +265,26 @@ impl Daemon {
                 }
             }
         });
+    }
+
+    /// Starts it and waits until it is ready (true) or has given up with an exit code (false).
+    pub fn start_or_end(&mut self) -> bool {
+        self.spawn();
+        let port = self.http_port;
+        let ready = wait::until(READY_LIMIT, "ashlard is ready or ends", || {
+            if let Ok((200, _)) = http::get(port, "/readyz") {
+                return Ok(true);
+            }
+            match self.process().exited() {
+                Some(status) if status.code().is_some_and(|code| code != 0) => Ok(false),
+                Some(status) => panic!("{}:\n{}", describe(status), self.log.tail()),
+                None => Err(self.log.tail()),
+            }
+        });
+        if !ready {
+            self.process = None;
+        }
+        ready
     }
 
     /// Starts it, expects it to give up, and returns what it said.

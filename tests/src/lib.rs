@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod fio;
 pub mod history;
 pub mod http;
+pub mod ledger;
 pub mod log;
 pub mod nbd;
 pub mod pattern;
