@@ -176,14 +176,12 @@ fn systemd_socket_activation() {
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log);
-    // SAFETY: dup2 is async-signal-safe; both descriptors are open in the child.
+    // SAFETY: both calls are async-signal-safe; the descriptor is open in the child. dup2 of 3 onto itself would leave it
+    // to be closed by exec, hence the flag.
     unsafe {
         command.pre_exec(move || {
-            if libc::dup2(descriptor, 3) < 0 {
-                Err(std::io::Error::last_os_error())
-            } else {
-                Ok(())
-            }
+            let failed = libc::dup2(descriptor, 3) < 0 || libc::fcntl(3, libc::F_SETFD, 0) < 0;
+            if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
     let mut daemon = Group::spawn(&mut command).unwrap();
