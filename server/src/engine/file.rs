@@ -6,9 +6,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+
+/// How long to wait for the lock of a store. The operations that a killed process leaves behind end with the device's
+/// answers; disks answer within seconds or are failing.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks at the lock: well below what a restart takes.
+const LOCK_LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A store's file or block device, locked for this process for as long as it is open.
 #[derive(Clone, Debug)]
@@ -107,10 +114,19 @@ impl StoreFile {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        match rustix::fs::flock(&fd, lock) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(OpenStoreError::InUse { path: at() }),
-            Err(e) => return Err(io_error(e.into())),
+        // A process that was killed with io_uring operations in flight is gone before its ring is: its lock goes with the
+        // last of them, and until then they may still write. So a lock that is held is waited for a while.
+        let begun = Instant::now();
+        loop {
+            match rustix::fs::flock(&fd, lock) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) if !read_only && begun.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(LOCK_LOOK_EVERY);
+                }
+                Err(Errno::WOULDBLOCK) => return Err(OpenStoreError::InUse { path: at() }),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(io_error(e.into())),
+            }
         }
         let size_bytes = if is_device {
             let sector_bytes = device_sector_bytes(&fd).map_err(&io_error)?;

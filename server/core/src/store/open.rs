@@ -303,6 +303,14 @@ impl Store {
             report.frames_from_tail = tail_frames.len() as u64;
             store.save_tail(disk, &tail_frames)?;
             disk.sync()?;
+            // The log has everything now. Said before the tail is voided: a process that dies while it wipes the tail
+            // must not leave a store that asks for a tail that is gone.
+            let superblock = Superblock {
+                generation: superblock.generation + 1,
+                clean: true,
+                ..superblock
+            };
+            write_superblock(disk, &superblock)?;
             let identity = TailIdentity {
                 store: old.store,
                 boot: options.boot,
@@ -313,6 +321,7 @@ impl Store {
                 generation: superblock.generation + 1,
                 boot: options.boot,
                 tail_incarnation: incarnation,
+                clean: false,
                 ..superblock
             };
             let superblock = store.superblock;
