@@ -228,6 +228,9 @@ impl Daemon {
     /// Starts it without waiting.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "already running");
+        if self.setup.own_tail {
+            std::fs::create_dir_all(self.data.join("tail")).expect("a directory for the tail");
+        }
         let open = || {
             OpenOptions::new()
                 .create(true)

@@ -12,13 +12,7 @@ impl Fio {
     /// A run of fio on `uri`.
     pub fn plain(uri: &str) -> Tool {
         Tool::new("fio")
-            .args([
-                "--name=job",
-                "--ioengine=nbd",
-                "--thread",
-                "--minimal",
-                "--eta=never",
-            ])
+            .args(["--name=job", "--ioengine=nbd", "--thread", "--eta=never"])
             .arg(format!("--uri={uri}"))
             .limit(Duration::from_secs(240))
     }

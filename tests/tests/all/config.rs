@@ -181,7 +181,11 @@ fn systemd_socket_activation() {
     unsafe {
         command.pre_exec(move || {
             let failed = libc::dup2(descriptor, 3) < 0 || libc::fcntl(3, libc::F_SETFD, 0) < 0;
-            if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            if failed {
+                Err(std::io::Error::last_os_error())
+            } else {
+                Ok(())
+            }
         });
     }
     let mut daemon = Group::spawn(&mut command).unwrap();

@@ -1,8 +1,9 @@
 //! A full store, and one that is kept nearly full.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ashlar_tests::daemon::{Daemon, Setup};
+use ashlar_tests::fio::Fio;
 use ashlar_tests::ledger::{Ended, Ledger};
 use ashlar_tests::nbd::{Transmission, Wishes, wire};
 use ashlar_tests::pattern::BLOCK;
@@ -96,45 +97,86 @@ fn a_full_store_refuses_new_blocks_and_nothing_else() {
     daemon.stop();
 }
 
-fn amplification(daemon: &Daemon) -> f64 {
-    let metrics = daemon.metrics();
-    let found = metrics
-        .samples
-        .iter()
-        .find(|sample| sample.name.contains("write_amplification"));
-    found
-        .unwrap_or_else(|| panic!("no write amplification in\n{}", metrics.text))
-        .value
+/// What overwriting at random, 4 KiB at depth 32, cost a store of 1 GiB that is filled to `percent` of its capacity.
+struct Churn {
+    daemon: Daemon,
+    /// Bytes written to the disk for each byte that the client wrote.
+    amplification: f64,
+    longest: Duration,
 }
 
-/// Overwrites at random at a given fill, and returns the longest that one write took.
-fn churn(fill_percent: u64, times: u64, test: &str) -> (Daemon, Duration) {
-    let mut rng = Rng::new(seed::of_run(test));
-    let daemon = Setup::default().store_size(STORE).start(test);
-    let blocks = STORE_BLOCKS * fill_percent / 100 / 16 * 16;
-    daemon.create("disk", &(blocks * BLOCK as u64).to_string());
-    let mut ledger = Ledger::new(rng.next() | 1, blocks);
-    let mut client = daemon.open("disk", Wishes::SIMPLE);
-    assert_eq!(fill(&mut ledger, &mut client, blocks), blocks);
-    let mut longest = Duration::ZERO;
-    for _ in 0..STORE_BLOCKS * times / 4 {
-        // 4 blocks at a time: random enough for the cleaner, and 4 times as quick as single ones.
-        let start = Instant::now();
-        let first = rng.below(blocks / 4) * 4;
-        assert_eq!(ledger.write(&mut client, first, 4, 0), Ended::Well);
-        longest = longest.max(start.elapsed());
+fn churn(test: &str, percent: u64, times: u64) -> Churn {
+    let daemon = Setup::default().start(test);
+    let counter = |name: &str| {
+        let metrics = daemon.metrics();
+        metrics
+            .sum(name, &[])
+            .unwrap_or_else(|| panic!("no {name} in\n{}", metrics.text))
+    };
+    let capacity = counter("ashlar_store_capacity_bytes") as u64;
+    let size = capacity * percent / 100 / (1 << 20) * (1 << 20);
+    daemon.create("disk", &size.to_string());
+    let uri = daemon.uri("disk");
+    let limit = Duration::from_secs(180);
+    Fio::plain(&uri)
+        .args([
+            "--rw=write",
+            "--bs=128k",
+            "--iodepth=16",
+            &format!("--size={size}"),
+        ])
+        .limit(limit)
+        .succeed();
+    daemon.open("disk", Wishes::SIMPLE).flush().unwrap();
+    let count = || {
+        (
+            counter("ashlar_store_written_bytes_total"),
+            counter("ashlar_store_client_bytes_total"),
+        )
+    };
+    let before = count();
+    let text = Fio::plain(&uri)
+        .args([
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=32",
+            "--norandommap",
+            "--output-format=json",
+        ])
+        .args([
+            format!("--size={size}"),
+            format!("--io_size={}", capacity * times),
+        ])
+        .limit(limit)
+        .succeed();
+    daemon.open("disk", Wishes::SIMPLE).flush().unwrap();
+    let after = count();
+    let json = &text[text.find('{').expect("JSON")..];
+    let report: serde_json::Value =
+        serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let nanos = report["jobs"][0]["write"]["clat_ns"]["max"]
+        .as_u64()
+        .expect("a longest latency");
+    let amplification = (after.0 - before.0) / (after.1 - before.1);
+    let longest = Duration::from_nanos(nanos);
+    println!(
+        "{percent} % full, overwritten {times} times: write amplification {amplification:.2}, longest write {longest:?}"
+    );
+    Churn {
+        daemon,
+        amplification,
+        longest,
     }
-    client.flush().unwrap();
-    ledger.verify(&mut client).unwrap();
-    (daemon, longest)
 }
 
-/// The issue asks for ten times the store's size; bench does that. Here three times, which is in the steady state already.
+/// The issue asks for ten times the store's size (`bench/` does that); this is enough to be in the steady state.
 #[test]
 fn cleaning_keeps_up_at_three_quarters_full() {
-    let (mut daemon, longest) = churn(75, 3, "churn-75");
-    let amplification = amplification(&daemon);
-    println!("75 % full: write amplification {amplification:.2}, longest write {longest:?}");
+    let Churn {
+        mut daemon,
+        amplification,
+        longest,
+    } = churn("churn-75", 75, 3);
     assert!(amplification <= 2.0, "{amplification}");
     // The promise is 1 s; other tests use the same disk and processors meanwhile.
     assert!(longest < Duration::from_secs(3), "{longest:?}");
@@ -144,8 +186,6 @@ fn cleaning_keeps_up_at_three_quarters_full() {
 
 #[test]
 fn cleaning_is_cheap_below_half_full() {
-    let (daemon, longest) = churn(45, 3, "churn-45");
-    let amplification = amplification(&daemon);
-    println!("45 % full: write amplification {amplification:.2}, longest write {longest:?}");
+    let Churn { amplification, .. } = churn("churn-45", 45, 3);
     assert!(amplification <= 1.2, "{amplification}");
 }

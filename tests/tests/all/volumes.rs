@@ -82,10 +82,7 @@ fn names_and_sizes_are_checked() {
     let admin = daemon.admin();
     admin.run(["volume", "create", "taken", "--size", "1MiB"]);
     let taken = admin.refused(["volume", "create", "taken", "--size", "1MiB"]);
-    assert!(
-        taken.contains("is taken by volume"),
-        "{taken}"
-    );
+    assert!(taken.contains("is taken by volume"), "{taken}");
     let too_long = "n".repeat(64);
     let bad = [
         "",
@@ -188,14 +185,14 @@ fn what_is_printed_can_be_used() {
     let families = [
         "operations",
         "bytes",
-        "duration",
-        "queue",
-        "store",
-        "clean",
+        "latency",
+        "inflight",
+        "store_capacity",
+        "cleaned",
         "amplification",
         "checkpoint",
-        "recovery",
-        "checksum",
+        "opening",
+        "checksum_errors",
         "connections",
     ];
     for family in families {
@@ -212,7 +209,7 @@ fn what_is_printed_can_be_used() {
         metrics
             .samples
             .iter()
-            .all(|sample| sample.name.starts_with("ashlar_")),
+            .all(|sample| sample.name.starts_with("ashlar_") || sample.name.starts_with("process_")),
         "{}",
         metrics.text
     );
