@@ -6,8 +6,11 @@ started=$SECONDS
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
-# A benchmark's or a shell's own settings must not reach the daemons that tests start.
-unset "${!ASHLAR_@}"
+# A shell's own settings must not reach the daemons that tests start; those of the tests themselves (ASHLAR_TESTS_SEED
+# and its like, ASHLAR_SEED, ASHLAR_SEEDS) must reach the tests.
+for name in "${!ASHLAR_@}"; do
+    case $name in ASHLAR_TESTS_* | ASHLAR_SEED | ASHLAR_SEEDS) ;; *) unset "$name" ;; esac
+done
 # The tests start the real programs, which `cargo test` alone would not build for every crate.
 cargo build --release --locked --workspace </dev/null
 status=0

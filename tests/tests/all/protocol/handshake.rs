@@ -20,7 +20,7 @@ fn every_row_of_the_handshake() {
     Fixture::start("handshake").check(ROWS);
 }
 
-const ROWS: &[Row] = &[
+pub(super) const ROWS: &[Row] = &[
     ("greeting: exactly the two known handshake flags", greeting),
     (
         "client flags: an unknown one closes the connection",
@@ -526,7 +526,7 @@ fn transmission_flags(fixture: &Fixture) {
 }
 
 fn export_by_id(fixture: &Fixture) {
-    let shown = fixture.daemon.admin().json(["volume", "show", "disk"]);
+    let shown = fixture.daemon().admin().json(["volume", "show", "disk"]);
     let id = shown["id"]
         .as_str()
         .unwrap_or_else(|| panic!("no id in {shown}"));
@@ -660,7 +660,7 @@ fn set_meta_replaces(fixture: &Fixture) {
 }
 
 fn set_meta_other_export(fixture: &Fixture) {
-    let admin = fixture.daemon.admin();
+    let admin = fixture.daemon().admin();
     admin.run(["volume", "create", "other", "--size", "1MiB"]);
     let mut handshake = fixture.handshake();
     handshake

@@ -13,7 +13,7 @@ use super::Fixture;
 fn four_hundred_idle_connections() {
     let fixture = Fixture::start("idle-conns");
     fixture.open(Wishes::SIMPLE).write(0, b"before").unwrap();
-    let before: Usage = fixture.daemon.usage();
+    let before: Usage = fixture.daemon().usage();
     let half_open: Vec<_> = (0..200)
         .map(|_| Handshake::begin(&fixture.address).expect("greeted"))
         .collect();
@@ -21,7 +21,7 @@ fn four_hundred_idle_connections() {
     for client in &mut idle {
         assert_eq!(client.read(0, 6).unwrap(), b"before");
     }
-    let during = fixture.daemon.usage();
+    let during = fixture.daemon().usage();
     let grown = during.resident_bytes.saturating_sub(before.resident_bytes);
     assert!(grown < 128 << 20, "400 idle connections cost {grown} bytes");
     drop((half_open, idle));
@@ -29,7 +29,7 @@ fn four_hundred_idle_connections() {
         Duration::from_secs(20),
         "the connections are closed",
         || {
-            let descriptors = fixture.daemon.usage().descriptors;
+            let descriptors = fixture.daemon().usage().descriptors;
             if descriptors <= before.descriptors + 4 {
                 Ok(())
             } else {

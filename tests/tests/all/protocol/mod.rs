@@ -9,18 +9,26 @@ mod requests;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use ashlar_tests::campaign::Victim;
 use ashlar_tests::daemon::{Daemon, Setup};
 use ashlar_tests::nbd::{self, Address, Failure, Handshake, Transmission, Wishes};
 use ashlar_tests::pattern::BLOCK;
+use ashlar_tests::reference::Reference;
 
 /// Size of the volume under test: two chunks and a bit, so that requests cross chunk boundaries.
 const SIZE: u64 = (129 << 20) + BLOCK as u64;
 const STYLES: [Wishes; 3] = [Wishes::SIMPLE, Wishes::STRUCTURED, Wishes::EXTENDED];
 
-/// A daemon with a volume `disk`.
+/// A server with an export `disk`.
 struct Fixture {
-    daemon: Daemon,
+    server: Server,
     address: Address,
+}
+
+enum Server {
+    Ours(Daemon),
+    /// To see the table find fault.
+    Another(Reference),
 }
 
 type Row = (&'static str, fn(&Fixture));
@@ -30,7 +38,17 @@ impl Fixture {
         let daemon = Setup::default().start(test);
         daemon.create("disk", &SIZE.to_string());
         let address = daemon.address();
-        Fixture { daemon, address }
+        Fixture {
+            server: Server::Ours(daemon),
+            address,
+        }
+    }
+
+    fn daemon(&self) -> &Daemon {
+        match &self.server {
+            Server::Ours(daemon) => daemon,
+            Server::Another(_) => panic!("this row needs our daemon"),
+        }
     }
 
     fn handshake(&self) -> Handshake {
@@ -46,29 +64,65 @@ impl Fixture {
         nbd::open(&self.address, "disk", wishes)
     }
 
-    /// Runs all rows, then says which ones failed. After each row the daemon must still serve.
+    /// Runs all rows, then says which ones failed.
     fn check(&self, rows: &[Row]) {
-        let mut failed = Vec::new();
-        for (name, row) in rows {
-            let outcome = caught(|| row(self)).and_then(|()| {
-                caught(|| {
-                    let mut client = self.open(Wishes::SIMPLE);
-                    client.read(0, 512).expect("a bystander is served");
-                    client.disconnect().expect("a bystander leaves");
-                })
-            });
-            if let Err(why) = outcome {
-                failed.push(format!("* {name}\n    {}", why.replace('\n', "\n    ")));
-            }
-        }
+        let failed = self.failures(rows);
+        let text: Vec<String> = failed
+            .iter()
+            .map(|(name, why)| format!("* {name}\n    {why}"))
+            .collect();
         assert!(
             failed.is_empty(),
             "{} of {} rows failed:\n{}",
             failed.len(),
             rows.len(),
-            failed.join("\n")
+            text.join("\n")
         );
     }
+
+    /// The rows that failed, and why. After each row the server must still serve.
+    fn failures(&self, rows: &[Row]) -> Vec<(&'static str, String)> {
+        let bystander = || {
+            let mut client = self.open(Wishes::SIMPLE);
+            client.read(0, 512).expect("a bystander is served");
+            client.disconnect().expect("a bystander leaves");
+        };
+        let outcome = |row: &fn(&Fixture)| caught(|| row(self)).and_then(|()| caught(bystander));
+        rows.iter()
+            .filter_map(|(name, row)| Some((*name, outcome(row).err()?.replace('\n', "\n    "))))
+            .collect()
+    }
+}
+
+/// The table can find fault: nbdkit's memory plugin serves any export name and speaks no extended headers, and releases
+/// differ in more.
+#[test]
+fn the_table_finds_what_another_server_does_not_do() {
+    let size = format!("size={SIZE}");
+    let server = Reference::nbdkit(0, &["memory", &size]);
+    let fixture = Fixture {
+        address: server.address(),
+        server: Server::Another(server),
+    };
+    let failed: Vec<&str> = fixture
+        .failures(handshake::ROWS)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    for expected in [
+        "EXTENDED_HEADERS: ACK",
+        "INFO and GO: an unknown export",
+        "GO: the volume's id",
+    ] {
+        assert!(
+            failed.iter().any(|name| name.starts_with(expected)),
+            "{expected} not among {failed:#?}"
+        );
+    }
+    assert!(
+        failed.len() < handshake::ROWS.len() * 2 / 3,
+        "most rows hold for a server that is widely used: {failed:#?}"
+    );
 }
 
 /// Runs `row`; a panic becomes its message. (Its place is in the captured output.)

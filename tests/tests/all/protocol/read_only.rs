@@ -7,9 +7,9 @@ use super::{Fixture, STYLES};
 #[test]
 fn a_read_only_volume_is_read_and_not_written() {
     let fixture = Fixture::start("read-only");
-    fixture.daemon.create("source", "1MiB");
+    fixture.daemon().create("source", "1MiB");
     // What can be read from it: zeros.
-    fixture.daemon.admin().run([
+    fixture.daemon().admin().run([
         "volume",
         "create",
         "frozen",

@@ -481,7 +481,7 @@ fn deaf_client(fixture: &Fixture) {
             break;
         }
     }
-    let resident = fixture.daemon.usage().resident_bytes;
+    let resident = fixture.daemon().usage().resident_bytes;
     let mut other = fixture.open(Wishes::SIMPLE);
     for n in 0..100 {
         other.write(n * 4096, &[1; 4096]).unwrap();
