@@ -34,6 +34,9 @@ impl DataThread {
             }
             Ok(Began::Waiting(ticket)) => {
                 request.ticket = Some(ticket);
+                // Held now, or reads that wait behind one write would all be let in and allocate when it ends.
+                let buffer = self.hold(request.connection, read_bytes(&request));
+                request.buffer = Some(buffer);
                 self.operations.insert(Operation::Request(request));
             }
             Err(refusal) => self.answer_error(request, refusal_text(refusal)),
@@ -43,9 +46,10 @@ impl DataThread {
     /// Reads every piece; `key` is where the request is put if that takes longer.
     pub(super) fn start_read(&mut self, key: usize, mut request: Request) {
         let offset = request.reply.offset;
-        let skip = payload_start(offset);
-        let bytes = (skip + request.length as usize).next_multiple_of(BLOCK_BYTES);
-        let buffer = self.hold(request.connection, bytes);
+        let buffer = match request.buffer.take() {
+            Some(buffer) => buffer,
+            None => self.hold(request.connection, read_bytes(&request)),
+        };
         let mut at = 0usize;
         for piece in Pieces::new(offset, request.length) {
             let len = piece.blocks as usize * BLOCK_BYTES;
@@ -270,4 +274,10 @@ impl DataThread {
                 .load_extents(extent, piece.first_block, piece.blocks);
         }
     }
+}
+
+/// Bytes of the whole blocks that a read touches.
+fn read_bytes(request: &Request) -> usize {
+    let skip = payload_start(request.reply.offset);
+    (skip + request.length as usize).next_multiple_of(BLOCK_BYTES)
 }
