@@ -838,3 +838,45 @@ fn a_drain_answers_what_was_sent() {
     }
     runtime.block_on(plane.drain());
 }
+
+#[test]
+fn stores_are_dealt_out_to_threads_and_a_volume_stays_on_one() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), 3);
+    config.threads = 2;
+    let (runtime, plane) = start(config);
+    assert_eq!(plane.metrics().threads().len(), 2);
+    let groups = plane.store_groups();
+    assert_eq!(groups.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
+    let size = 192 * MIB;
+    assert_eq!(
+        runtime.block_on(plane.open_volume(spec(&plane, size, 1))),
+        Err(DataError::StoresApart)
+    );
+    // The second thread's volume, and one over both stores of the first.
+    for group in groups {
+        let mut spec = spec(&plane, size, 1);
+        spec.placement.stores = group;
+        runtime.block_on(plane.open_volume(spec)).expect("open");
+        let mut client = Client::attach(&plane, ReplyStyle::Extended, size);
+        for chunk in 0..3 {
+            client.write(
+                command_flag::FUA,
+                chunk * 64 * MIB,
+                &[chunk as u8 + 1; 8192],
+            );
+        }
+        assert_eq!(client.call(command::FLUSH, 0, 0, 0, &[]), Reply::Ok(vec![]));
+        for chunk in 0..3 {
+            assert_eq!(
+                client.read(chunk * 64 * MIB, 8192),
+                vec![chunk as u8 + 1; 8192]
+            );
+        }
+        drop(client);
+        runtime
+            .block_on(plane.close_volume(VOLUME, true))
+            .expect("close");
+    }
+    runtime.block_on(plane.drain());
+}
