@@ -231,8 +231,8 @@ fn a_failed_sync_is_never_retried() {
     // Not every flush is a sync of its own: a frame may carry its durability with it.
     let first = (0..1_000)
         .find_map(|round| {
-            let written = ledger.write(&mut client, round * 3 % 2_000, 1 + round % 60, 0);
-            assert_eq!(written, Ended::Well, "before any flush failed");
+            // On a slow machine the store's own write-back may meet the failing sync before a flush does.
+            let _ = ledger.write(&mut client, round * 3 % 2_000, 1 + round % 60, 0);
             client.flush().err()
         })
         .expect("a flush fails");
