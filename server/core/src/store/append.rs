@@ -185,7 +185,7 @@ impl Store {
         let segment_blocks = self.segments.geometry.segment_blocks;
         if segment_blocks - self.hot.next_block < 2 {
             // Frames name the segment after theirs, so its successor must be known before it is entered.
-            let Some(after) = self.segments.take(self.keep_for_cold()) else {
+            let Some(after) = self.segments.take(self.keep_for_hot()) else {
                 return false;
             };
             self.segments.all[self.hot.segment as usize].state = SegmentState::Sealed;

@@ -65,8 +65,6 @@ pub(super) struct CheckpointState {
     started_ms: u64,
     /// Mark the store as closed in order.
     clean_close: bool,
-    /// What the state was when space was looked at last: looking means walking all segments.
-    space_looked_at: (u64, u64, usize),
 }
 
 impl CheckpointState {
@@ -76,6 +74,11 @@ impl CheckpointState {
 
     pub(super) fn running(&self) -> bool {
         self.phase != Phase::Idle
+    }
+
+    /// Segments that the checkpoint under way makes free.
+    pub(super) fn segments_freeing(&self) -> usize {
+        self.freeing.len()
     }
 
     pub(super) fn phase_name(&self) -> String {
@@ -205,7 +208,7 @@ impl Store {
                 data_start: 0,
             };
             // No segment is free just now: one will be, or the store is beyond help.
-            let Some(addr) = self.add_cold(entry, &copy, None, 0) else {
+            let Some(addr) = self.add_cold(entry, &copy, None) else {
                 break;
             };
             self.checkpoint.leaves.pop();
@@ -418,6 +421,7 @@ impl Store {
             leaves: self.checkpoint.leaves_written,
             bytes: self.checkpoint.area_bytes as u64,
         });
+        self.on_segments_free();
         self.checkpoint.phase = Phase::Idle;
         for op in std::mem::take(&mut self.checkpoint.serving) {
             self.actions.push(Action::Done {
@@ -425,25 +429,5 @@ impl Store {
                 result: Ok(ReadInfo::default()),
             });
         }
-    }
-
-    /// Whether empty segments wait for a checkpoint while free ones run out, or changed leaves are about to need
-    /// more segments than there are.
-    fn wants_checkpoint_for_space(&mut self) -> bool {
-        let free = self.segments.free_count();
-        let low = self.clean_start();
-        if free > low {
-            return false;
-        }
-        let applied = self.hot.applied_seq;
-        if self.checkpoint.space_looked_at == (applied, self.counters.segments_cleaned, free) {
-            return false;
-        }
-        self.checkpoint.space_looked_at = (applied, self.counters.segments_cleaned, free);
-        let empty = (0..self.segments.all.len() as u32)
-            .filter(|&s| self.segments.is_empty_sealed(s, applied))
-            .count();
-        let starved = free <= self.keep_for_cold() + 1;
-        empty >= self.clean_batch() || (starved && (empty > 0 || self.index.dirty_leaves > 0))
     }
 }

@@ -17,10 +17,9 @@ use super::segment::SegmentState;
 use super::{Action, AlignedBuf, Errno, Event, Store, StoreError};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
 
-/// Segments that client writes always leave to cleaning and checkpoints.
-const KEEP_FOR_COLD: usize = 3;
-/// Segments that cleaning always leaves to checkpoints.
-const KEEP_FOR_CHECKPOINT: usize = 1;
+/// A batch of victims is this many times as large as the leaves its checkpoint may have to write, so that these cost
+/// little beside what becomes free.
+const BATCH_PER_LEAVES: u64 = 20;
 /// Blocks copied per block that clients write, at the most: victims are at most 15/16 live.
 const CREDIT: u64 = 16;
 /// Frames of copies in flight at once.
@@ -30,6 +29,8 @@ const BUDGET: u32 = 2048;
 /// Blocks read at once, and how many such reads are in flight.
 const PIECE_BLOCKS: u32 = 256;
 const PIECES: usize = 2;
+/// Frames applied between two looks for segments that overwriting has emptied.
+const LOOK_FRAMES: u64 = 32;
 /// Leaves read ahead.
 const LOADS: usize = 64;
 
@@ -51,6 +52,8 @@ pub(super) struct Cold {
     building: Option<Box<ColdFrame>>,
     pub(super) in_flight: usize,
     seq: u64,
+    /// Blocks copied that no leaf points at yet.
+    unapplied: usize,
     /// Copies that are written: key, first block, count, version, where they were, where they are.
     moved: VecDeque<Moved>,
 }
@@ -62,6 +65,8 @@ struct Moved {
     version: u64,
     from: Addr,
     to: Addr,
+    /// The last of its frame, and the segment that is in.
+    ends: Option<u32>,
 }
 
 impl Cold {
@@ -77,6 +82,13 @@ pub(super) struct Cleaner {
     victim: Option<Victim>,
     /// Blocks copied so far.
     copied: u64,
+    /// Segments that are empty and those that the checkpoint under way makes free, when last counted.
+    coming: usize,
+    /// Nothing can be copied before a checkpoint gives segments back.
+    stuck: bool,
+    /// What the state was when space was looked at last: looking means walking all segments, and while no client
+    /// waits, there is time.
+    space_looked_at: (u64, usize),
 }
 
 impl Cleaner {
@@ -102,32 +114,81 @@ struct Victim {
 }
 
 impl Store {
-    /// Segments clients must leave: enough for the leaves that the next checkpoint will write, and some to clean with.
+    /// Whether `blocks` more may be copied, or as many leaves changed: the next checkpoint must find room for every
+    /// leaf that changed, and that will have changed when each copy is applied, and each write that finds room in the
+    /// segment clients write to.
+    fn may_change(&self, blocks: u64) -> bool {
+        let room = self.segment_blocks() - u64::from(self.hot.next_block);
+        self.segments.free_count() > self.leaf_segments(room + blocks)
+    }
+
+    /// Segments that client writes always leave: enough to copy a whole batch of victims, and for the checkpoint that
+    /// makes them free. With less, each checkpoint would free little more than it takes, and in a full store nothing.
     pub(super) fn keep_for_cold(&self) -> usize {
-        let leaves = self.index.dirty_leaves as u64 * u64::from(LEAF_DISK_BLOCKS);
-        KEEP_FOR_COLD
-            + (leaves * 129 / 128 / u64::from(self.segments.geometry.segment_blocks)) as usize
+        let copies = self.batch_copies();
+        let changing = copies + self.segment_blocks();
+        copies.div_ceil(self.segment_blocks()) as usize + self.leaf_segments(changing) + 1
     }
 
-    /// Cleaning begins when this many segments are free. Few: what is kept free is not there to be half empty.
+    /// Cleaning begins when this many segments are free: what a batch will give back is there for clients meanwhile.
     pub(super) fn clean_start(&self) -> usize {
-        self.keep_for_cold() + (self.segments.all.len() * 2 / 100).max(2)
+        let given_back = self.clean_batch() - (self.batch_copies() / self.segment_blocks()) as usize;
+        self.keep_for_cold() + given_back + 1
     }
 
-    /// Segments emptied before a checkpoint makes them free. Many: each checkpoint writes every leaf that changed.
+    /// Most blocks to copy out of a batch: the emptiest segments are no fuller than the average.
+    fn batch_copies(&self) -> u64 {
+        let written = (self.segments.all.len() - self.segments.free_count()).max(1) as u64;
+        let live = self.used_blocks().div_ceil(written).min(self.segment_blocks());
+        self.clean_batch() as u64 * live
+    }
+
+    /// Segments for the leaves of the next checkpoint when `more` blocks are written or copied before.
+    fn leaf_segments(&self, more: u64) -> usize {
+        let changing = self.index.dirty_leaves + self.index.pending_len() + self.cold.unapplied;
+        let leaves = (changing as u64 + more).min(self.index.leaf_count);
+        self.leaf_blocks(leaves).div_ceil(self.segment_blocks()) as usize
+    }
+
+    /// Segments that client writes leave just now. While a batch is emptied, clients get what it will give back as
+    /// far as it is done: many short waits, none for a whole batch.
+    pub(super) fn keep_for_hot(&self) -> usize {
+        let least = self.keep_for_cold();
+        if self.cleaner.stuck || self.segments.free_count() > self.clean_start() {
+            return least;
+        }
+        let batch = self.clean_batch();
+        let left = batch.saturating_sub(self.cleaner.coming);
+        let whole = self.clean_start() - least;
+        least + (whole * left / batch).saturating_sub(2)
+    }
+
+    /// Segments emptied before a checkpoint makes them free. Many, because each checkpoint writes every leaf that
+    /// changed; not more, because what is kept free is not there to be half empty.
     pub(super) fn clean_batch(&self) -> usize {
-        (self.segments.all.len() * 5 / 100).max(2)
+        let leaves = self.index.leaf_count.min(self.params.leaf_cache as u64 / 2);
+        let wanted = (BATCH_PER_LEAVES * self.leaf_blocks(leaves)).div_ceil(self.segment_blocks());
+        let most = (self.segments.all.len() / 20).max(2);
+        (wanted as usize).clamp(2, most)
+    }
+
+    fn segment_blocks(&self) -> u64 {
+        u64::from(self.segments.geometry.segment_blocks)
+    }
+
+    /// Blocks that so many leaves take, their frames' headers included.
+    fn leaf_blocks(&self, leaves: u64) -> u64 {
+        leaves * u64::from(LEAF_DISK_BLOCKS) * 129 / 128
     }
 
     // -- the cold stream
 
-    /// Adds an entry and its data; the address of its first data block. `None`: no segment is free beyond `keep`.
+    /// Adds an entry and its data; the address of its first data block. `None`: no segment is free.
     pub(super) fn add_cold(
         &mut self,
         mut entry: Entry,
         data: &[u8],
         from: Option<Addr>,
-        keep: usize,
     ) -> Option<Addr> {
         let blocks = (data.len() / BLOCK_BYTES) as u32;
         if self.cold.building.as_ref().is_some_and(|f| {
@@ -138,7 +199,7 @@ impl Store {
             self.flush_cold();
         }
         if self.cold.building.is_none() {
-            self.begin_cold(blocks, keep)?;
+            self.begin_cold(blocks)?;
         }
         let frame = self.cold.building.as_mut().expect("just begun");
         let start = u32::from(frame.progress.data_blocks);
@@ -157,20 +218,24 @@ impl Store {
         frame.progress.entry_bytes = (offset - FRAME_FIXED_BYTES) as u16;
         frame.progress.data_blocks += blocks as u16;
         frame.entries.push((entry, from));
+        if entry.kind == EntryKind::Relocation {
+            self.cold.unapplied += blocks as usize;
+        }
         Some(Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + start))
     }
 
-    fn begin_cold(&mut self, blocks: u32, keep: usize) -> Option<()> {
+    fn begin_cold(&mut self, blocks: u32) -> Option<()> {
         let segment_blocks = self.segments.geometry.segment_blocks;
         let fits = |next: u32| next + FRAME_HEADER_BLOCKS + blocks <= segment_blocks;
         if !self.cold.segment.is_some_and(|(_, next)| fits(next)) {
-            let fresh = self.segments.take(keep)?;
+            let fresh = self.segments.take(0)?;
             if let Some((full, _)) = self.cold.segment.replace((fresh, 0)) {
                 self.segments.all[full as usize].state = SegmentState::Sealed;
             }
         }
         let (segment, next) = self.cold.segment.expect("just set");
         let data_max = (segment_blocks - next - FRAME_HEADER_BLOCKS).min(FRAME_DATA_BLOCKS);
+        self.segments.all[segment as usize].filling += 1;
         self.cold.building = Some(Box::new(ColdFrame {
             buf: AlignedBuf::blocks(FRAME_HEADER_BLOCKS + data_max),
             addr: Addr(self.segments.geometry.segment_start(segment).0 + next),
@@ -235,6 +300,7 @@ impl Store {
     pub(super) fn on_cold(&mut self, frame: ColdFrame) {
         self.cold.in_flight -= 1;
         self.leaves_written(&frame);
+        let queued = self.cold.moved.len();
         for (entry, from) in &frame.entries {
             if let (EntryKind::Relocation, Some(from)) = (entry.kind, from) {
                 self.cold.moved.push_back(Moved {
@@ -244,8 +310,16 @@ impl Store {
                     version: entry.version,
                     from: *from,
                     to: Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + entry.data_start),
+                    ends: None,
                 });
             }
+        }
+        let segment = self.segments.geometry.segment_of(frame.addr);
+        if self.cold.moved.len() > queued {
+            let last = self.cold.moved.back_mut().expect("just pushed");
+            last.ends = Some(segment);
+        } else {
+            self.segments.all[segment as usize].filling -= 1;
         }
     }
 
@@ -253,6 +327,9 @@ impl Store {
     fn apply_moved(&mut self) {
         while let Some(moved) = self.cold.moved.front_mut() {
             if moved.count == 0 {
+                if let Some(segment) = moved.ends {
+                    self.segments.all[segment as usize].filling -= 1;
+                }
                 self.cold.moved.pop_front();
                 continue;
             }
@@ -268,6 +345,7 @@ impl Store {
                 return;
             }
             let moved = self.cold.moved.front_mut().expect("looked at above");
+            self.cold.unapplied -= 1;
             moved.block += 1;
             moved.count -= 1;
             moved.from.0 += 1;
@@ -292,10 +370,17 @@ impl Store {
                 }
                 return;
             }
+            self.cleaner.coming = self.empty_segments() + self.checkpoint.segments_freeing();
+            if self.cleaner.coming >= self.clean_batch() {
+                self.flush_cold();
+                return;
+            }
             let Some(segment) = self.pick_victim() else {
+                self.cleaner.stuck = true;
                 self.flush_cold();
                 return;
             };
+            self.cleaner.stuck = false;
             self.segments.all[segment as usize].reads += 1;
             self.cleaner.victim = Some(Victim {
                 segment,
@@ -326,16 +411,61 @@ impl Store {
             && (self.cleaner.copied < worth || self.want_ready)
     }
 
+    pub(super) fn debug_cleaning(&self) -> String {
+        let seq = self.superblock.checkpoint_seq;
+        let count = |f: &dyn Fn(&super::segment::Segment) -> bool| {
+            self.segments.all.iter().filter(|&s| f(s)).count()
+        };
+        format!(
+            "want {} stuck {} copied {} sealed {} empty {} put off {} damaged {} quiet {} cold {:?} checkpoint {seq}",
+            self.want_ready,
+            self.cleaner.stuck,
+            self.cleaner.copied,
+            count(&|s| s.state == SegmentState::Sealed),
+            self.empty_segments(),
+            count(&|s| s.clean_after > seq),
+            count(&|s| s.damaged),
+            self.cold.is_quiet(),
+            self.cold.segment,
+        )
+    }
+
+    /// Segments that hold nothing any more and wait for a checkpoint.
+    fn empty_segments(&self) -> usize {
+        (0..self.segments.all.len() as u32)
+            .filter(|&s| self.segments.is_empty_sealed(s, self.hot.applied_seq))
+            .count()
+    }
+
+    /// Whether a checkpoint is wanted for the segments it makes free: when a batch is empty, and when
+    /// cleaning cannot go on without.
+    pub(super) fn wants_checkpoint_for_space(&mut self) -> bool {
+        let free = self.segments.free_count();
+        if free > self.clean_start() {
+            return false;
+        }
+        let state = (self.hot.applied_seq / LOOK_FRAMES, free);
+        if self.cleaner.space_looked_at == state && !self.want_ready {
+            return false;
+        }
+        self.cleaner.space_looked_at = state;
+        let empty = self.empty_segments();
+        if empty >= self.clean_batch() {
+            return true;
+        }
+        self.cleaner.stuck && (empty > 0 || self.index.dirty_leaves > 0)
+    }
+
+    /// A checkpoint has made segments free.
+    pub(super) fn on_segments_free(&mut self) {
+        self.cleaner.stuck = false;
+        self.cleaner.coming = self.empty_segments();
+    }
+
     /// The sealed segment with the fewest live blocks. None when even that one is nearly full.
     fn pick_victim(&mut self) -> Option<u32> {
         let applied = self.hot.applied_seq;
         let worth = self.segments.geometry.segment_blocks * 15 / 16;
-        let empty = (0..self.segments.all.len() as u32)
-            .filter(|&s| self.segments.is_empty_sealed(s, applied))
-            .count();
-        if empty >= self.clean_batch() {
-            return None;
-        }
         let (s, _) = self
             .segments
             .all
@@ -347,6 +477,7 @@ impl Store {
                     && s.live <= worth
                     && s.last_seq <= applied
                     && !s.damaged
+                    && s.filling == 0
                     && s.clean_after <= self.superblock.checkpoint_seq
             })
             .min_by_key(|(_, s)| (s.cleaned, s.live))?;
@@ -440,6 +571,8 @@ impl Store {
     fn end_victim(&mut self, v: Victim, failed: bool) {
         self.unpin(self.segments.geometry.segment_start(v.segment));
         self.counters.segments_cleaned += 1;
+        // The next is picked in a turn of its own; with nothing copied from this one, no I/O would bring it about.
+        self.more_work = true;
         self.segments.all[v.segment as usize].clean_after = self.superblock.checkpoint_seq + 2;
         if failed {
             self.segments.all[v.segment as usize].damaged = true;
@@ -514,6 +647,11 @@ impl Store {
             return Ok(());
         }
         match self.index.slot_of(row, leaf) {
+            Some(slot) if self.index.leaf(slot).dirty => {}
+            Some(_) if !self.may_change(1) => {
+                self.cleaner.stuck = true;
+                return Err(Blocked);
+            }
             Some(slot) => self.index.mark_dirty(slot),
             None => {
                 self.load_leaf(row, leaf).background = true;
@@ -583,13 +721,10 @@ impl Store {
                     data_start: 0,
                 };
                 let data = &data[..good as usize * BLOCK_BYTES];
-                if self
-                    .add_cold(copy, data, Some(from), KEEP_FOR_CHECKPOINT)
-                    .is_none()
+                if !self.may_change(u64::from(good))
+                    || self.add_cold(copy, data, Some(from)).is_none()
                 {
-                    if self.has_empty_segment() {
-                        self.checkpoint.want();
-                    }
+                    self.cleaner.stuck = true;
                     return Err(Blocked);
                 }
             }

@@ -142,12 +142,6 @@ impl Store {
         self.segments.geometry
     }
 
-    /// Whether an empty segment waits for a checkpoint.
-    pub(super) fn has_empty_segment(&self) -> bool {
-        (0..self.segments.all.len() as u32)
-            .any(|s| self.segments.is_empty_sealed(s, self.hot.applied_seq))
-    }
-
     pub(super) fn healthy(&self) -> Result<(), StoreError> {
         match self.poisoned {
             Some(e) => Err(StoreError::Poisoned(e)),
@@ -278,7 +272,9 @@ impl Store {
         } else {
             geometry.segments_max
         };
-        let usable = (u64::from(segments) * 82 / 100).min(u64::from(segments.saturating_sub(8)));
+        // Of a small store the segments that are being written or emptied are a larger share.
+        let segments = u64::from(segments);
+        let usable = (segments * 82 / 100 - (segments / 12).min(5)).min(segments.saturating_sub(8));
         usable * u64::from(geometry.segment_blocks) * 254 / 256
     }
 
@@ -385,7 +381,7 @@ impl Store {
     pub fn debug_line(&self) -> String {
         let h = &self.hot;
         format!(
-            "next {} open {:?} issued {} written {} reclaimed {} durable {} chain {} applied {} appends {}/{} sync {} waiters {:?} ios {} loads {} checkpoint {:?} cleaning {} dirty {:?} now {} block {} free {} keep {} more {}",
+            "next {} open {:?} issued {} written {} reclaimed {} durable {} chain {} applied {} appends {}/{} sync {} waiters {:?} ios {} loads {} checkpoint {:?} cleaning {} dirty {:?} now {} block {} free {} of {} keep {} start {} batch {} growth {} used {} reserved {} more {} {}",
             h.next_seq,
             h.open.as_ref().map(|o| (o.seq, o.progress)),
             h.issued_seq,
@@ -406,8 +402,15 @@ impl Store {
             self.now_ms,
             h.next_block,
             self.segments.free_count(),
+            self.segments.all.len(),
             self.keep_for_cold(),
-            self.more_work
+            self.clean_start(),
+            self.clean_batch(),
+            self.wants_growth(),
+            self.used_blocks(),
+            self.reserved,
+            self.more_work,
+            self.debug_cleaning(),
         )
     }
 

@@ -25,6 +25,8 @@ pub(super) struct Segment {
     pub(super) last_seq: u64,
     /// Reads under way: it is not reused before they end.
     pub(super) reads: u32,
+    /// Frames of copies in it that no leaf knows yet: until there are none `live` does not tell the whole truth.
+    pub(super) filling: u32,
     /// Could not be read back for cleaning.
     pub(super) damaged: bool,
     /// How often it was cleaned since it was written.
@@ -52,6 +54,7 @@ impl Segments {
                 live: s.live,
                 last_seq: 0,
                 reads: 0,
+                filling: 0,
                 damaged: s.damaged,
                 cleaned: 0,
                 clean_after: 0,
@@ -92,6 +95,7 @@ impl Segments {
                 live: 0,
                 last_seq: 0,
                 reads: 0,
+                filling: 0,
                 damaged: false,
                 cleaned: 0,
                 clean_after: 0,
@@ -140,6 +144,7 @@ impl Segments {
         segment.state == SegmentState::Sealed
             && segment.live == 0
             && !segment.damaged
+            && segment.filling == 0
             && segment.last_seq <= applied_seq
     }
 

@@ -258,7 +258,7 @@ impl Store {
             return false;
         }
         let room_in_segment = self.segments.geometry.segment_blocks - self.hot.next_block >= 2
-            || self.segments.free_count() > self.keep_for_cold();
+            || self.segments.free_count() > self.keep_for_hot();
         self.hot.open.is_some() || (self.tail.place().is_some() && room_in_segment)
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Ram {
     pub(crate) fail_in: Option<(u64, Errno)>,
     pub(crate) failed: Option<&'static str>,
     pub(crate) ios: u64,
+    /// I/Os begun by [`Ram::step`], oldest first.
+    begun: std::collections::VecDeque<Action>,
     version: u64,
     epoch: u32,
 }
@@ -66,6 +68,7 @@ impl Ram {
             fail_in: None,
             failed: None,
             ios: 0,
+            begun: std::collections::VecDeque::new(),
             version: 0,
             epoch: 0,
         };
@@ -109,6 +112,43 @@ impl Ram {
             any = true;
             for action in actions {
                 self.carry_out(action);
+            }
+        }
+    }
+
+    /// Ends the oldest I/O under way, as a disk does that is slower than its clients. False when there is none.
+    pub(crate) fn step(&mut self) -> bool {
+        let mut actions = Vec::new();
+        self.store().poll_actions(&mut actions);
+        for action in actions {
+            match action {
+                Action::Done { .. } | Action::Ready | Action::Event(_) => self.carry_out(action),
+                io => self.begun.push_back(io),
+            }
+        }
+        match self.begun.pop_front() {
+            Some(io) => {
+                self.carry_out(io);
+                true
+            }
+            None => self.store().next_deadline_ms().is_some(),
+        }
+    }
+
+    /// Writes one block as soon as the store takes it; the number of I/Os that ended meanwhile.
+    pub(crate) fn write_pressing(&mut self, chunk: u32, block: u32, data: &[u8]) -> u32 {
+        let version = self.next_version();
+        let mut waited = 0;
+        loop {
+            match self.store().write(key(chunk), block, data, version, None) {
+                Ok(()) => return waited,
+                Err(WriteError::Busy { .. }) => {
+                    let line = |ram: &mut Ram| ram.store().debug_line();
+                    assert!(self.step(), "nothing is under way: {}", line(self));
+                    waited += 1;
+                    assert!(waited < 20_000, "busy for ever: {}", line(self));
+                }
+                Err(e) => panic!("{e:?}: {}", self.store().debug_line()),
             }
         }
     }
