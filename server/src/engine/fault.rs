@@ -2,7 +2,7 @@
 //!
 //! Reached only through the daemon's hidden `--fault` setting. The plan is text, so that a test can give it on a
 //! command line: rules separated by `;`, each `KIND:key=value,…`. KIND is `write`, `read`, `sync`, `allocate` or
-//! `any`. Keys: `nth=N` (the first operation hit, counted from 1 per rule; default 1), `count=M` (how many in a row;
+//! `any`. A durable write is a write and a sync: a `sync` rule lets its bytes reach the file and then fails it. Keys: `nth=N` (the first operation hit, counted from 1 per rule; default 1), `count=M` (how many in a row;
 //! default 1, `all` for every one from then on), `when=PATH` (count only while that file exists, so that a test
 //! chooses the moment), and one of `errno=EIO|ENOSPC|…|NUMBER`, `short=BYTES` (does and reports only so many),
 //! `delay_ms=MS` (does it and reports it later).
@@ -134,7 +134,9 @@ fn parse_errno(text: &str) -> Option<Errno> {
 }
 
 impl FaultPlan {
-    fn effect_for(&mut self, op: &DiskOp) -> Option<Effect> {
+    /// What happens to `op`, and whether to its sync alone.
+    fn effect_for(&mut self, op: &DiskOp) -> Option<(Effect, bool)> {
+        let durable = matches!(op, DiskOp::Write { durable: true, .. });
         let kind = match op {
             DiskOp::Write { .. } => Kind::Write,
             DiskOp::Read { .. } => Kind::Read,
@@ -143,14 +145,15 @@ impl FaultPlan {
         };
         let mut hit = None;
         for rule in &mut self.rules {
-            if (rule.kind != kind && rule.kind != Kind::Any)
+            let of_sync = durable && rule.kind == Kind::Sync;
+            if (rule.kind != kind && rule.kind != Kind::Any && !of_sync)
                 || rule.when.as_ref().is_some_and(|path| !path.exists())
             {
                 continue;
             }
             rule.seen += 1;
             if hit.is_none() && rule.seen >= rule.nth && rule.seen - rule.nth < rule.count {
-                hit = Some(rule.effect);
+                hit = Some((rule.effect, of_sync));
             }
         }
         hit
@@ -163,6 +166,8 @@ pub struct FaultEngine {
     plan: FaultPlan,
     /// Completions made up here, returned by the next wait.
     ready: Vec<Event>,
+    /// Tags whose completion is to be turned into an error.
+    to_fail: Vec<(Tag, Errno)>,
     /// Tags whose completion is to be held back.
     to_delay: Vec<(Tag, Duration)>,
     delayed: Vec<(Instant, Event)>,
@@ -174,6 +179,7 @@ impl FaultEngine {
             inner,
             plan,
             ready: Vec::new(),
+            to_fail: Vec::new(),
             to_delay: Vec::new(),
             delayed: Vec::new(),
         }
@@ -191,11 +197,30 @@ impl Engine for FaultEngine {
 
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {
         let effect = self.plan.effect_for(&op);
-        if let Some(effect) = effect {
+        if let Some((effect, _)) = effect {
             tracing::warn!(?op, ?effect, "injecting a fault");
         }
         let op = match (effect, op) {
-            (Some(Effect::Fail(errno)), _) => {
+            (
+                Some((Effect::Fail(errno), true)),
+                DiskOp::Write {
+                    file,
+                    offset,
+                    data,
+                    len,
+                    ..
+                },
+            ) => {
+                self.to_fail.push((tag, errno));
+                DiskOp::Write {
+                    file,
+                    offset,
+                    data,
+                    len,
+                    durable: false,
+                }
+            }
+            (Some((Effect::Fail(errno), _)), _) => {
                 self.ready.push(Event::Disk {
                     tag,
                     result: Err(errno),
@@ -203,7 +228,7 @@ impl Engine for FaultEngine {
                 return;
             }
             (
-                Some(Effect::Short(most)),
+                Some((Effect::Short(most), false)),
                 DiskOp::Write {
                     file,
                     offset,
@@ -219,7 +244,7 @@ impl Engine for FaultEngine {
                 durable,
             },
             (
-                Some(Effect::Short(most)),
+                Some((Effect::Short(most), false)),
                 DiskOp::Read {
                     file,
                     offset,
@@ -232,7 +257,7 @@ impl Engine for FaultEngine {
                 data,
                 len: len.min(most),
             },
-            (Some(Effect::Delay(delay)), op) => {
+            (Some((Effect::Delay(delay), _)), op) => {
                 self.to_delay.push((tag, delay));
                 op
             }
@@ -269,6 +294,15 @@ impl Engine for FaultEngine {
         }
         let first = out.len();
         self.inner.wait(until, out)?;
+        if !self.to_fail.is_empty() {
+            for event in &mut out[first..] {
+                if let Event::Disk { tag, result } = event
+                    && let Some(at) = self.to_fail.iter().position(|f| f.0 == *tag)
+                {
+                    *result = Err(self.to_fail.swap_remove(at).1);
+                }
+            }
+        }
         if !self.to_delay.is_empty() {
             let mut kept = first;
             for i in first..out.len() {

@@ -245,8 +245,7 @@ impl Store {
             Mapping::new(Addr::ZERO, 0, version),
         );
         if old.addr().is_stored() {
-            self.segments
-                .sub_live(old.addr(), super::format::LEAF_DISK_BLOCKS);
+            self.segments.sub_leaf(old.addr());
             self.freed(old.addr());
         }
         self.index.leaf_count -= 1;

@@ -219,10 +219,10 @@ impl Store {
                 Mapping::new(addr, crc, version),
             );
             if old.addr().is_stored() {
-                self.segments.sub_live(old.addr(), LEAF_DISK_BLOCKS);
+                self.segments.sub_leaf(old.addr());
                 self.freed(old.addr());
             }
-            self.segments.add_live(addr, LEAF_DISK_BLOCKS);
+            self.segments.add_leaf(addr);
             self.counters.checkpoint_blocks += u64::from(LEAF_DISK_BLOCKS);
         }
         if self.checkpoint.leaves.is_empty() {

@@ -13,7 +13,7 @@ use super::format::{
 };
 use super::index::leaf_of;
 use super::machine::Io;
-use super::segment::SegmentState;
+use super::segment::{Segment, SegmentState};
 use super::{Action, AlignedBuf, Errno, Event, Store, StoreError};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
 
@@ -132,14 +132,18 @@ impl Store {
 
     /// Cleaning begins when this many segments are free: what a batch will give back is there for clients meanwhile.
     pub(super) fn clean_start(&self) -> usize {
-        let given_back = self.clean_batch() - (self.batch_copies() / self.segment_blocks()) as usize;
+        let given_back =
+            self.clean_batch() - (self.batch_copies() / self.segment_blocks()) as usize;
         self.keep_for_cold() + given_back + 1
     }
 
     /// Most blocks to copy out of a batch: the emptiest segments are no fuller than the average.
     fn batch_copies(&self) -> u64 {
         let written = (self.segments.all.len() - self.segments.free_count()).max(1) as u64;
-        let live = self.used_blocks().div_ceil(written).min(self.segment_blocks());
+        let live = self
+            .used_blocks()
+            .div_ceil(written)
+            .min(self.segment_blocks());
         self.clean_batch() as u64 * live
     }
 
@@ -462,9 +466,15 @@ impl Store {
         self.cleaner.coming = self.empty_segments();
     }
 
-    /// The sealed segment with the fewest live blocks. None when even that one is nearly full.
+    /// The sealed segment that costs least to empty. None when all are nearly full.
     fn pick_victim(&mut self) -> Option<u32> {
         let applied = self.hot.applied_seq;
+        // A block that is moved changes its leaf: the more leaves there are to the blocks, the more that costs.
+        let leaves = self.index.leaf_count.min(self.mapped) * u64::from(LEAF_DISK_BLOCKS);
+        let per_block = 256 + 256 * leaves / self.mapped.max(1);
+        let cost = |s: &Segment| {
+            u64::from(s.leaf_blocks) * 256 + u64::from(s.live - s.leaf_blocks) * per_block
+        };
         let worth = self.segments.geometry.segment_blocks * 15 / 16;
         let (s, _) = self
             .segments
@@ -480,7 +490,7 @@ impl Store {
                     && s.filling == 0
                     && s.clean_after <= self.superblock.checkpoint_seq
             })
-            .min_by_key(|(_, s)| (s.cleaned, s.live))?;
+            .min_by_key(|(_, s)| (s.cleaned, cost(s)))?;
         let segment = &mut self.segments.all[s];
         segment.cleaned += 1;
         if segment.cleaned > 2 {

@@ -2,7 +2,6 @@
 
 use super::Store;
 use super::apply::Blocked;
-use super::format::LEAF_DISK_BLOCKS;
 use super::index::RowId;
 use crate::units::{CHUNK_LEAVES, LayerId};
 
@@ -103,7 +102,7 @@ impl Store {
             super::format::Mapping::UNMAPPED,
         );
         if old.addr().is_stored() {
-            self.segments.sub_live(old.addr(), LEAF_DISK_BLOCKS);
+            self.segments.sub_leaf(old.addr());
         }
         self.index.leaf_count -= 1;
         Ok(())

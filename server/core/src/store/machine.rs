@@ -55,6 +55,8 @@ pub struct Store {
 #[derive(Default)]
 pub(super) struct Growth {
     pub(super) in_flight: bool,
+    /// A write waits for it.
+    pub(super) wanted: bool,
     /// Not tried again before then: it failed.
     pub(super) retry_at_ms: Option<u64>,
 }
@@ -272,10 +274,20 @@ impl Store {
         } else {
             geometry.segments_max
         };
+        self.capacity_of(segments)
+    }
+
+    /// What the segments that exist can hold. Nothing beyond it is admitted: the file may yet fail to grow, and what
+    /// was acknowledged must find its place.
+    pub(super) fn ready_blocks(&self) -> u64 {
+        self.capacity_of(self.segments.all.len() as u32)
+    }
+
+    fn capacity_of(&self, segments: u32) -> u64 {
         // Of a small store the segments that are being written or emptied are a larger share.
         let segments = u64::from(segments);
         let usable = (segments * 82 / 100 - (segments / 12).min(5)).min(segments.saturating_sub(8));
-        usable * u64::from(geometry.segment_blocks) * 254 / 256
+        usable * u64::from(self.segments.geometry.segment_blocks) * 254 / 256
     }
 
     pub(super) fn used_blocks(&self) -> u64 {
@@ -295,6 +307,9 @@ impl Store {
         let geometry = &self.segments.geometry;
         if have >= u64::from(geometry.segments_max) || self.growth.in_flight {
             return false;
+        }
+        if self.growth.wanted || self.used_blocks() + self.reserved > self.ready_blocks() * 3 / 4 {
+            return true;
         }
         // Two and a half times what is used, so that cleaning finds segments that are more than half empty.
         let used = self.used_blocks() + self.reserved;
@@ -325,6 +340,7 @@ impl Store {
 
     fn on_allocate(&mut self, segments: u32, result: Result<(), Errno>) {
         self.growth.in_flight = false;
+        self.growth.wanted = false;
         match result {
             Ok(()) => {
                 self.growth.retry_at_ms = None;

@@ -529,6 +529,9 @@ fn assemble(
     let mut index = Index::default();
     let drops = checkpoint.drops.clone();
     for row in checkpoint.rows {
+        for leaf in row.leaves.iter().filter(|l| l.addr().is_stored()) {
+            segments.note_leaf(leaf.addr());
+        }
         index.insert_row(row.key, row.leaves);
     }
     // The log may have gone on into segments that were allocated after the checkpoint.

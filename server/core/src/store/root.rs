@@ -1,11 +1,14 @@
 //! Making a store, and finding its root: superblock and checkpoint.
 
 use super::format::{
-    Addr, Checkpoint, CheckpointSegment, FormatError, Geometry, RESERVED_BLOCKS, SUPERBLOCK_BLOCKS,
-    Superblock, encode_checkpoint,
+    Addr, Checkpoint, CheckpointSegment, FormatError, Geometry, RESERVED_BLOCKS, ROW_BYTES,
+    SUPERBLOCK_BLOCKS, Superblock, encode_checkpoint,
 };
 use super::{AlignedBuf, BlockingDisk, DiskError, OpenError};
-use crate::units::{BLOCK_BYTES, StoreId};
+use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, StoreId};
+
+/// Bytes of each checkpoint area that a new store allocates, at the least: the directory of 2 TiB written densely.
+const AREA_BYTES_MIN: u64 = 16 << 20;
 
 /// Lays out a new store on `disk`, destroying what is there: `initial_segments` are allocated at once.
 pub fn format_store(
@@ -25,6 +28,17 @@ pub fn format_store(
         geometry.segment_start(0).offset(),
         u64::from(segments) * u64::from(geometry.segment_blocks) * BLOCK_BYTES as u64,
     )?;
+    // On a file system that fills up, a checkpoint must still find its place: it is what gives space back. Four times
+    // the directory of a full store; a very sparse one may come to need more.
+    let chunks = u64::from(geometry.segments_max) * u64::from(geometry.segment_blocks)
+        / u64::from(CHUNK_BLOCKS);
+    let area_bytes = (4 * chunks * ROW_BYTES as u64 + u64::from(geometry.segments_max) * 8)
+        .max(AREA_BYTES_MIN)
+        .next_multiple_of(BLOCK_BYTES as u64)
+        .min(u64::from(geometry.checkpoint_blocks) * BLOCK_BYTES as u64);
+    for area in 0..2 {
+        disk.allocate(geometry.checkpoint_start(area).offset(), area_bytes)?;
+    }
     let checkpoint = Checkpoint {
         store,
         seq: 1,

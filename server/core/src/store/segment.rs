@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::format::{Addr, CheckpointSegment, Geometry};
+use super::format::{Addr, CheckpointSegment, Geometry, LEAF_DISK_BLOCKS};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SegmentState {
@@ -21,6 +21,8 @@ pub(super) struct Segment {
     pub(super) state: SegmentState,
     /// Blocks that leaves or the directory refer to, as of what was applied.
     pub(super) live: u32,
+    /// How many of them are leaves'.
+    pub(super) leaf_blocks: u32,
     /// The last client frame in it: until that one is applied `live` does not tell the whole truth.
     pub(super) last_seq: u64,
     /// Reads under way: it is not reused before they end.
@@ -52,6 +54,7 @@ impl Segments {
                     SegmentState::Sealed
                 },
                 live: s.live,
+                leaf_blocks: 0,
                 last_seq: 0,
                 reads: 0,
                 filling: 0,
@@ -93,6 +96,7 @@ impl Segments {
             self.all.push(Segment {
                 state: SegmentState::Free,
                 live: 0,
+                leaf_blocks: 0,
                 last_seq: 0,
                 reads: 0,
                 filling: 0,
@@ -111,6 +115,7 @@ impl Segments {
         let s = self.free.pop_front()?;
         let segment = &mut self.all[s as usize];
         debug_assert!(segment.state == SegmentState::Free && segment.live == 0);
+        debug_assert_eq!(segment.leaf_blocks, 0);
         segment.state = SegmentState::Open;
         segment.last_seq = 0;
         segment.cleaned = 0;
@@ -136,6 +141,25 @@ impl Segments {
             .live
             .checked_sub(blocks)
             .expect("a block was counted before it is given back");
+    }
+
+    /// Counts a leaf that is written there now.
+    pub(super) fn add_leaf(&mut self, addr: Addr) {
+        self.add_live(addr, LEAF_DISK_BLOCKS);
+        self.of(addr).leaf_blocks += LEAF_DISK_BLOCKS;
+    }
+
+    pub(super) fn sub_leaf(&mut self, addr: Addr) {
+        self.sub_live(addr, LEAF_DISK_BLOCKS);
+        self.of(addr).leaf_blocks -= LEAF_DISK_BLOCKS;
+    }
+
+    /// Counts a leaf of the checkpoint, which is in `live` already.
+    pub(super) fn note_leaf(&mut self, addr: Addr) {
+        let s = self.geometry.segment_of(addr) as usize;
+        if let Some(segment) = self.all.get_mut(s) {
+            segment.leaf_blocks += LEAF_DISK_BLOCKS;
+        }
     }
 
     /// Whether a sealed segment holds nothing at all as of what was applied.

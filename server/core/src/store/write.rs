@@ -200,7 +200,7 @@ impl Store {
 
     /// Whether `count` blocks may be written, and how many blocks they may add to those in use.
     fn admit(&mut self, key: ExtentKey, first_block: u32, count: u32) -> Result<u64, WriteError> {
-        let capacity = self.capacity_blocks();
+        let capacity = self.ready_blocks();
         let leaves = u64::from(leaf_of(first_block + count - 1) - leaf_of(first_block) + 1);
         let row = self.index.row_of(key);
         if row.is_none() && self.index.row_count() >= self.rows_max() {
@@ -238,6 +238,11 @@ impl Store {
         if new == 0 || self.used_blocks() + self.reserved + new <= capacity {
             return Ok(new);
         }
+        if capacity < self.capacity_blocks() {
+            self.growth.wanted = true;
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
         if self.reserved > 0 {
             // Some of what is reserved will turn out to be overwrites: look again when it is applied.
             self.wait_durable(None);
@@ -249,7 +254,7 @@ impl Store {
 
     /// Whether a writer that was told "busy" has a chance now.
     pub(super) fn could_accept(&self) -> bool {
-        if self.index.pending_len() > PENDING_MAX || !self.loads.is_empty() {
+        if self.index.pending_len() > PENDING_MAX || !self.loads.is_empty() || self.growth.wanted {
             return false;
         }
         let near_full =

@@ -152,6 +152,51 @@ fn a_full_store_of_scattered_blocks_is_overwritten_without_end() {
     ram.store().check_invariants();
 }
 
+/// The disk under the store's file fills up while clients write: what was acknowledged finds its place, what comes
+/// next is refused, and all goes on when there is room again.
+#[test]
+fn a_file_that_cannot_grow_refuses_writes_and_keeps_what_it_took() {
+    let geometry = Geometry::for_size(512 << 20, None).expect("large enough");
+    for allowed in [24, 100, 300] {
+        let mut ram = Ram::new(geometry, Params::default(), 8);
+        let data = vec![6u8; BLOCK_BYTES];
+        let mut taken = 0;
+        let mut refused = false;
+        while !refused {
+            ram.no_growth = ram.store().status().segments >= allowed;
+            let (chunk, block) = (taken / CHUNK_BLOCKS, taken % CHUNK_BLOCKS);
+            match ram.try_write_pressing(chunk, block, &data) {
+                Ok(_) => taken += 1,
+                Err(e) => {
+                    assert_eq!(e, WriteError::NoSpace);
+                    refused = true;
+                }
+            }
+        }
+        let status = ram.store().status();
+        assert!(
+            taken > (status.segments - 8) * 256 / 2,
+            "{taken} blocks in {} segments",
+            status.segments
+        );
+        ram.flush().expect("what was taken finds its place");
+        // Overwriting is no new use.
+        let mut rng = Rng::new(5);
+        for _ in 0..taken {
+            let b = rng.below(u64::from(taken)) as u32;
+            ram.write_pressing(b / CHUNK_BLOCKS, b % CHUNK_BLOCKS, &data);
+        }
+        ram.flush().expect("overwrites find their place");
+        ram.no_growth = false;
+        ram.store().on_tick(61_000);
+        ram.run();
+        let (chunk, block) = (taken / CHUNK_BLOCKS, taken % CHUNK_BLOCKS);
+        ram.write(chunk, block, &data).expect("there is room again");
+        ram.flush().expect("a healthy disk");
+        ram.store().check_invariants();
+    }
+}
+
 #[test]
 fn a_full_store_refuses_new_blocks_and_takes_overwrites_and_trims() {
     let geometry = Geometry {

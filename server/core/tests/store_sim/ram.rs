@@ -40,6 +40,8 @@ pub(crate) struct Ram {
     pub(crate) fail_in: Option<(u64, Errno)>,
     pub(crate) failed: Option<&'static str>,
     pub(crate) ios: u64,
+    /// The disk under the store's file is full: it does not grow.
+    pub(crate) no_growth: bool,
     /// I/Os begun by [`Ram::step`], oldest first.
     begun: std::collections::VecDeque<Action>,
     version: u64,
@@ -68,6 +70,7 @@ impl Ram {
             fail_in: None,
             failed: None,
             ios: 0,
+            no_growth: false,
             begun: std::collections::VecDeque::new(),
             version: 0,
             epoch: 0,
@@ -137,18 +140,28 @@ impl Ram {
 
     /// Writes one block as soon as the store takes it; the number of I/Os that ended meanwhile.
     pub(crate) fn write_pressing(&mut self, chunk: u32, block: u32, data: &[u8]) -> u32 {
+        self.try_write_pressing(chunk, block, data)
+            .unwrap_or_else(|e| panic!("{e:?}: {}", self.store().debug_line()))
+    }
+
+    pub(crate) fn try_write_pressing(
+        &mut self,
+        chunk: u32,
+        block: u32,
+        data: &[u8],
+    ) -> Result<u32, WriteError> {
         let version = self.next_version();
         let mut waited = 0;
         loop {
             match self.store().write(key(chunk), block, data, version, None) {
-                Ok(()) => return waited,
+                Ok(()) => return Ok(waited),
                 Err(WriteError::Busy { .. }) => {
                     let line = |ram: &mut Ram| ram.store().debug_line();
                     assert!(self.step(), "nothing is under way: {}", line(self));
                     waited += 1;
                     assert!(waited < 20_000, "busy for ever: {}", line(self));
                 }
-                Err(e) => panic!("{e:?}: {}", self.store().debug_line()),
+                Err(e) => return Err(e),
             }
         }
     }
@@ -194,6 +207,10 @@ impl Ram {
                 // SAFETY: as above.
                 let out = unsafe { std::slice::from_raw_parts_mut(ptr, len) };
                 out.copy_from_slice(&self.disk.0[offset as usize..][..len]);
+            }
+            Action::Allocate { .. } if self.no_growth => {
+                self.store().on_io(io, Err(Errno::ENOSPC));
+                return;
             }
             Action::Allocate { offset, len, .. } => {
                 self.disk.0[offset as usize..][..len as usize].fill(0);
