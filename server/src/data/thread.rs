@@ -63,6 +63,10 @@ pub(super) struct Drain {
     pub(super) closing: Option<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
 }
 
+/// After answers from memory a look lasts this many times longer: both sides of such a client's every operation are
+/// wake-ups, and on an otherwise idle processor each costs as much as the look.
+const AFTER_MEMORY: u32 = 5;
+
 pub(super) struct DataThread {
     pub(super) index: usize,
     pub(super) engine: Box<dyn Engine>,
@@ -100,7 +104,11 @@ pub(super) struct DataThread {
     born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
-    spin: Spin,
+    /// One for answers that a disk gave, and one for those from memory, whose clients come back sooner.
+    spin_after_disk: Spin,
+    spin_after_memory: Spin,
+    after_disk: bool,
+    disk_answered: bool,
     spin_until: Option<Instant>,
     pub(super) next_sweep: Option<Instant>,
     /// Connections counted in `HELD_RECEIVE_BUFFERS`.
@@ -152,7 +160,10 @@ impl DataThread {
             born: now,
             actions: Vec::new(),
             events: Vec::new(),
-            spin: Spin::new(parts.spin),
+            spin_after_disk: Spin::new(parts.spin),
+            spin_after_memory: Spin::new(parts.spin * AFTER_MEMORY),
+            after_disk: false,
+            disk_answered: false,
             spin_until: None,
             next_sweep: None,
         }
@@ -172,7 +183,10 @@ impl DataThread {
             let mut mailbox = false;
             for event in events.drain(..) {
                 match event {
-                    Event::Disk { tag, result } => self.on_disk(tag, result),
+                    Event::Disk { tag, result } => {
+                        self.disk_answered = true;
+                        self.on_disk(tag, result);
+                    }
                     Event::Readable { token, hang_up } => self.on_readable(token, hang_up),
                     Event::Writable { token } => self.on_writable(token),
                     Event::Mailbox => mailbox = true,
@@ -198,27 +212,38 @@ impl DataThread {
                 self.engine.wait(Some(begun), events)?;
                 let now = Instant::now();
                 if !events.is_empty() {
-                    self.spin.learn(Some(now - begun));
+                    self.spin().learn(Some(now - begun));
                     return Ok(());
                 }
                 if now >= until {
                     break;
                 }
             }
-            self.spin.learn(None);
+            self.spin().learn(None);
         }
         let deadline = self.deadline();
         self.engine.wait(deadline, events)
     }
 
+    /// The habit that answers like those sent last have taught.
+    fn spin(&mut self) -> &mut Spin {
+        if self.after_disk {
+            &mut self.spin_after_disk
+        } else {
+            &mut self.spin_after_memory
+        }
+    }
+
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
+        self.after_disk = std::mem::take(&mut self.disk_answered);
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
         }
-        self.send_dirty();
+        // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
+        self.engine.begin_queued();
         self.send_dirty();
         if std::mem::take(&mut self.freed) && !self.paused.is_empty() {
             for key in std::mem::take(&mut self.paused) {
@@ -234,7 +259,7 @@ impl DataThread {
             self.go_on_draining();
         }
         if self.metrics.sends.get() != sent && self.ready.is_empty() && self.resumable.is_empty() {
-            self.spin_until = self.spin.look_until(Instant::now());
+            self.spin_until = self.spin().look_until(Instant::now());
         }
     }
 

@@ -191,6 +191,10 @@ impl Engine for FaultEngine {
         self.inner.name()
     }
 
+    fn begin_queued(&mut self) {
+        self.inner.begin_queued();
+    }
+
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
         self.inner.add_file(file)
     }

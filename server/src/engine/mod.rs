@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
+mod durable;
 mod fault;
 mod file;
 mod posix;
@@ -99,6 +100,9 @@ pub enum Event {
 pub trait Engine {
     /// "io_uring" or "posix", for logs and metrics.
     fn name(&self) -> &'static str;
+
+    /// Has the kernel begin what was submitted, where the engine would otherwise do so when it waits next.
+    fn begin_queued(&mut self) {}
 
     /// Hands a file to the engine, which closes it when dropped. `direct` says whether it takes O_DIRECT.
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId>;

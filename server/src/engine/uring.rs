@@ -11,6 +11,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
 use rustix::io::Errno;
 
+use super::durable::{Durable, Way};
 use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
 
 /// Submission entries. One loop turn rarely queues more; what does not fit waits in `backlog`.
@@ -45,10 +46,11 @@ struct InFlight {
     done: u64,
     step: Step,
     link: Link,
+    /// How a durable write goes, and since when.
+    durable: Option<(Way, Instant)>,
 }
 
-/// A durable write and the data sync linked behind it. One that carries RWF_DSYNC instead ends in a kernel worker of
-/// ordinary priority, several times slower than this on a busy machine.
+/// A durable write and the data sync linked behind it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Link {
     None,
@@ -81,6 +83,7 @@ pub struct UringEngine {
     /// Index of the ring's own descriptor in the registered table, sparing a descriptor lookup per call.
     registered_ring: Option<u32>,
     flags_text: &'static str,
+    durable: Durable,
     files: Vec<Arc<OwnedFd>>,
     ops: slab::Slab<InFlight>,
     watches: slab::Slab<Watch>,
@@ -107,6 +110,7 @@ impl UringEngine {
             ring,
             registered_ring,
             flags_text,
+            durable: Durable::default(),
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
             watches: slab::Slab::new(),
@@ -208,20 +212,20 @@ impl UringEngine {
             (
                 Step::Transfer,
                 DiskOp::Write {
-                    offset,
-                    data,
-                    len,
-                    durable,
-                    ..
+                    offset, data, len, ..
                 },
             ) => {
                 let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
                 // SAFETY: `done < len`, so the address stays inside the caller's buffer.
                 let at = unsafe { data.add(done as usize) };
-                let write = opcode::Write::new(fd, at, part as u32)
-                    .offset(offset + done)
-                    .build();
-                if durable && done as usize + part == len && self.has_room_for_two() {
+                let write = opcode::Write::new(fd, at, part as u32).offset(offset + done);
+                let way = op.durable.map(|(way, _)| way);
+                let write = match way {
+                    Some(Way::Flagged) => write.rw_flags(libc::RWF_DSYNC).build(),
+                    _ => write.build(),
+                };
+                let linked = way == Some(Way::Linked) && done as usize + part == len;
+                if linked && self.has_room_for_two() {
                     let data = user_data(KIND_DISK, 0, slot as u32);
                     self.ops[slot].link = Link::Queued;
                     self.push(write.flags(squeue::Flags::IO_LINK).user_data(data));
@@ -262,6 +266,9 @@ impl UringEngine {
 
     fn finish(&mut self, slot: usize, result: Result<u32, Errno>, out: &mut Vec<Event>) {
         let op = self.ops.remove(slot);
+        if let (Some((way, begun)), Ok(_)) = (op.durable, result) {
+            self.durable.learn(way, begun.elapsed());
+        }
         out.push(Event::Disk {
             tag: op.tag,
             result,
@@ -303,13 +310,23 @@ impl UringEngine {
                 self.push_step(slot);
                 return;
             }
+            // An old kernel or file system that does not know the flag; nothing was written.
+            if let Some((way @ Way::Flagged, _)) = &mut op.durable
+                && matches!(-result, libc::EOPNOTSUPP | libc::EINVAL)
+            {
+                *way = Way::Linked;
+                self.durable.refuse_flag();
+                self.push_step(slot);
+                return;
+            }
             self.finish(slot, Err(Errno::from_raw_os_error(-result)), out);
             return;
         }
         match (step, op.op) {
-            (Step::Transfer, DiskOp::Write { len, durable, .. }) => {
+            (Step::Transfer, DiskOp::Write { len, .. }) => {
                 op.done += result as u64;
-                if op.done == len as u64 && durable {
+                let linked = matches!(op.durable, Some((Way::Linked, _)));
+                if op.done == len as u64 && linked {
                     op.step = Step::Sync;
                     self.push_step(slot);
                 } else if op.done == len as u64 {
@@ -473,6 +490,13 @@ impl Engine for UringEngine {
         "io_uring"
     }
 
+    fn begin_queued(&mut self) {
+        if !self.ring.submission().is_empty() {
+            // What cannot be submitted now is with the next wait, which reports what is wrong.
+            let _ = self.ring.submit();
+        }
+    }
+
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
         self.files.push(file);
         Ok(FileId((self.files.len() - 1) as u32))
@@ -484,12 +508,15 @@ impl Engine for UringEngine {
             DiskOp::Sync { .. } => Step::Sync,
             DiskOp::Allocate { .. } => Step::Fallocate,
         };
+        let durable = matches!(op, DiskOp::Write { durable: true, .. })
+            .then(|| (self.durable.choose(), Instant::now()));
         let slot = self.ops.insert(InFlight {
             tag,
             op,
             done: 0,
             step,
             link: Link::None,
+            durable,
         });
         self.push_step(slot);
     }
