@@ -118,8 +118,10 @@ impl Store {
     /// leaf that changed, and that will have changed when each copy is applied, and each write that finds room in the
     /// segment clients write to.
     fn may_change(&self, blocks: u64) -> bool {
+        let changing = (self.index.dirty_leaves + self.cold.unapplied) as u64 + blocks;
         let room = self.segment_blocks() - u64::from(self.hot.next_block);
-        self.segments.free_count() > self.leaf_segments(room + blocks)
+        changing <= self.changed_leaves_max()
+            && self.segments.free_count() > self.leaf_segments(room + blocks)
     }
 
     /// Segments that client writes always leave: enough to copy a whole batch of victims, and for the checkpoint that
@@ -150,8 +152,17 @@ impl Store {
     /// Segments for the leaves of the next checkpoint when `more` blocks are written or copied before.
     fn leaf_segments(&self, more: u64) -> usize {
         let changing = self.index.dirty_leaves + self.index.pending_len() + self.cold.unapplied;
-        let leaves = (changing as u64 + more).min(self.index.leaf_count);
+        // A leaf that does not exist yet comes with a block, and takes two more.
+        let to_come = self.reserved / 3;
+        let most = (self.index.leaf_count + to_come).min(self.changed_leaves_max());
+        let leaves = (changing as u64 + more).min(most);
         self.leaf_blocks(leaves).div_ceil(self.segment_blocks()) as usize
+    }
+
+    /// Leaves that may have changed when a checkpoint begins: those the cache holds, and what is on its way.
+    fn changed_leaves_max(&self) -> u64 {
+        let copies = (COLD_FRAMES + 1) as u64 * u64::from(FRAME_DATA_BLOCKS);
+        self.params.leaf_cache.max(16) as u64 + copies
     }
 
     /// Segments that client writes leave just now. While a batch is emptied, clients get what it will give back as
@@ -457,7 +468,15 @@ impl Store {
         if empty >= self.clean_batch() {
             return true;
         }
-        self.cleaner.stuck && (empty > 0 || self.index.dirty_leaves > 0)
+        let changed = self.index.dirty_leaves > 0 || !self.cold.is_quiet();
+        self.cleaner.stuck && (empty > 0 || changed)
+    }
+
+    /// Nothing more can be copied before a checkpoint; what was copied must be written, or no leaf would change and
+    /// none would be wanted.
+    fn block_cleaning(&mut self) {
+        self.cleaner.stuck = true;
+        self.flush_cold();
     }
 
     /// A checkpoint has made segments free.
@@ -497,7 +516,7 @@ impl Store {
             // Twice everything that could be found was copied out, and still something refers to it.
             segment.damaged = true;
             self.event(Event::SegmentDamaged { segment: s as u32 });
-            return None;
+            return self.pick_victim();
         }
         Some(s as u32)
     }
@@ -659,7 +678,7 @@ impl Store {
         match self.index.slot_of(row, leaf) {
             Some(slot) if self.index.leaf(slot).dirty => {}
             Some(_) if !self.may_change(1) => {
-                self.cleaner.stuck = true;
+                self.block_cleaning();
                 return Err(Blocked);
             }
             Some(slot) => self.index.mark_dirty(slot),
@@ -734,7 +753,7 @@ impl Store {
                 if !self.may_change(u64::from(good))
                     || self.add_cold(copy, data, Some(from)).is_none()
                 {
-                    self.cleaner.stuck = true;
+                    self.block_cleaning();
                     return Err(Blocked);
                 }
             }

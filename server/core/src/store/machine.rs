@@ -269,7 +269,9 @@ impl Store {
     /// less reserve would make it several times dearer.
     pub(super) fn capacity_blocks(&self) -> u64 {
         let geometry = &self.segments.geometry;
-        let segments = if self.growth.retry_at_ms.is_some() {
+        // Tried again, it may grow after all.
+        let failed = |at| at > self.now_ms && !self.growth.in_flight;
+        let segments = if self.growth.retry_at_ms.is_some_and(failed) {
             self.segments.all.len() as u32
         } else {
             geometry.segments_max
