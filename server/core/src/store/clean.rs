@@ -17,13 +17,10 @@ use super::segment::{Segment, SegmentState};
 use super::{Action, AlignedBuf, Errno, Event, Store, StoreError};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
 
-/// A batch of victims is this many times as large as the leaves its checkpoint may have to write, so that these cost
-/// little beside what becomes free.
-const BATCH_PER_LEAVES: u64 = 20;
 /// Blocks copied per block that clients write, at the most: victims are at most 15/16 live.
 const CREDIT: u64 = 16;
 /// Frames of copies in flight at once.
-const COLD_FRAMES: usize = 4;
+pub(super) const COLD_FRAMES: usize = 4;
 /// Blocks looked at in one turn.
 const BUDGET: u32 = 2048;
 /// Blocks read at once, and how many such reads are in flight.
@@ -53,7 +50,7 @@ pub(super) struct Cold {
     pub(super) in_flight: usize,
     seq: u64,
     /// Blocks copied that no leaf points at yet.
-    unapplied: usize,
+    pub(super) unapplied: usize,
     /// Copies that are written: key, first block, count, version, where they were, where they are.
     moved: VecDeque<Moved>,
 }
@@ -83,9 +80,9 @@ pub(super) struct Cleaner {
     /// Blocks copied so far.
     copied: u64,
     /// Segments that are empty and those that the checkpoint under way makes free, when last counted.
-    coming: usize,
+    pub(super) coming: usize,
     /// Nothing can be copied before a checkpoint gives segments back.
-    stuck: bool,
+    pub(super) stuck: bool,
     /// What the state was when space was looked at last: looking means walking all segments, and while no client
     /// waits, there is time.
     space_looked_at: (u64, usize),
@@ -114,88 +111,6 @@ struct Victim {
 }
 
 impl Store {
-    /// Whether `blocks` more may be copied, or as many leaves changed: the next checkpoint must find room for every
-    /// leaf that changed, and that will have changed when each copy is applied, and each write that finds room in the
-    /// segment clients write to.
-    fn may_change(&self, blocks: u64) -> bool {
-        let changing = (self.index.dirty_leaves + self.cold.unapplied) as u64 + blocks;
-        let room = self.segment_blocks() - u64::from(self.hot.next_block);
-        changing <= self.changed_leaves_max()
-            && self.segments.free_count() > self.leaf_segments(room + blocks)
-    }
-
-    /// Segments that client writes always leave: enough to copy a whole batch of victims, and for the checkpoint that
-    /// makes them free. With less, each checkpoint would free little more than it takes, and in a full store nothing.
-    pub(super) fn keep_for_cold(&self) -> usize {
-        let copies = self.batch_copies();
-        let changing = copies + self.segment_blocks();
-        copies.div_ceil(self.segment_blocks()) as usize + self.leaf_segments(changing) + 1
-    }
-
-    /// Cleaning begins when this many segments are free: what a batch will give back is there for clients meanwhile.
-    pub(super) fn clean_start(&self) -> usize {
-        let given_back =
-            self.clean_batch() - (self.batch_copies() / self.segment_blocks()) as usize;
-        self.keep_for_cold() + given_back + 1
-    }
-
-    /// Most blocks to copy out of a batch: the emptiest segments are no fuller than the average.
-    fn batch_copies(&self) -> u64 {
-        let written = (self.segments.all.len() - self.segments.free_count()).max(1) as u64;
-        let live = self
-            .used_blocks()
-            .div_ceil(written)
-            .min(self.segment_blocks());
-        self.clean_batch() as u64 * live
-    }
-
-    /// Segments for the leaves of the next checkpoint when `more` blocks are written or copied before.
-    fn leaf_segments(&self, more: u64) -> usize {
-        let changing = self.index.dirty_leaves + self.index.pending_len() + self.cold.unapplied;
-        // A leaf that does not exist yet comes with a block, and takes two more.
-        let to_come = self.reserved / 3;
-        let most = (self.index.leaf_count + to_come).min(self.changed_leaves_max());
-        let leaves = (changing as u64 + more).min(most);
-        self.leaf_blocks(leaves).div_ceil(self.segment_blocks()) as usize
-    }
-
-    /// Leaves that may have changed when a checkpoint begins: those the cache holds, and what is on its way.
-    fn changed_leaves_max(&self) -> u64 {
-        let copies = (COLD_FRAMES + 1) as u64 * u64::from(FRAME_DATA_BLOCKS);
-        self.params.leaf_cache.max(16) as u64 + copies
-    }
-
-    /// Segments that client writes leave just now. While a batch is emptied, clients get what it will give back as
-    /// far as it is done: many short waits, none for a whole batch.
-    pub(super) fn keep_for_hot(&self) -> usize {
-        let least = self.keep_for_cold();
-        if self.cleaner.stuck || self.segments.free_count() > self.clean_start() {
-            return least;
-        }
-        let batch = self.clean_batch();
-        let left = batch.saturating_sub(self.cleaner.coming);
-        let whole = self.clean_start() - least;
-        least + (whole * left / batch).saturating_sub(2)
-    }
-
-    /// Segments emptied before a checkpoint makes them free. Many, because each checkpoint writes every leaf that
-    /// changed; not more, because what is kept free is not there to be half empty.
-    pub(super) fn clean_batch(&self) -> usize {
-        let leaves = self.index.leaf_count.min(self.params.leaf_cache as u64 / 2);
-        let wanted = (BATCH_PER_LEAVES * self.leaf_blocks(leaves)).div_ceil(self.segment_blocks());
-        let most = (self.segments.all.len() / 20).max(2);
-        (wanted as usize).clamp(2, most)
-    }
-
-    fn segment_blocks(&self) -> u64 {
-        u64::from(self.segments.geometry.segment_blocks)
-    }
-
-    /// Blocks that so many leaves take, their frames' headers included.
-    fn leaf_blocks(&self, leaves: u64) -> u64 {
-        leaves * u64::from(LEAF_DISK_BLOCKS) * 129 / 128
-    }
-
     // -- the cold stream
 
     /// Adds an entry and its data; the address of its first data block. `None`: no segment is free.

@@ -24,6 +24,7 @@ mod log;
 mod machine;
 mod open;
 mod read;
+mod reserve;
 mod root;
 mod scrub;
 mod segment;
