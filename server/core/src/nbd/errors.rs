@@ -28,7 +28,7 @@ pub enum RequestError {
     /// A command number nobody defined, or one that was not advertised.
     #[error("unknown command")]
     UnknownCommand,
-    /// A flag that this command does not take in this session.
+    /// A flag that this command does not take with what was negotiated.
     #[error("a flag that this command does not take")]
     BadFlags,
     /// A payload on a command that carries none (extended headers).

@@ -60,7 +60,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// The transmission flags this session was told.
+    /// The transmission flags that were told to the client.
     pub fn flags(&self) -> u16 {
         transmission_flags(self.style, self.base_allocation, self.read_only)
     }

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 
 use super::format::{Addr, Entry, FRAME_FIXED_BYTES, FrameHeader, Progress};
 use super::machine::Io;
-use super::segment::SegmentState;
 use super::{Action, OpId, ReadInfo, Store};
 use crate::units::BLOCK_BYTES;
 
@@ -188,7 +187,7 @@ impl Store {
             let Some(after) = self.segments.take(self.keep_for_hot()) else {
                 return false;
             };
-            self.segments.all[self.hot.segment as usize].state = SegmentState::Sealed;
+            self.segments.seal(self.hot.segment);
             self.hot.segment = self.hot.next_segment;
             self.hot.next_block = 0;
             self.hot.next_segment = after;

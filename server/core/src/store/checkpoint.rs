@@ -4,7 +4,7 @@
 //! notice, because reads look at pending entries first. Segments that were empty at that frame may be written again
 //! once the superblock is durable, and not before.
 
-use super::clean::ColdFrame;
+use super::cold::ColdFrame;
 use super::format::{
     Addr, Checkpoint, CheckpointSegment, Entry, EntryKind, ExtentKey, LEAF_DISK_BLOCKS, Mapping,
     SUPERBLOCK_BLOCKS, Superblock, encode_checkpoint,

@@ -1,15 +1,11 @@
-//! Cleaning: the live blocks of the emptiest segments are copied together, so that whole segments become free.
-//!
-//! Copies, and the leaves of checkpoints, go to segments of their own (the cold stream): what was old enough to be
-//! cleaned tends to stay. Nothing here is needed by recovery: until a checkpoint refers to a copy, the original is
-//! still where it was.
-
-use std::collections::VecDeque;
+//! Cleaning: the live blocks of the emptiest segments are copied together, through the cold stream, so that whole
+//! segments become free.
 
 use super::apply::Blocked;
+use super::cold::COLD_FRAMES;
 use super::format::{
-    Addr, Entries, Entry, EntryKind, ExtentKey, FRAME_DATA_BLOCKS, FRAME_FIXED_BYTES,
-    FRAME_HEADER_BLOCKS, FrameHeader, LEAF_DISK_BLOCKS, Progress,
+    Addr, Entries, Entry, EntryKind, FRAME_DATA_BLOCKS, FRAME_FIXED_BYTES, FRAME_HEADER_BLOCKS,
+    FrameHeader, LEAF_DISK_BLOCKS,
 };
 use super::index::leaf_of;
 use super::machine::Io;
@@ -19,73 +15,24 @@ use crate::units::{BLOCK_BYTES, LEAF_BLOCKS};
 
 /// Blocks copied per block that clients write, at the most: victims are at most 15/16 live.
 const CREDIT: u64 = 16;
-/// Frames of copies in flight at once.
-pub(super) const COLD_FRAMES: usize = 4;
 /// Blocks looked at in one turn.
 const BUDGET: u32 = 2048;
 /// Blocks read at once, and how many such reads are in flight.
 const PIECE_BLOCKS: u32 = 256;
 const PIECES: usize = 2;
-/// Frames applied between two looks for segments that overwriting has emptied.
-const LOOK_FRAMES: u64 = 32;
 /// Leaves read ahead.
 const LOADS: usize = 64;
-
-/// A frame of copies or leaves.
-pub(super) struct ColdFrame {
-    buf: AlignedBuf,
-    addr: Addr,
-    progress: Progress,
-    data_max: u32,
-    /// Each entry, and where its blocks were before.
-    pub(super) entries: Vec<(Entry, Option<Addr>)>,
-}
-
-/// The cold stream.
-#[derive(Default)]
-pub(super) struct Cold {
-    /// The segment being written, and its next block.
-    segment: Option<(u32, u32)>,
-    building: Option<Box<ColdFrame>>,
-    pub(super) in_flight: usize,
-    seq: u64,
-    /// Blocks copied that no leaf points at yet.
-    pub(super) unapplied: usize,
-    /// Copies that are written: key, first block, count, version, where they were, where they are.
-    moved: VecDeque<Moved>,
-}
-
-struct Moved {
-    key: ExtentKey,
-    block: u32,
-    count: u32,
-    version: u64,
-    from: Addr,
-    to: Addr,
-    /// The last of its frame, and the segment that is in.
-    ends: Option<u32>,
-}
-
-impl Cold {
-    /// Whether every frame is written and every copy is where reads look.
-    pub(super) fn is_quiet(&self) -> bool {
-        self.building.is_none() && self.in_flight == 0 && self.moved.is_empty()
-    }
-}
 
 /// What cleaning is at.
 #[derive(Default)]
 pub(super) struct Cleaner {
     victim: Option<Victim>,
     /// Blocks copied so far.
-    copied: u64,
+    pub(super) copied: u64,
     /// Segments that are empty and those that the checkpoint under way makes free, when last counted.
     pub(super) coming: usize,
     /// Nothing can be copied before a checkpoint gives segments back.
     pub(super) stuck: bool,
-    /// What the state was when space was looked at last: looking means walking all segments, and while no client
-    /// waits, there is time.
-    space_looked_at: (u64, usize),
 }
 
 impl Cleaner {
@@ -111,180 +58,6 @@ struct Victim {
 }
 
 impl Store {
-    // -- the cold stream
-
-    /// Adds an entry and its data; the address of its first data block. `None`: no segment is free.
-    pub(super) fn add_cold(
-        &mut self,
-        mut entry: Entry,
-        data: &[u8],
-        from: Option<Addr>,
-    ) -> Option<Addr> {
-        let blocks = (data.len() / BLOCK_BYTES) as u32;
-        if self.cold.building.as_ref().is_some_and(|f| {
-            FRAME_FIXED_BYTES + usize::from(f.progress.entry_bytes) + entry.header_bytes()
-                > BLOCK_BYTES
-                || u32::from(f.progress.data_blocks) + blocks > f.data_max
-        }) {
-            self.flush_cold();
-        }
-        if self.cold.building.is_none() {
-            self.begin_cold(blocks)?;
-        }
-        let frame = self.cold.building.as_mut().expect("just begun");
-        let start = u32::from(frame.progress.data_blocks);
-        entry.data_start = start;
-        let at = FRAME_FIXED_BYTES + usize::from(frame.progress.entry_bytes);
-        entry.encode(&mut frame.buf[at..]);
-        let mut offset = at + super::format::ENTRY_BYTES;
-        for block in data.chunks_exact(BLOCK_BYTES) {
-            let crc = crc32fast::hash(block);
-            frame.buf[offset..offset + 4].copy_from_slice(&crc.to_le_bytes());
-            offset += 4;
-        }
-        let to = (FRAME_HEADER_BLOCKS + start) as usize * BLOCK_BYTES;
-        frame.buf[to..to + data.len()].copy_from_slice(data);
-        frame.progress.entries += 1;
-        frame.progress.entry_bytes = (offset - FRAME_FIXED_BYTES) as u16;
-        frame.progress.data_blocks += blocks as u16;
-        frame.entries.push((entry, from));
-        if entry.kind == EntryKind::Relocation {
-            self.cold.unapplied += blocks as usize;
-        }
-        Some(Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + start))
-    }
-
-    fn begin_cold(&mut self, blocks: u32) -> Option<()> {
-        let segment_blocks = self.segments.geometry.segment_blocks;
-        let fits = |next: u32| next + FRAME_HEADER_BLOCKS + blocks <= segment_blocks;
-        if !self.cold.segment.is_some_and(|(_, next)| fits(next)) {
-            let fresh = self.segments.take(0)?;
-            if let Some((full, _)) = self.cold.segment.replace((fresh, 0)) {
-                self.segments.all[full as usize].state = SegmentState::Sealed;
-            }
-        }
-        let (segment, next) = self.cold.segment.expect("just set");
-        let data_max = (segment_blocks - next - FRAME_HEADER_BLOCKS).min(FRAME_DATA_BLOCKS);
-        self.segments.all[segment as usize].filling += 1;
-        self.cold.building = Some(Box::new(ColdFrame {
-            buf: AlignedBuf::blocks(FRAME_HEADER_BLOCKS + data_max),
-            addr: Addr(self.segments.geometry.segment_start(segment).0 + next),
-            progress: Progress {
-                cold: true,
-                ..Progress::default()
-            },
-            data_max,
-            entries: Vec::new(),
-        }));
-        Some(())
-    }
-
-    /// Writes the frame that is being built, full or not.
-    pub(super) fn flush_cold(&mut self) {
-        let Some(mut frame) = self.cold.building.take() else {
-            return;
-        };
-        self.cold.seq += 1;
-        frame.progress.closed = true;
-        let header = FrameHeader {
-            addr: frame.addr,
-            store: self.superblock.store,
-            progress: frame.progress,
-            incarnation: self.hot.incarnation,
-            seq: self.cold.seq,
-            durable_seq: 0,
-            checkpoint_seq: self.superblock.checkpoint_seq,
-            next_segment: 0,
-        };
-        header.encode(&mut frame.buf);
-        FrameHeader::seal(&mut frame.buf[..BLOCK_BYTES]);
-        let blocks = header.blocks();
-        if let Some((_, next)) = &mut self.cold.segment {
-            *next += blocks;
-        }
-        // Leaves are counted where they are written; their frames' headers and all copies count here.
-        let leaves = frame
-            .entries
-            .iter()
-            .filter(|(e, _)| e.kind == EntryKind::Leaf)
-            .count() as u64;
-        let copied = u64::from(blocks) - leaves * u64::from(LEAF_DISK_BLOCKS);
-        self.counters.cleaned_blocks += copied;
-        self.cleaner.copied += copied;
-        self.cold.in_flight += 1;
-        let (ptr, len, offset) = (
-            frame.buf.as_ptr(),
-            blocks as usize * BLOCK_BYTES,
-            frame.addr.offset(),
-        );
-        let io = self.start_io(Io::Cold(frame));
-        self.actions.push(Action::Write {
-            io,
-            offset,
-            ptr,
-            len,
-            durable: false,
-        });
-    }
-
-    pub(super) fn on_cold(&mut self, frame: ColdFrame) {
-        self.cold.in_flight -= 1;
-        self.leaves_written(&frame);
-        let queued = self.cold.moved.len();
-        for (entry, from) in &frame.entries {
-            if let (EntryKind::Relocation, Some(from)) = (entry.kind, from) {
-                self.cold.moved.push_back(Moved {
-                    key: entry.key,
-                    block: entry.first_block,
-                    count: entry.count,
-                    version: entry.version,
-                    from: *from,
-                    to: Addr(frame.addr.0 + FRAME_HEADER_BLOCKS + entry.data_start),
-                    ends: None,
-                });
-            }
-        }
-        let segment = self.segments.geometry.segment_of(frame.addr);
-        if self.cold.moved.len() > queued {
-            let last = self.cold.moved.back_mut().expect("just pushed");
-            last.ends = Some(segment);
-        } else {
-            self.segments.all[segment as usize].filling -= 1;
-        }
-    }
-
-    /// Points the leaves at the copies.
-    fn apply_moved(&mut self) {
-        while let Some(moved) = self.cold.moved.front_mut() {
-            if moved.count == 0 {
-                if let Some(segment) = moved.ends {
-                    self.segments.all[segment as usize].filling -= 1;
-                }
-                self.cold.moved.pop_front();
-                continue;
-            }
-            let (key, block, version, from, to) =
-                (moved.key, moved.block, moved.version, moved.from, moved.to);
-            let row = self
-                .index
-                .row_of(key)
-                .filter(|&r| !self.index.row(r).dropped);
-            if let Some(row) = row
-                && let Err(Blocked) = self.relocate_block(row, block, version, from, to)
-            {
-                return;
-            }
-            let moved = self.cold.moved.front_mut().expect("looked at above");
-            self.cold.unapplied -= 1;
-            moved.block += 1;
-            moved.count -= 1;
-            moved.from.0 += 1;
-            moved.to.0 += 1;
-        }
-    }
-
-    // -- victims
-
     pub(super) fn advance_clean(&mut self) {
         if self.checkpoint.holds_apply() {
             return;
@@ -300,7 +73,8 @@ impl Store {
                 }
                 return;
             }
-            self.cleaner.coming = self.empty_segments() + self.checkpoint.segments_freeing();
+            self.cleaner.coming = self.segments.count_empty(self.hot.applied_seq)
+                + self.checkpoint.segments_freeing();
             if self.cleaner.coming >= self.clean_batch() {
                 self.flush_cold();
                 return;
@@ -347,24 +121,16 @@ impl Store {
             self.segments.all.iter().filter(|&s| f(s)).count()
         };
         format!(
-            "want {} stuck {} copied {} sealed {} empty {} put off {} damaged {} quiet {} cold {:?} checkpoint {seq}",
+            "want {} stuck {} copied {} sealed {} put off {} damaged {} quiet {} cold {:?} checkpoint {seq}",
             self.want_ready,
             self.cleaner.stuck,
             self.cleaner.copied,
             count(&|s| s.state == SegmentState::Sealed),
-            self.empty_segments(),
             count(&|s| s.clean_after > seq),
             count(&|s| s.damaged),
             self.cold.is_quiet(),
             self.cold.segment,
         )
-    }
-
-    /// Segments that hold nothing any more and wait for a checkpoint.
-    fn empty_segments(&self) -> usize {
-        (0..self.segments.all.len() as u32)
-            .filter(|&s| self.segments.is_empty_sealed(s, self.hot.applied_seq))
-            .count()
     }
 
     /// Whether a checkpoint is wanted for the segments it makes free: when a batch is empty, and when
@@ -374,12 +140,7 @@ impl Store {
         if free > self.clean_start() {
             return false;
         }
-        let state = (self.hot.applied_seq / LOOK_FRAMES, free);
-        if self.cleaner.space_looked_at == state && !self.want_ready {
-            return false;
-        }
-        self.cleaner.space_looked_at = state;
-        let empty = self.empty_segments();
+        let empty = self.segments.count_empty(self.hot.applied_seq);
         if empty >= self.clean_batch() {
             return true;
         }
@@ -397,7 +158,7 @@ impl Store {
     /// A checkpoint has made segments free.
     pub(super) fn on_segments_free(&mut self) {
         self.cleaner.stuck = false;
-        self.cleaner.coming = self.empty_segments();
+        self.cleaner.coming = self.segments.count_empty(self.hot.applied_seq);
     }
 
     /// The sealed segment that costs least to empty. None when all are nearly full.
@@ -410,30 +171,32 @@ impl Store {
             u64::from(s.leaf_blocks) * 256 + u64::from(s.live - s.leaf_blocks) * per_block
         };
         let worth = self.segments.geometry.segment_blocks * 15 / 16;
-        let (s, _) = self
-            .segments
-            .all
-            .iter()
-            .enumerate()
-            .filter(|(_, s)| {
-                s.state == SegmentState::Sealed
-                    && s.live > 0
-                    && s.live <= worth
-                    && s.last_seq <= applied
-                    && !s.damaged
-                    && s.filling == 0
-                    && s.clean_after <= self.superblock.checkpoint_seq
-            })
-            .min_by_key(|(_, s)| (s.cleaned, cost(s)))?;
-        let segment = &mut self.segments.all[s];
-        segment.cleaned += 1;
-        if segment.cleaned > 2 {
-            // Twice everything that could be found was copied out, and still something refers to it.
-            segment.damaged = true;
-            self.event(Event::SegmentDamaged { segment: s as u32 });
-            return self.pick_victim();
+        loop {
+            let (s, _) = self
+                .segments
+                .all
+                .iter()
+                .enumerate()
+                .filter(|(_, s)| {
+                    s.state == SegmentState::Sealed
+                        && s.live > 0
+                        && s.live <= worth
+                        && s.last_seq <= applied
+                        && !s.damaged
+                        && s.filling == 0
+                        && s.clean_after <= self.superblock.checkpoint_seq
+                })
+                .min_by_key(|(_, s)| (s.cleaned, cost(s)))?;
+            let segment = &mut self.segments.all[s];
+            segment.cleaned += 1;
+            if segment.cleaned > 2 {
+                // Twice everything that could be found was copied out, and still something refers to it.
+                segment.damaged = true;
+                self.event(Event::SegmentDamaged { segment: s as u32 });
+                continue;
+            }
+            return Some(s as u32);
         }
-        Some(s as u32)
     }
 
     fn read_victim(&mut self) {

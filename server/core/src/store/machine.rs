@@ -7,7 +7,8 @@ use slab::Slab;
 
 use super::append::{Hot, Waiter};
 use super::checkpoint::CheckpointState;
-use super::clean::{Cleaner, Cold, ColdFrame};
+use super::clean::Cleaner;
+use super::cold::{Cold, ColdFrame};
 use super::drop_layer::Dropper;
 use super::format::{Addr, Geometry, Superblock};
 use super::index::{Index, RowId};

@@ -17,6 +17,7 @@ mod buf;
 mod check;
 mod checkpoint;
 mod clean;
+mod cold;
 mod drop_layer;
 pub mod format;
 mod index;

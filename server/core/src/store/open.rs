@@ -507,7 +507,7 @@ impl Store {
                 self.segments.take(0).ok_or(OpenError::NoRoomForTail)?
             }
         };
-        self.segments.all[self.hot.segment as usize].state = SegmentState::Sealed;
+        self.segments.seal(self.hot.segment);
         self.hot.segment = self.hot.next_segment;
         self.hot.next_block = 0;
         self.hot.next_segment = after;
@@ -567,7 +567,7 @@ impl Store {
             .map(|f| geometry.segment_of(f.addr))
             .collect();
         for s in used {
-            self.segments.all[s as usize].state = SegmentState::Sealed;
+            self.segments.seal(s);
         }
         for s in [self.hot.segment, self.hot.next_segment] {
             self.segments.all[s as usize].state = SegmentState::Open;

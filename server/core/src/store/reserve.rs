@@ -1,7 +1,7 @@
 //! How many free segments are kept for whom: clients leave room for cleaning, cleaning for the next checkpoint.
 
 use super::Store;
-use super::clean::COLD_FRAMES;
+use super::cold::COLD_FRAMES;
 use super::format::{FRAME_DATA_BLOCKS, LEAF_DISK_BLOCKS};
 
 /// A batch of victims is this many times as large as the leaves its checkpoint may have to write, so that these cost

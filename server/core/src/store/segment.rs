@@ -35,12 +35,16 @@ pub(super) struct Segment {
     pub(super) cleaned: u8,
     /// Not cleaned again before this checkpoint: leaves in it move with the next one.
     pub(super) clean_after: u64,
+    /// It is in the list of those that may be empty.
+    listed: bool,
 }
 
 pub(super) struct Segments {
     pub(super) geometry: Geometry,
     pub(super) all: Vec<Segment>,
     free: VecDeque<u32>,
+    /// Sealed segments that had no live block when last looked at: all of them, and some that are none any more.
+    maybe_empty: Vec<u32>,
 }
 
 impl Segments {
@@ -61,13 +65,19 @@ impl Segments {
                 damaged: s.damaged,
                 cleaned: 0,
                 clean_after: 0,
+                listed: false,
             })
             .collect();
-        Segments {
+        let mut segments = Segments {
             geometry,
             all,
             free: VecDeque::new(),
+            maybe_empty: Vec::new(),
+        };
+        for s in 0..segments.all.len() as u32 {
+            segments.list_if_empty(s);
         }
+        segments
     }
 
     /// Fills the list of free segments; called once the log has shown which ones it took.
@@ -103,6 +113,7 @@ impl Segments {
                 damaged: false,
                 cleaned: 0,
                 clean_after: 0,
+                listed: false,
             });
         }
     }
@@ -141,6 +152,43 @@ impl Segments {
             .live
             .checked_sub(blocks)
             .expect("a block was counted before it is given back");
+        if s.live == 0 {
+            let s = self.geometry.segment_of(addr);
+            self.list_if_empty(s);
+        }
+    }
+
+    /// Nothing is written to it any more.
+    pub(super) fn seal(&mut self, s: u32) {
+        self.all[s as usize].state = SegmentState::Sealed;
+        self.list_if_empty(s);
+    }
+
+    /// Leaves point at every copy of a frame in it.
+    pub(super) fn filled(&mut self, s: u32) {
+        self.all[s as usize].filling -= 1;
+    }
+
+    fn list_if_empty(&mut self, s: u32) {
+        let segment = &mut self.all[s as usize];
+        if segment.state == SegmentState::Sealed && segment.live == 0 && !segment.listed {
+            segment.listed = true;
+            self.maybe_empty.push(s);
+        }
+    }
+
+    /// How many sealed segments hold nothing as of what was applied, and wait for a checkpoint.
+    pub(super) fn count_empty(&mut self, applied_seq: u64) -> usize {
+        let mut listed = std::mem::take(&mut self.maybe_empty);
+        listed.retain(|&s| {
+            let segment = &mut self.all[s as usize];
+            segment.listed = segment.state == SegmentState::Sealed && segment.live == 0;
+            segment.listed
+        });
+        let empty = |&&s: &&u32| self.is_empty_sealed(s, applied_seq);
+        let count = listed.iter().filter(empty).count();
+        self.maybe_empty = listed;
+        count
     }
 
     /// Counts a leaf that is written there now.
@@ -200,6 +248,10 @@ impl Segments {
         for &s in &self.free {
             let segment = &self.all[s as usize];
             assert!(segment.state == SegmentState::Free && segment.live == 0 && segment.reads == 0);
+        }
+        for segment in &self.all {
+            let empty = segment.state == SegmentState::Sealed && segment.live == 0;
+            assert!(segment.listed || !empty, "every empty segment is listed");
         }
         let free = self
             .all

@@ -39,6 +39,8 @@ pub(crate) struct Ram {
     /// I/Os left before one fails, and how.
     pub(crate) fail_in: Option<(u64, Errno)>,
     pub(crate) failed: Option<&'static str>,
+    /// It failed when a flush had been answered and nothing was asked since.
+    pub(crate) failed_behind_flush: bool,
     pub(crate) ios: u64,
     /// The disk under the store's file is full: it does not grow.
     pub(crate) no_growth: bool,
@@ -47,6 +49,9 @@ pub(crate) struct Ram {
     version: u64,
     epoch: u32,
 }
+
+/// The operation of [`Ram::flush`]; its answer stays in `done` only until the flush returns.
+const FLUSH: u64 = u64::MAX - 1;
 
 pub(crate) fn key(chunk: u32) -> ExtentKey {
     ExtentKey {
@@ -69,6 +74,7 @@ impl Ram {
             events: Vec::new(),
             fail_in: None,
             failed: None,
+            failed_behind_flush: false,
             ios: 0,
             no_growth: false,
             begun: std::collections::VecDeque::new(),
@@ -188,6 +194,7 @@ impl Ram {
                 let errno = *errno;
                 self.fail_in = None;
                 self.failed = Some(what);
+                self.failed_behind_flush = self.done.iter().any(|d| d.0 == FLUSH);
                 self.store().on_io(io, Err(errno));
                 return;
             }
@@ -273,7 +280,7 @@ impl Ram {
     }
 
     pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
-        let op = u64::MAX - 1;
+        let op = FLUSH;
         self.store().flush(op);
         loop {
             self.run();
