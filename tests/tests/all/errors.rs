@@ -31,15 +31,6 @@ fn still_there(daemon: &mut Daemon) {
     daemon.stop();
 }
 
-fn store_file(daemon: &Daemon) -> PathBuf {
-    let path = daemon.store();
-    if path.is_dir() {
-        path.join("store")
-    } else {
-        path
-    }
-}
-
 #[track_caller]
 fn says(said: &str, parts: &[&str]) {
     let lower = said.to_lowercase();
@@ -95,7 +86,7 @@ fn a_store_of_another_daemon() {
 #[test]
 fn a_superblock_that_cannot_be_used() {
     let mut daemon = with_data("superblock");
-    let path = store_file(&daemon);
+    let path = daemon.store();
     let saved: Vec<u8> = read_at(&path, 0, 1 << 20);
     let copies: Vec<usize> = (0..saved.len() / 4096)
         .filter(|at| saved[at * 4096..].starts_with(b"ASHLARSB"))
@@ -120,7 +111,7 @@ fn a_superblock_that_cannot_be_used() {
 #[test]
 fn a_store_that_is_gone_or_empty() {
     let mut daemon = with_data("gone");
-    let path = store_file(&daemon);
+    let path = daemon.store();
     let aside = path.with_extension("aside");
     std::fs::rename(&path, &aside).unwrap();
     // It must not be made anew in silence: its data would be gone without a word.
@@ -275,7 +266,7 @@ fn a_block_device_as_a_store() {
 #[test]
 fn the_offline_tools_only_read() {
     let daemon = with_data("offline");
-    let path = store_file(&daemon);
+    let path = daemon.store();
     let before = std::fs::read(&path).unwrap();
     let store = daemon.store();
     for command in ["inspect", "check"] {

@@ -69,15 +69,6 @@ impl Original {
     }
 }
 
-fn store_file(daemon: &Daemon) -> PathBuf {
-    let path = daemon.store();
-    if path.is_dir() {
-        path.join("store")
-    } else {
-        path
-    }
-}
-
 fn flip(path: &Path, offset: u64, bit: u64) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
@@ -161,7 +152,7 @@ fn examine(daemon: &mut Daemon, ledger: &mut Ledger, what: &str, outcome: &mut O
 #[test]
 fn a_bit_flips_in_live_data() {
     let mut original = Original::make("rot-data");
-    let bytes = fs::read(store_file(&original.daemon)).unwrap();
+    let bytes = fs::read(original.daemon.store()).unwrap();
     let mut outcome = Outcome::default();
     for _ in 0..12 {
         let (mut daemon, mut ledger) = original.copy();
@@ -179,7 +170,7 @@ fn a_bit_flips_in_live_data() {
         );
         for place in &places {
             let offset = (place * BLOCK) as u64 + original.rng.below(BLOCK as u64);
-            flip(&store_file(&daemon), offset, original.rng.below(8));
+            flip(&daemon.store(), offset, original.rng.below(8));
         }
         let before = outcome.damaged;
         examine(
@@ -203,7 +194,7 @@ fn a_bit_flips_in_live_data() {
 #[test]
 fn a_bit_flips_anywhere() {
     let mut original = Original::make("rot-any");
-    let bytes = fs::read(store_file(&original.daemon)).unwrap();
+    let bytes = fs::read(original.daemon.store()).unwrap();
     let used: Vec<usize> = (0..bytes.len() / 512)
         .filter(|at| bytes[at * 512..][..512].iter().any(|byte| *byte != 0))
         .collect();
@@ -220,7 +211,7 @@ fn a_bit_flips_anywhere() {
             .rng
             .pick(if number % 4 == 0 { &head } else { &used });
         let offset = sector as u64 * 512 + original.rng.below(512);
-        flip(&store_file(&daemon), offset, original.rng.below(8));
+        flip(&daemon.store(), offset, original.rng.below(8));
         examine(
             &mut daemon,
             &mut ledger,
@@ -305,12 +296,12 @@ fn scrub_finds_what_nobody_read() {
         !clean.to_lowercase().contains("damaged") || clean.contains(" 0"),
         "{clean}"
     );
-    let bytes = fs::read(store_file(&original.daemon)).unwrap();
+    let bytes = fs::read(original.daemon.store()).unwrap();
     let (mut daemon, ledger) = original.copy();
     let block = ledger.written()[7];
     let wanted = ledger.bytes(block, ledger.certain(block).unwrap());
     for place in (0..bytes.len() / BLOCK).filter(|at| bytes[at * BLOCK..][..BLOCK] == wanted[..]) {
-        flip(&store_file(&daemon), (place * BLOCK + 100) as u64, 3);
+        flip(&daemon.store(), (place * BLOCK + 100) as u64, 3);
     }
     daemon.start();
     let report = daemon.admin().try_run(["store", "scrub", "--rate", "1GiB"]);
