@@ -6,8 +6,10 @@ use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, Version};
 use ashlar_core::volume::{Access, Began, BlockRange, Started, blocks_touched};
 
 use super::execute::refusal_text;
+use super::landed::Landed;
 use super::operation::{
-    Edge, Edges, NotTaken, Operation, Request, Source, Stage, Work, Write, op_id, refusal_of,
+    Edge, Edges, NotTaken, Operation, Payload, Request, Source, Stage, Work, Write, op_id,
+    refusal_of,
 };
 use super::receiver::covering_bytes;
 use super::thread::DataThread;
@@ -66,60 +68,75 @@ impl Giving {
 impl DataThread {
     // -- changes
 
-    /// A write of whole blocks whose payload lies in the receive buffer: in the common case it goes from there into
-    /// the tail and is answered.
-    pub(super) fn write_in_place(
+    /// A write of whole blocks whose payload lies in the receive buffer or in its store: in the common case it is taken
+    /// and answered at once.
+    pub(super) fn write_whole(
         &mut self,
         mut request: Request,
-        middle: Option<BlockRange>,
-        payload: &[u8],
+        range: BlockRange,
+        mut payload: Payload<'_>,
     ) {
-        let Some(range) = middle else {
-            return self.answer_done(request);
-        };
         let key = self.operations.vacant_key();
-        let began =
-            match self.volumes[request.volume]
-                .head
-                .begin(Access::Exclusive, range, key as u64)
-            {
-                Ok(began) => began,
-                Err(refusal) => return self.answer_error(request, refusal_text(refusal)),
-            };
+        let began = self.volumes[request.volume]
+            .head
+            .begin(Access::Exclusive, range, key as u64);
         let mut taken = 0u64;
-        let mut stage = Stage::Waiting;
-        match began {
-            Began::Now(Started {
+        let progress = match began {
+            Ok(Began::Now(Started {
                 ticket, version, ..
-            }) => {
+            })) => {
                 request.ticket = Some(ticket);
                 request.version = version;
                 let mut giving = Giving::of(key, &request);
-                let progress = self.store_blocks(&mut giving, range, &mut taken, payload);
-                request.pending = giving.pending;
-                match progress {
-                    Progress::Complete if request.pending == 0 => return self.finish(request),
-                    Progress::Complete => stage = Stage::Stored,
-                    Progress::Waits => stage = Stage::Storing,
-                    Progress::Failed(error) => {
-                        request.error = Some(error);
-                        if request.pending == 0 {
-                            return self.finish(request);
-                        }
-                        stage = Stage::Stored;
+                let progress;
+                (payload, progress) = match payload {
+                    Payload::Landed(landed) => {
+                        self.store_landed(&mut giving, range, &mut taken, landed)
                     }
-                }
+                    _ => {
+                        let bytes = payload.received();
+                        let progress = self.store_blocks(&mut giving, range, &mut taken, bytes);
+                        (payload, progress)
+                    }
+                };
+                request.pending = giving.pending;
+                Some(progress)
             }
-            Began::Waiting(ticket) => request.ticket = Some(ticket),
-        }
+            Ok(Began::Waiting(ticket)) => {
+                request.ticket = Some(ticket);
+                None
+            }
+            Err(refusal) => Some(Progress::Failed(refusal_text(refusal))),
+        };
+        let stage = match progress {
+            None => Stage::Waiting,
+            Some(Progress::Waits) => Stage::Storing,
+            Some(Progress::Complete) => Stage::Stored,
+            Some(Progress::Failed(error)) => {
+                request.error = Some(error);
+                Stage::Stored
+            }
+        };
         if stage != Stage::Stored {
-            let mut buffer = self.hold(request.connection, payload.len());
-            buffer.put(0, payload);
+            let mut buffer = self.hold(request.connection, request.length as usize);
+            buffer.put(
+                0,
+                match &payload {
+                    Payload::Landed(landed) => landed.bytes(&mut self.stores),
+                    _ => payload.received(),
+                },
+            );
             request.buffer = Some(buffer);
+        }
+        if let Payload::Landed(landed) = payload {
+            landed.cancel(&mut self.stores);
+        }
+        if stage == Stage::Stored && request.pending == 0 {
+            return self.finish(request);
         }
         request.work = Work::Write(Write {
             edges: Edges::default(),
-            middle,
+            middle: Some(range),
             source: Source::Buffer,
             taken,
             stage,
@@ -214,7 +231,7 @@ impl DataThread {
         let mut error = None;
         for (edge, target, part) in targets {
             let Some(edge) = edge else { continue };
-            let (store, extent, first) = self.place_block(volume, edge.block);
+            let (store, extent, first) = self.volumes[volume].place_block(edge.block);
             // SAFETY: the scratch blocks are inside the buffer and apart from each other and from the payload.
             let target = unsafe { std::slice::from_raw_parts_mut(target, BLOCK_BYTES) };
             // SAFETY: the buffer stays with the request, which stays in the table until all its parts are done.
@@ -363,7 +380,8 @@ impl DataThread {
     ) -> Progress {
         let block = BLOCK_BYTES as u64;
         while range.first() + *taken < range.end() {
-            let (store, extent, first) = self.place_block(giving.volume, range.first() + *taken);
+            let (store, extent, first) =
+                self.volumes[giving.volume].place_block(range.first() + *taken);
             let left = range.end() - range.first() - *taken;
             let count = left
                 .min(u64::from(CHUNK_BLOCKS - first))
@@ -399,13 +417,53 @@ impl DataThread {
         Progress::Complete
     }
 
+    /// Has a store take a payload that lies in it; what it did not take is given back.
+    fn store_landed<'a>(
+        &mut self,
+        giving: &mut Giving,
+        range: BlockRange,
+        taken: &mut u64,
+        landed: Landed,
+    ) -> (Payload<'a>, Progress) {
+        let (store, extent, first) = self.volumes[giving.volume].place_block(range.first());
+        debug_assert_eq!(store, landed.store);
+        let driver = &mut self.stores[store];
+        if !driver.parked.is_empty() {
+            self.park(store, giving.key);
+            return (Payload::Landed(landed), Progress::Waits);
+        }
+        let result =
+            driver
+                .store
+                .write_landed(landed.landing, extent, first, giving.version, giving.op());
+        let Err((landing, error)) = result else {
+            *taken = range.end() - range.first();
+            giving.pending += u32::from(giving.durable);
+            self.taken(giving.volume, extent.chunk);
+            return (Payload::Received(&[]), Progress::Complete);
+        };
+        let progress = match NotTaken::from(error) {
+            NotTaken::Busy { accepted } => {
+                *taken = u64::from(accepted);
+                if accepted > 0 {
+                    self.taken(giving.volume, extent.chunk);
+                }
+                self.park(store, giving.key);
+                Progress::Waits
+            }
+            NotTaken::Refused(error) => Progress::Failed(error),
+        };
+        (Payload::Landed(Landed { store, landing }), progress)
+    }
+
     /// Zero entries for the blocks of `range` from the `taken`-th on.
     fn store_holes(&mut self, giving: &mut Giving, range: BlockRange, taken: &mut u64) -> Progress {
         for _ in 0..STEPS_PER_TURN {
             if range.first() + *taken >= range.end() {
                 return Progress::Complete;
             }
-            let (store, extent, first) = self.place_block(giving.volume, range.first() + *taken);
+            let (store, extent, first) =
+                self.volumes[giving.volume].place_block(range.first() + *taken);
             let left = range.end() - range.first() - *taken;
             let count = left.min(u64::from(CHUNK_BLOCKS - first)) as u32;
             let result = self.stores[store].store.write_zeroes(

@@ -7,34 +7,32 @@
 use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::nbd::reply::{self, ReplyTo};
 use ashlar_core::nbd::request::{Command as Asked, Request as Parsed};
-use ashlar_core::store::{ExtentKey, ReadInfo, StoreError};
-use ashlar_core::units::{CHUNK_BLOCKS, ChunkIndex, Version};
-use ashlar_core::volume::{Refusal, Started, StoreSlot, Ticket, whole_blocks};
+use ashlar_core::store::{ReadInfo, StoreError};
+use ashlar_core::units::{ChunkIndex, Version};
+use ashlar_core::volume::{Refusal, Started, Ticket, whole_blocks};
 use smallvec::SmallVec;
 use std::time::Instant;
 
 use super::connection::{ConnectionRef, Phase};
-use super::operation::{Edges, Operation, Request, Source, Stage, Work, refusal_of};
+use super::operation::{Edges, Operation, Payload, Request, Source, Stage, Work, refusal_of};
 use super::pool::Buffer;
 use super::receiver::{covering_bytes, payload_start};
 use super::thread::DataThread;
 use crate::metrics::Command;
 
 impl DataThread {
-    /// Serves one request. `payload` is that of a small write; a large one comes in `buffer`, as its blocks will lie.
-    pub(super) fn request(
-        &mut self,
-        key: u32,
-        parsed: Parsed,
-        payload: &[u8],
-        buffer: Option<Buffer>,
-    ) {
+    /// Serves one request.
+    pub(super) fn request(&mut self, key: u32, parsed: Parsed, payload: Payload<'_>) {
         self.metrics.requests.add(1);
         let connection = &mut self.connections[key as usize];
         connection.in_flight += 1;
-        if let Some(buffer) = &buffer {
-            connection.held_bytes += buffer.capacity();
-        }
+        let (buffer, payload) = match payload {
+            Payload::Buffered(buffer) => {
+                connection.held_bytes += buffer.capacity();
+                (Some(buffer), Payload::Received(&[]))
+            }
+            payload => (None, payload),
+        };
         let volume = connection.volume;
         let style = connection.session.style;
         self.volumes[volume].metrics.in_flight.add(1);
@@ -72,7 +70,7 @@ impl DataThread {
                     Some(buffer) => parsed.with_status_payload(&connection.session, unsafe {
                         buffer.bytes(payload_start(offset), parsed.payload_bytes() as usize)
                     }),
-                    None => parsed.with_status_payload(&connection.session, payload),
+                    None => parsed.with_status_payload(&connection.session, payload.received()),
                 };
                 match completed {
                     Ok(completed) => {
@@ -97,16 +95,19 @@ impl DataThread {
             }
             Asked::Write => {
                 let (edges, middle) = Edges::of(offset, length);
-                if edges.is_empty() && request.buffer.is_none() {
-                    self.write_in_place(request, middle, payload);
-                } else {
-                    if request.buffer.is_none() {
-                        let mut buffer =
-                            self.hold(request.connection, covering_bytes(offset, length));
-                        buffer.put(payload_start(offset), payload);
-                        request.buffer = Some(buffer);
+                match middle {
+                    Some(range) if edges.is_empty() && request.buffer.is_none() => {
+                        self.write_whole(request, range, payload);
                     }
-                    self.change(request, edges, middle, Source::Buffer);
+                    _ => {
+                        if request.buffer.is_none() {
+                            let mut buffer =
+                                self.hold(request.connection, covering_bytes(offset, length));
+                            buffer.put(payload_start(offset), payload.received());
+                            request.buffer = Some(buffer);
+                        }
+                        self.change(request, edges, middle, Source::Buffer);
+                    }
                 }
             }
             Asked::Trim => match whole_blocks(offset, length) {
@@ -382,39 +383,12 @@ impl DataThread {
 
     // -- places
 
-    /// The store of a chunk, and the chunk's name there.
-    #[inline]
-    pub(super) fn place(&self, volume: usize, chunk: ChunkIndex) -> (usize, ExtentKey) {
-        let volume = &self.volumes[volume];
-        (
-            volume.stores[slot_of(volume.stores.len(), chunk)],
-            ExtentKey {
-                layer: volume.spec.layer,
-                chunk,
-            },
-        )
-    }
-
-    /// The store of a block of the volume, its chunk's name there, and the block in the chunk.
-    #[inline]
-    pub(super) fn place_block(&self, volume: usize, block: u64) -> (usize, ExtentKey, u32) {
-        let chunk = ChunkIndex((block / u64::from(CHUNK_BLOCKS)) as u32);
-        let (store, extent) = self.place(volume, chunk);
-        (store, extent, (block % u64::from(CHUNK_BLOCKS)) as u32)
-    }
-
     #[inline]
     pub(super) fn taken(&mut self, volume: usize, chunk: ChunkIndex) {
         let volume = &mut self.volumes[volume];
-        let slot = slot_of(volume.stores.len(), chunk);
-        volume.head.taken(StoreSlot(slot as u8));
+        let slot = volume.slot_of(chunk);
+        volume.head.taken(slot);
     }
-}
-
-/// As `Placement::store_of` deals chunks out.
-#[inline]
-fn slot_of(stores: usize, chunk: ChunkIndex) -> usize {
-    chunk.0 as usize % stores
 }
 
 pub(super) fn note_holes(request: &mut Request, first: u32, info: &ReadInfo) {

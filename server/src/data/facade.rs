@@ -427,6 +427,14 @@ fn build_thread(
         });
         reports.push(opened.report);
     }
+    let tails: Vec<(*mut u8, usize)> = drivers
+        .iter_mut()
+        .map(|driver| driver.store.tail_memory())
+        .collect();
+    // SAFETY: a store keeps its tail mapped until it is dropped, which the thread does after its engine.
+    if let Err(error) = unsafe { engine.pin(&tails) } {
+        tracing::info!(thread = index, %error, "the tails' memory could not be registered with io_uring (the limit on locked memory?); writes take a little more processor time");
+    }
     let (commands, inbox) = mpsc::channel();
     let mailbox = Mailbox {
         commands,

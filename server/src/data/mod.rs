@@ -12,6 +12,7 @@ mod config;
 mod connection;
 mod execute;
 mod facade;
+mod landed;
 mod open;
 mod operation;
 mod outbox;

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use super::connection::ConnectionRef;
+use super::landed::Landed;
 use super::pool::Buffer;
 use crate::metrics::Command;
 
@@ -61,6 +62,26 @@ pub(super) struct Write {
     /// Blocks of the middle that the stores have taken.
     pub(super) taken: u64,
     pub(super) stage: Stage,
+}
+
+/// The payload of a request that has come whole.
+pub(super) enum Payload<'a> {
+    /// Bytes of the receive buffer, for the time being.
+    Received(&'a [u8]),
+    /// In a buffer of its own, as its blocks will lie.
+    Buffered(Buffer),
+    /// Whole blocks of one chunk, in their store.
+    Landed(Landed),
+}
+
+impl<'a> Payload<'a> {
+    /// The bytes of the receive buffer.
+    pub(super) fn received(&self) -> &'a [u8] {
+        match self {
+            Payload::Received(bytes) => bytes,
+            Payload::Buffered(_) | Payload::Landed(_) => &[],
+        }
+    }
 }
 
 /// Where whole blocks come from.

@@ -56,7 +56,7 @@ impl DataThread {
             let first = (at / BLOCK_BYTES) as u32;
             // SAFETY: inside the buffer; pieces do not overlap.
             let target = unsafe { std::slice::from_raw_parts_mut(buffer.at(at), len) };
-            let (store, extent) = self.place(request.volume, piece.chunk);
+            let (store, extent) = self.volumes[request.volume].place(piece.chunk);
             // SAFETY: the buffer stays with the request, which stays until all its parts are done.
             match unsafe {
                 self.stores[store]
@@ -217,7 +217,7 @@ impl DataThread {
         let (volume, to, length) = (request.volume, request.reply, request.length);
         let mut status = Status::new(to, length, one_extent);
         'pieces: for piece in Pieces::new(to.offset, length) {
-            let (store, extent) = self.place(volume, piece.chunk);
+            let (store, extent) = self.volumes[volume].place(piece.chunk);
             let driver = &mut self.stores[store];
             if let Some(poisoned) = driver.store.status().poisoned {
                 let error = refusal_of(&StoreError::Poisoned(poisoned));
@@ -268,7 +268,7 @@ impl DataThread {
     /// CACHE: fetches the index of the range, so that reads of it need one disk read each.
     pub(super) fn prefetch(&mut self, volume: usize, offset: u64, length: u64) {
         for piece in Pieces::new(offset, length).take(CACHE_CHUNKS) {
-            let (store, extent) = self.place(volume, piece.chunk);
+            let (store, extent) = self.volumes[volume].place(piece.chunk);
             self.stores[store]
                 .store
                 .load_extents(extent, piece.first_block, piece.blocks);

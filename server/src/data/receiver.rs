@@ -2,7 +2,7 @@
 //!
 //! Small requests are received many at a time into one buffer and handed on as slices of it. A payload that is not
 //! complete and too long to wait for in that buffer is received straight into a block-aligned buffer of its own, placed
-//! as its blocks will lie, so that it is not copied again before the store takes it. When nothing is pending the
+//! as its blocks will lie, or, where that is possible, straight into the store's tail. When nothing is pending the
 //! receiver holds no buffer at all.
 
 use std::io;
@@ -13,7 +13,9 @@ use ashlar_core::nbd::request::{CloseReason, RawRequest, Request, Verdict};
 use ashlar_core::nbd::session::Session;
 use ashlar_core::units::BLOCK_BYTES;
 
+use super::landed::Landed;
 use super::pool::{Buffer, Pool};
+use super::thread::{StoreDriver, Volume};
 
 /// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
 pub(super) const RECEIVE_BYTES: usize = 256 << 10;
@@ -22,16 +24,27 @@ const SCARCE_RECEIVE_BYTES: usize = 4096;
 /// An incomplete payload of at least this is received into a buffer of its own rather than moved to the front of
 /// the receive buffer.
 const OWN_BUFFER_BYTES: usize = 32 << 10;
+/// An incomplete payload of at least this is received straight into a store where that is possible: a receive call of
+/// its own costs less than a copy.
+const LANDING_BYTES: usize = 64 << 10;
+/// Bytes received behind a payload that goes to a place of its own: the next header, and not much of what follows it,
+/// which is likely to be another such payload.
+const AHEAD_BYTES: usize = 4096;
 /// A request header at most.
 const STASH_BYTES: usize = 32;
 
-/// A payload being received into its own buffer.
+/// A payload being received into a place of its own.
 struct Incoming {
     request: Request,
-    buffer: Buffer,
-    /// Where its next byte goes.
+    place: Place,
+    /// Where in the place its next byte goes.
     at: usize,
     left: usize,
+}
+
+enum Place {
+    Buffer(Buffer),
+    Landed(Landed),
 }
 
 /// What [`Receiver::next`] found.
@@ -51,6 +64,11 @@ pub(super) enum Next {
     Buffered {
         request: Request,
         buffer: Buffer,
+    },
+    /// A write whose payload lies in a store.
+    Landed {
+        request: Request,
+        landed: Landed,
     },
     /// Answer this error.
     Refuse {
@@ -88,6 +106,8 @@ pub(super) struct Receiver {
     stash: [u8; STASH_BYTES],
     stashed: usize,
     incoming: Option<Incoming>,
+    /// The payload before went to a place of its own, and the next one probably will.
+    expects_large: bool,
     /// Payload bytes of a refused request still to be thrown away.
     discard: u64,
     /// Answer that follows a discarded payload.
@@ -117,6 +137,7 @@ impl Receiver {
             stash: [0; STASH_BYTES],
             stashed: 0,
             incoming: None,
+            expects_large: false,
             discard: 0,
             refusal: None,
         };
@@ -160,6 +181,7 @@ impl Receiver {
         &mut self,
         fd: RawFd,
         pool: &mut Pool,
+        stores: &mut [StoreDriver],
         scarce: bool,
     ) -> io::Result<Received> {
         let bytes = if scarce {
@@ -178,7 +200,10 @@ impl Receiver {
             self.start = 0;
             self.end = 0;
         }
-        let room = buffer.capacity() - self.end;
+        let mut room = buffer.capacity() - self.end;
+        if self.incoming.is_some() || self.expects_large {
+            room = room.min(AHEAD_BYTES);
+        }
         let mut pieces = [libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,
@@ -186,8 +211,12 @@ impl Receiver {
         let mut used = 0;
         let mut offered = room;
         if let Some(incoming) = &self.incoming {
+            let at = match &incoming.place {
+                Place::Buffer(buffer) => buffer.at(incoming.at),
+                Place::Landed(landed) => landed.bytes(stores)[incoming.at..].as_mut_ptr(),
+            };
             pieces[0] = libc::iovec {
-                iov_base: incoming.buffer.at(incoming.at).cast(),
+                iov_base: at.cast(),
                 iov_len: incoming.left,
             };
             used = 1;
@@ -204,7 +233,7 @@ impl Receiver {
         message.msg_iov = pieces.as_mut_ptr();
         message.msg_iovlen = used as _;
         let count = loop {
-            // SAFETY: the pieces lie in buffers owned by `self`, past what has been received into them.
+            // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
             let result = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT) };
             if result >= 0 {
                 break result as usize;
@@ -239,12 +268,15 @@ impl Receiver {
         &mut self,
         session: &Session,
         pool: &mut Pool,
-        admit: impl FnOnce(usize) -> bool,
+        stores: &mut [StoreDriver],
+        volume: &Volume,
+        admit: impl Fn(usize) -> bool,
     ) -> Next {
         if let Some(incoming) = self.incoming.take_if(|incoming| incoming.left == 0) {
-            return Next::Buffered {
-                request: incoming.request,
-                buffer: incoming.buffer,
+            let request = incoming.request;
+            return match incoming.place {
+                Place::Buffer(buffer) => Next::Buffered { request, buffer },
+                Place::Landed(landed) => Next::Landed { request, landed },
             };
         }
         if self.incoming.is_some() {
@@ -293,6 +325,7 @@ impl Receiver {
             if !admit(needs) {
                 return Next::Paused;
             }
+            self.expects_large = false;
             let from = self.start + header_bytes;
             self.start = from + payload;
             return Next::Request {
@@ -300,6 +333,16 @@ impl Receiver {
                 from,
                 len: payload,
             };
+        }
+        if payload >= LANDING_BYTES
+            && admit(needs)
+            && let Some(landed) = Landed::reserve(stores, volume, &request)
+        {
+            // SAFETY: received, as `have` says.
+            let received = unsafe { buffer.bytes(self.start + header_bytes, have) };
+            landed.bytes(stores)[..have].copy_from_slice(received);
+            self.begin_incoming(request, Place::Landed(landed), 0, have);
+            return Next::Incomplete;
         }
         let room = buffer.capacity() - self.start - header_bytes;
         if payload <= room {
@@ -356,13 +399,20 @@ impl Receiver {
         let mut buffer = pool.take(covering_bytes(request.offset, payload as u64));
         // SAFETY: received, as `have` says.
         buffer.put(at, unsafe { source.bytes(self.start + header_bytes, have) });
+        self.begin_incoming(request, Place::Buffer(buffer), at, have);
+    }
+
+    /// The first `have` bytes of a payload have been put into its place from byte `at` on; what the receive buffer
+    /// held is used up.
+    fn begin_incoming(&mut self, request: Request, place: Place, at: usize, have: usize) {
         self.start = 0;
         self.end = 0;
+        self.expects_large = true;
         self.incoming = Some(Incoming {
             request,
-            buffer,
+            place,
             at: at + have,
-            left: payload - have,
+            left: request.payload_bytes() as usize - have,
         });
     }
 
@@ -405,12 +455,15 @@ impl Receiver {
     }
 
     /// Forgets everything; the client is gone.
-    pub(super) fn clear(&mut self, pool: &mut Pool) {
+    pub(super) fn clear(&mut self, pool: &mut Pool, stores: &mut [StoreDriver]) {
         if let Some(buffer) = self.buffer.take() {
             pool.give(buffer);
         }
         if let Some(incoming) = self.incoming.take() {
-            pool.give(incoming.buffer);
+            match incoming.place {
+                Place::Buffer(buffer) => pool.give(buffer),
+                Place::Landed(landed) => landed.cancel(stores),
+            }
         }
         self.start = 0;
         self.end = 0;

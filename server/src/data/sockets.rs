@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::connection::Phase;
+use super::operation::Payload;
 use super::receiver::{Next, Received};
 use super::thread::DataThread;
 
@@ -97,9 +98,12 @@ impl DataThread {
                 return;
             }
             let scarce = self.pool.lent_bytes() > self.limits.bytes;
-            let received = connection
-                .receiver
-                .receive(connection.fd(), &mut self.pool, scarce);
+            let received = connection.receiver.receive(
+                connection.fd(),
+                &mut self.pool,
+                &mut self.stores,
+                scarce,
+            );
             self.metrics.receives.add(1);
             let connection = &mut self.connections[key as usize];
             match received {
@@ -154,10 +158,14 @@ impl DataThread {
                     || (needs <= ALWAYS_ADMITTED_BYTES && held <= ALWAYS_ADMITTED_BYTES);
                 own && all && in_flight < limits.requests_per_connection
             };
-            match connection
-                .receiver
-                .next(&connection.session, &mut self.pool, admit)
-            {
+            let next = connection.receiver.next(
+                &connection.session,
+                &mut self.pool,
+                &mut self.stores,
+                &self.volumes[connection.volume],
+                admit,
+            );
+            match next {
                 Next::Incomplete => return true,
                 Next::Paused => {
                     if !connection.is_paused {
@@ -178,9 +186,14 @@ impl DataThread {
                         },
                         _ => &[],
                     };
-                    self.request(key, request, payload, None);
+                    self.request(key, request, Payload::Received(payload));
                 }
-                Next::Buffered { request, buffer } => self.request(key, request, &[], Some(buffer)),
+                Next::Buffered { request, buffer } => {
+                    self.request(key, request, Payload::Buffered(buffer));
+                }
+                Next::Landed { request, landed } => {
+                    self.request(key, request, Payload::Landed(landed));
+                }
                 Next::Refuse {
                     cookie,
                     offset,
@@ -206,7 +219,7 @@ impl DataThread {
         let connection = &mut self.connections[key as usize];
         if connection.phase == Phase::Open {
             connection.phase = Phase::Leaving;
-            connection.receiver.clear(&mut self.pool);
+            connection.receiver.clear(&mut self.pool, &mut self.stores);
             self.freed = true;
             let settled = connection.is_settled();
             self.buffer_released(key);
@@ -335,7 +348,7 @@ impl DataThread {
         while let Some(key) = self.dead.pop() {
             self.buffer_released(key);
             let mut connection = self.connections.remove(key as usize);
-            connection.receiver.clear(&mut self.pool);
+            connection.receiver.clear(&mut self.pool, &mut self.stores);
             connection.outbox.clear(&mut self.pool);
             self.engine.unwatch(connection.watch);
             self.freed = true;

@@ -17,6 +17,8 @@ use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};
 
+mod payloads;
+
 const MIB: u64 = 1 << 20;
 const NODE: NodeId = NodeId(Uuid::from_u128(7));
 const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
@@ -533,65 +535,6 @@ fn errors_leave_the_stream_in_step() {
 }
 
 #[test]
-fn a_client_that_hangs_up_in_a_payload_writes_nothing() {
-    let dir = tempfile::tempdir().expect("dir");
-    let (runtime, plane) = start(config(dir.path(), 1));
-    let size = 64 * MIB;
-    runtime
-        .block_on(plane.open_volume(spec(&plane, size, 1)))
-        .expect("open");
-    for sent in [1, 4095, 100_000, 900_000] {
-        let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
-        let mut out = Vec::new();
-        client.encode(&mut out, command::WRITE, 0, 0, 1 << 20, &vec![9; sent]);
-        client.stream.write_all(&out).expect("send");
-        drop(client);
-    }
-    // A write followed by DISC is carried out and answered.
-    let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
-    let mut out = Vec::new();
-    let cookie = client.encode(
-        &mut out,
-        command::WRITE,
-        command_flag::FUA,
-        8192,
-        4096,
-        &[5; 4096],
-    );
-    client.encode(&mut out, command::DISC, 0, 0, 0, &[]);
-    client.stream.write_all(&out).expect("send");
-    assert_eq!(client.reply(0, None), (cookie, Reply::Ok(vec![])));
-    assert!(client.is_closed());
-
-    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
-    let data = client.read(0, 1 << 20);
-    assert!(
-        data[..8192].iter().all(|b| *b == 0)
-            && data[8192..12288].iter().all(|b| *b == 5)
-            && data[12288..].iter().all(|b| *b == 0)
-    );
-    // The others are gone, and nothing of theirs is held.
-    runtime.block_on(async {
-        // Each answer is a turn of the data thread, in which a closed socket is seen.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while plane
-            .volume_status(VOLUME)
-            .await
-            .expect("open")
-            .connections
-            .len()
-            != 1
-        {
-            assert!(
-                Instant::now() < deadline,
-                "connections of dead clients stay"
-            );
-        }
-    });
-    runtime.block_on(plane.drain());
-}
-
-#[test]
 fn block_status_tells_data_from_holes() {
     let dir = tempfile::tempdir().expect("dir");
     let (runtime, plane) = start(config(dir.path(), 1));
@@ -767,43 +710,6 @@ fn strange_files_and_vanished_stores_are_refused() {
     std::fs::remove_file(&path).expect("remove");
     assert!(matches!(start(&config), Err(StartError::Emptied { .. })));
     assert!(!path.exists());
-}
-
-#[test]
-fn clients_that_stop_in_their_payloads_do_not_starve_the_others() {
-    let dir = tempfile::tempdir().expect("dir");
-    let mut config = config(dir.path(), 1);
-    config.limits = Limits {
-        bytes: 8 << 20,
-        stall: Duration::from_millis(500),
-        ..Limits::default()
-    };
-    let (runtime, plane) = start(config);
-    let size = 64 * MIB;
-    runtime
-        .block_on(plane.open_volume(spec(&plane, size, 1)))
-        .expect("open");
-    let stalled: Vec<Client> = (0..8)
-        .map(|_| {
-            let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
-            let mut out = Vec::new();
-            client.encode(&mut out, command::WRITE, 0, 0, 4 << 20, &[9; 70_000]);
-            client.stream.write_all(&out).expect("send");
-            client
-        })
-        .collect();
-    // Small requests go on at once, large ones when the stalled have been ended.
-    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
-    for i in 0..100u64 {
-        client.write(0, i * 8192, &[1; 4096]);
-        assert_eq!(client.read(i * 8192, 4096), vec![1; 4096]);
-    }
-    let lent = plane.metrics().threads()[0].buffered_bytes.get();
-    // The limit, one request more, and a little for each client.
-    assert!(lent < 13 << 20, "{lent} bytes are held");
-    client.write(0, 32 * MIB, &vec![2; 4 << 20]);
-    drop(stalled);
-    runtime.block_on(plane.drain());
 }
 
 /// What a client had sent when the drain began is carried out and answered, then the socket closes; nothing is lost.

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use ashlar_core::store::{Action, Store, StoreError};
-use ashlar_core::units::{StoreId, VolumeId};
-use ashlar_core::volume::{Head, Started};
+use ashlar_core::store::{Action, ExtentKey, Store, StoreError};
+use ashlar_core::units::{CHUNK_BLOCKS, ChunkIndex, StoreId, VolumeId};
+use ashlar_core::volume::{Head, Started, StoreSlot};
 use slab::Slab;
 use tokio::sync::oneshot;
 
@@ -54,6 +54,34 @@ pub(super) struct Volume {
     pub(super) unlocked: usize,
     /// Answered, with the volume removed, when nothing is in flight.
     pub(super) closing: Option<oneshot::Sender<()>>,
+}
+
+impl Volume {
+    /// Which store of the placement a chunk is on, as `Placement::store_of` deals them out.
+    #[inline]
+    pub(super) fn slot_of(&self, chunk: ChunkIndex) -> StoreSlot {
+        StoreSlot((chunk.0 as usize % self.stores.len()) as u8)
+    }
+
+    /// The store of a chunk, and the chunk's name there.
+    #[inline]
+    pub(super) fn place(&self, chunk: ChunkIndex) -> (usize, ExtentKey) {
+        (
+            self.stores[usize::from(self.slot_of(chunk).0)],
+            ExtentKey {
+                layer: self.spec.layer,
+                chunk,
+            },
+        )
+    }
+
+    /// The store of a block of the volume, its chunk's name there, and the block in the chunk.
+    #[inline]
+    pub(super) fn place_block(&self, block: u64) -> (usize, ExtentKey, u32) {
+        let chunk = ChunkIndex((block / u64::from(CHUNK_BLOCKS)) as u32);
+        let (store, extent) = self.place(chunk);
+        (store, extent, (block % u64::from(CHUNK_BLOCKS)) as u32)
+    }
 }
 
 pub(super) struct Drain {

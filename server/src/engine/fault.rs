@@ -199,6 +199,11 @@ impl Engine for FaultEngine {
         self.inner.add_file(file)
     }
 
+    unsafe fn pin(&mut self, pieces: &[(*mut u8, usize)]) -> io::Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.pin(pieces) }
+    }
+
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {
         let effect = self.plan.effect_for(&op);
         if let Some((effect, _)) = effect {

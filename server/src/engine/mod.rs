@@ -18,6 +18,7 @@ use rustix::io::Errno;
 mod durable;
 mod fault;
 mod file;
+mod pinned;
 mod posix;
 mod uring;
 
@@ -106,6 +107,15 @@ pub trait Engine {
 
     /// Hands a file to the engine, which closes it when dropped. `direct` says whether it takes O_DIRECT.
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId>;
+
+    /// Shows the engine memory that many writes will come from, so that it can prepare it. Called once. An error
+    /// changes nothing but the speed.
+    ///
+    /// # Safety
+    /// The memory stays mapped as long as the engine exists.
+    unsafe fn pin(&mut self, _pieces: &[(*mut u8, usize)]) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Starts an operation. It is never refused or lost: what does not fit in a queue waits in the engine. Its end
     /// is reported by exactly one [`Event::Disk`].

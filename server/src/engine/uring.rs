@@ -12,6 +12,7 @@ use memmap2::MmapMut;
 use rustix::io::Errno;
 
 use super::durable::{Durable, Way};
+use super::pinned::Pinned;
 use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
 
 /// Submission entries. One loop turn rarely queues more; what does not fit waits in `backlog`.
@@ -84,6 +85,7 @@ pub struct UringEngine {
     registered_ring: Option<u32>,
     flags_text: &'static str,
     durable: Durable,
+    pinned: Pinned,
     files: Vec<Arc<OwnedFd>>,
     ops: slab::Slab<InFlight>,
     watches: slab::Slab<Watch>,
@@ -111,6 +113,7 @@ impl UringEngine {
             registered_ring,
             flags_text,
             durable: Durable::default(),
+            pinned: Pinned::default(),
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
             watches: slab::Slab::new(),
@@ -218,11 +221,20 @@ impl UringEngine {
                 let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
                 // SAFETY: `done < len`, so the address stays inside the caller's buffer.
                 let at = unsafe { data.add(done as usize) };
-                let write = opcode::Write::new(fd, at, part as u32).offset(offset + done);
                 let way = op.durable.map(|(way, _)| way);
-                let write = match way {
-                    Some(Way::Flagged) => write.rw_flags(libc::RWF_DSYNC).build(),
-                    _ => write.build(),
+                let flags = match way {
+                    Some(Way::Flagged) => libc::RWF_DSYNC,
+                    _ => 0,
+                };
+                let write = match self.pinned.find(at, part) {
+                    Some(buffer) => opcode::WriteFixed::new(fd, at, part as u32, buffer)
+                        .offset(offset + done)
+                        .rw_flags(flags)
+                        .build(),
+                    None => opcode::Write::new(fd, at, part as u32)
+                        .offset(offset + done)
+                        .rw_flags(flags)
+                        .build(),
                 };
                 let linked = way == Some(Way::Linked) && done as usize + part == len;
                 if linked && self.has_room_for_two() {
@@ -500,6 +512,12 @@ impl Engine for UringEngine {
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
         self.files.push(file);
         Ok(FileId((self.files.len() - 1) as u32))
+    }
+
+    unsafe fn pin(&mut self, pieces: &[(*mut u8, usize)]) -> io::Result<()> {
+        // SAFETY: the caller's promise.
+        self.pinned = unsafe { Pinned::register(&self.ring, pieces)? };
+        Ok(())
     }
 
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {

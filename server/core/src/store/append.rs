@@ -22,17 +22,24 @@ pub(super) struct OpenFrame {
     pub(super) progress: Progress,
     /// Data blocks it may hold.
     pub(super) data_max: u32,
+    /// Data blocks that are taken: those of its entries, and of a landing.
+    pub(super) placed: u32,
+    /// What a landing's entry will need of the header; 0 when there is no landing.
+    pub(super) landing_header: usize,
     /// What it may add to the blocks in use.
     pub(super) reserved: u64,
 }
 
 impl OpenFrame {
     pub(super) fn header_room(&self) -> usize {
-        BLOCK_BYTES - FRAME_FIXED_BYTES - usize::from(self.progress.entry_bytes)
+        BLOCK_BYTES
+            - FRAME_FIXED_BYTES
+            - usize::from(self.progress.entry_bytes)
+            - self.landing_header
     }
 
     pub(super) fn data_room(&self) -> u32 {
-        self.data_max - u32::from(self.progress.data_blocks)
+        self.data_max - self.placed
     }
 }
 
@@ -219,6 +226,8 @@ impl Store {
             tail_at,
             progress: Progress::default(),
             data_max,
+            placed: 0,
+            landing_header: 0,
             reserved: 0,
         });
         true
@@ -226,6 +235,7 @@ impl Store {
 
     /// Ends the open frame; nothing is added to it any more.
     pub(super) fn close_frame(&mut self) {
+        self.move_landing_apart();
         let Some(open) = self.hot.open.take() else {
             return;
         };
@@ -280,7 +290,10 @@ impl Store {
         }
         open.progress.entries += 1;
         open.progress.entry_bytes = (offset - FRAME_FIXED_BYTES) as u16;
-        open.progress.data_blocks += entry.data_blocks() as u16;
+        if entry.has_data() {
+            let end = (entry.data_start + entry.data_blocks()) as u16;
+            open.progress.data_blocks = open.progress.data_blocks.max(end);
+        }
         self.tail.publish(open.tail_at, open.progress);
         self.hot.wrote = true;
         if self.hot.dirty_since_ms.is_none() {

@@ -12,6 +12,7 @@ use super::cold::{Cold, ColdFrame};
 use super::drop_layer::Dropper;
 use super::format::{Addr, Geometry, Superblock};
 use super::index::{Index, RowId};
+use super::landing::Room;
 use super::read::ReadOp;
 use super::scrub::Scrub;
 use super::segment::{SegmentState, Segments};
@@ -27,6 +28,7 @@ pub struct Store {
     pub(super) index: Index,
     pub(super) tail: Tail,
     pub(super) hot: Hot,
+    pub(super) landing: Option<Room>,
     pub(super) cold: Cold,
     pub(super) ios: Slab<Io>,
     pub(super) reads: Slab<ReadOp>,
@@ -114,6 +116,7 @@ impl Store {
             index,
             tail,
             hot,
+            landing: None,
             cold: Cold::default(),
             ios: Slab::new(),
             reads: Slab::new(),
@@ -450,6 +453,11 @@ impl Store {
             .collect()
     }
 
+    /// The memory of its tail, from which appends are written; mapped until the store is dropped.
+    pub fn tail_memory(&mut self) -> (*mut u8, usize) {
+        self.tail.memory()
+    }
+
     /// Whether nothing is under way and nothing waits, so that the store may be dropped.
     pub fn is_idle(&self) -> bool {
         self.ios.is_empty() && self.waiters.is_empty() && !self.checkpoint.running()
@@ -466,6 +474,10 @@ impl Store {
                 .zip(self.waiters.iter().skip(1))
                 .all(|(a, b)| a.target <= b.target)
         );
+        if let Some(Room::InFrame { start, count }) = &self.landing {
+            let open = self.hot.open.as_ref().expect("the landing's frame is open");
+            assert!(start + count <= open.placed && open.landing_header > 0);
+        }
         for (i, frame) in self.hot.frames.iter().enumerate() {
             assert_eq!(frame.seq, self.hot.first_seq() + i as u64);
         }

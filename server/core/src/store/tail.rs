@@ -102,6 +102,11 @@ impl Tail {
         })
     }
 
+    /// All of it, mapped until `self` is dropped.
+    pub(super) fn memory(&mut self) -> (*mut u8, usize) {
+        (self.memory.as_mut_ptr(), self.memory.len())
+    }
+
     fn header_mut(&mut self) -> &mut [u8] {
         // SAFETY: the first block is ours and not part of the ring.
         unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr(), TAIL_HEADER_BYTES) }

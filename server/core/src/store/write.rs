@@ -29,13 +29,7 @@ impl Store {
             data.len().is_multiple_of(BLOCK_BYTES)
                 && (1..=MAX_WRITE_BLOCKS).contains(&(count as usize))
         );
-        assert!(first_block + count <= CHUNK_BLOCKS);
-        self.healthy()?;
-        if self.index.pending_len() > PENDING_MAX {
-            self.want_ready = true;
-            return Err(WriteError::Busy { accepted: 0 });
-        }
-        let reserve = self.admit(key, first_block, count)?;
+        let reserve = self.admit_write(key, first_block, count)?;
         let row = self.index.get_or_insert_row(key);
         let mut done = 0;
         let mut left_to_reserve = reserve;
@@ -47,8 +41,8 @@ impl Store {
             let open = self.hot.open.as_mut().expect("just opened");
             let by_header = ((open.header_room() - ENTRY_BYTES) / 4) as u32;
             let n = (count - done).min(open.data_room()).min(by_header);
-            let start = u32::from(open.progress.data_blocks);
-            let (seq, addr, at) = (open.seq, open.addr, open.tail_at);
+            let (start, at) = (open.placed, open.tail_at);
+            open.placed += n;
             let reserved = left_to_reserve.min(u64::from(n) + 2 * u64::from(LEAF_DISK_BLOCKS));
             let reserved = if done + n == count {
                 left_to_reserve
@@ -65,30 +59,11 @@ impl Store {
                 .slice_mut(at + FRAME_HEADER_BLOCKS + start, n)
                 .copy_from_slice(source);
             let mut crcs = [0u32; MAX_WRITE_BLOCKS];
-            for (i, block) in source.chunks_exact(BLOCK_BYTES).enumerate() {
-                let crc = crc32fast::hash(block);
-                crcs[i] = crc;
-                let addr = Addr(addr.0 + FRAME_HEADER_BLOCKS + start + i as u32);
-                self.index.set_pending(
-                    row,
-                    first_block + done + i as u32,
-                    Pending {
-                        version: version.0,
-                        seq,
-                        addr,
-                        crc,
-                    },
-                );
+            for (crc, block) in crcs.iter_mut().zip(source.chunks_exact(BLOCK_BYTES)) {
+                *crc = crc32fast::hash(block);
             }
-            let entry = Entry {
-                kind: EntryKind::Data,
-                key,
-                first_block: first_block + done,
-                count: n,
-                version: version.0,
-                data_start: start,
-            };
-            self.publish_entry(&entry, &crcs[..n as usize]);
+            let crcs = &crcs[..n as usize];
+            self.enter_data(row, key, first_block + done, start, version, crcs);
             done += n;
         }
         self.counters.client_blocks += u64::from(count);
@@ -96,6 +71,38 @@ impl Store {
             self.wait_durable(durable);
         }
         Ok(())
+    }
+
+    /// Makes data blocks of the open frame, from its `start`-th on, the newest content of blocks of a chunk.
+    pub(super) fn enter_data(
+        &mut self,
+        row: RowId,
+        key: ExtentKey,
+        first_block: u32,
+        start: u32,
+        version: Version,
+        crcs: &[u32],
+    ) {
+        let open = self.hot.open.as_ref().expect("a frame is open");
+        let (seq, first_addr) = (open.seq, open.addr.0 + FRAME_HEADER_BLOCKS + start);
+        for (i, &crc) in (0..).zip(crcs) {
+            let pending = Pending {
+                version: version.0,
+                seq,
+                addr: Addr(first_addr + i),
+                crc,
+            };
+            self.index.set_pending(row, first_block + i, pending);
+        }
+        let entry = Entry {
+            kind: EntryKind::Data,
+            key,
+            first_block,
+            count: crcs.len() as u32,
+            version: version.0,
+            data_start: start,
+        };
+        self.publish_entry(&entry, crcs);
     }
 
     /// Makes blocks of one chunk read as zeros and gives their space back. Takes effect like [`Store::write`]; never
@@ -196,6 +203,22 @@ impl Store {
         self.publish_entry(&entry, &[]);
         self.wait_durable(Some(op));
         Ok(())
+    }
+
+    /// Whether a write may go on, and how many blocks it may add to those in use.
+    pub(super) fn admit_write(
+        &mut self,
+        key: ExtentKey,
+        first_block: u32,
+        count: u32,
+    ) -> Result<u64, WriteError> {
+        assert!(first_block + count <= CHUNK_BLOCKS);
+        self.healthy()?;
+        if self.index.pending_len() > PENDING_MAX {
+            self.want_ready = true;
+            return Err(WriteError::Busy { accepted: 0 });
+        }
+        self.admit(key, first_block, count)
     }
 
     /// Whether `count` blocks may be written, and how many blocks they may add to those in use.

@@ -18,6 +18,7 @@ pub(crate) struct Seen {
     pub(crate) checkpoints: u64,
     pub(crate) no_space: u64,
     pub(crate) busy: u64,
+    pub(crate) landed: u64,
 }
 
 /// Several lives of one store; at the end of each, several images of the same crash are recovered and compared.
@@ -62,6 +63,7 @@ pub(crate) fn run(seed: u64, images: u64, rules: Rules) -> Result<Seen, String> 
     seen.checkpoints = world.checkpoints;
     seen.no_space = world.no_space;
     seen.busy = world.busy;
+    seen.landed = world.landed;
     Ok(seen)
 }
 
@@ -163,6 +165,7 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
                     t.checkpoints += seen.checkpoints;
                     t.no_space += seen.no_space;
                     t.busy += seen.busy;
+                    t.landed += seen.landed;
                 }
             });
         }
@@ -176,6 +179,7 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
                 && totals.checkpoints > 10_000
                 && totals.cuts_in_recovery > 1000
                 && totals.kills > 1000
+                && totals.landed > 10_000
         );
     }
 }

@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use ashlar_core::store::format::{LEAF_BYTES, LeafEntries, Mapping};
 use ashlar_core::store::{
-    Action, AlignedBuf, Event, ExtentKey, Geometry, OpenOptions, OpenReport, Params, ReadOutcome,
-    Store, StoreError, TailMemory, WriteError, format_store, tail_bytes,
+    Action, AlignedBuf, Event, ExtentKey, Geometry, Landing, OpenOptions, OpenReport, Params,
+    ReadOutcome, Store, StoreError, TailMemory, WriteError, format_store, tail_bytes,
 };
 use ashlar_core::units::{BLOCK_BYTES, ChunkIndex, LEAF_BLOCKS, LayerId, StoreId, Version};
 
@@ -88,6 +88,14 @@ enum Op {
     Other,
 }
 
+/// A payload that is still being received.
+struct Incoming {
+    landing: Landing,
+    key: ExtentKey,
+    first: u32,
+    count: u32,
+}
+
 pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) disk: RefCell<SimDisk>,
@@ -97,6 +105,7 @@ pub(crate) struct World {
     pub(crate) oracle: Oracle,
     pending: Vec<Pending>,
     ops: std::collections::HashMap<u64, Op>,
+    incoming: Option<Incoming>,
     next_op: u64,
     version: u64,
     epoch: u32,
@@ -108,6 +117,7 @@ pub(crate) struct World {
     pub(crate) checkpoints: u64,
     pub(crate) busy: u64,
     pub(crate) no_space: u64,
+    pub(crate) landed: u64,
 }
 
 pub(crate) const NODE: [u8; 16] = [7; 16];
@@ -152,6 +162,7 @@ impl World {
             oracle: Oracle::default(),
             pending: Vec::new(),
             ops: Default::default(),
+            incoming: None,
             next_op: 1,
             version: 0,
             epoch: 0,
@@ -163,6 +174,7 @@ impl World {
             checkpoints: 0,
             busy: 0,
             no_space: 0,
+            landed: 0,
         }
     }
 
@@ -221,7 +233,8 @@ impl World {
 
     pub(crate) fn client_op(&mut self) {
         match self.rng.below(100) {
-            0..=54 => self.write(),
+            0..=39 => self.write(),
+            40..=54 => self.receive(),
             55..=62 => self.zero(),
             63..=77 => self.flush(),
             78..=95 => self.read(),
@@ -258,11 +271,75 @@ impl World {
         for (i, block) in data.chunks_exact_mut(BLOCK_BYTES).enumerate() {
             fill(block, (key, first + i as u32), version.0);
         }
-        let durable = (self.rng.below(6) == 0).then(|| {
+        let durable = self.durable();
+        let result = self.store_mut().write(key, first, &data, version, durable);
+        self.note_write((key, first, count), version, durable, result);
+    }
+
+    fn durable(&mut self) -> Option<u64> {
+        (self.rng.below(6) == 0).then(|| {
             self.next_op += 1;
             self.next_op
+        })
+    }
+
+    /// Begins to receive a payload where the store has room for it, or ends that.
+    fn receive(&mut self) {
+        let Some(incoming) = self.incoming.take() else {
+            let key = self.key();
+            let (first, count) = self.range();
+            if let Some(landing) = self.store_mut().reserve_landing(count) {
+                // Half of it, of a version that is never given.
+                let half = self.store_mut().landing_mut(&landing);
+                let half = &mut half[..count as usize * BLOCK_BYTES / 2];
+                half.fill(0xee);
+                self.incoming = Some(Incoming {
+                    landing,
+                    key,
+                    first,
+                    count,
+                });
+            }
+            return;
+        };
+        let Incoming {
+            landing,
+            key,
+            first,
+            count,
+        } = incoming;
+        if self.rng.below(8) == 0 {
+            self.store_mut().cancel_landing(landing);
+            return;
+        }
+        let version = self.next_version();
+        let store = self.store.as_mut().expect("open");
+        let data = store.landing_mut(&landing);
+        assert!(
+            data[..data.len() / 2].iter().all(|&byte| byte == 0xee),
+            "what was received is not there any more"
+        );
+        for (i, block) in data.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+            fill(block, (key, first + i as u32), version.0);
+        }
+        let durable = self.durable();
+        let store = self.store.as_mut().expect("open");
+        let result = store.write_landed(landing, key, first, version, durable);
+        self.landed += u64::from(result.is_ok());
+        let result = result.map_err(|(landing, error)| {
+            self.store_mut().cancel_landing(landing);
+            error
         });
-        let result = self.store_mut().write(key, first, &data, version, durable);
+        self.note_write((key, first, count), version, durable, result);
+    }
+
+    fn note_write(
+        &mut self,
+        (key, first, count): (ExtentKey, u32, u32),
+        version: Version,
+        durable: Option<u64>,
+        result: Result<(), WriteError>,
+    ) {
         let taken = match result {
             Ok(()) => count,
             Err(WriteError::Busy { accepted }) => {
@@ -332,6 +409,9 @@ impl World {
         match self.store_mut().drop_layer(op, LayerId(layer)) {
             Ok(()) => {
                 self.oracle.forget_layer(layer);
+                if let Some(incoming) = self.incoming.take() {
+                    self.store_mut().cancel_landing(incoming.landing);
+                }
                 self.layer += 1;
             }
             Err(_) => {
@@ -552,6 +632,7 @@ impl World {
             }
         }
         self.note_counters();
+        self.incoming = None;
         self.store = None;
         self.ops.clear();
     }
@@ -560,6 +641,7 @@ impl World {
     pub(crate) fn forget(&mut self) {
         self.pending.clear();
         self.ops.clear();
+        self.incoming = None;
         self.store = None;
     }
 
