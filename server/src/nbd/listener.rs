@@ -18,6 +18,9 @@ use tokio::time::Instant;
 
 /// How long to leave the listening socket alone when the process has no descriptor or memory for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// Replies that may lie in a Unix socket. A full one says that it may be written to again only when it is nearly empty,
+/// so with the system's default of 208 KiB a reader of large pieces and we would wait for each other by turns.
+const UNIX_SEND_BYTES: usize = 1 << 20;
 
 /// What clients may cost before they are known.
 #[derive(Clone, Copy, Debug)]
@@ -223,7 +226,11 @@ impl Door for TcpListener {
 
 impl Caller for UnixStream {
     fn tune(&self) -> io::Result<()> {
-        Ok(())
+        // Beyond net.core.wmem_max where the process may, else as far as that goes.
+        if rustix::net::sockopt::set_socket_send_buffer_size_force(self, UNIX_SEND_BYTES).is_ok() {
+            return Ok(());
+        }
+        socket2::SockRef::from(self).set_send_buffer_size(UNIX_SEND_BYTES)
     }
 
     fn peer(&self) -> String {
