@@ -12,6 +12,8 @@ mod config;
 mod connection;
 mod execute;
 mod facade;
+mod habit;
+mod halves;
 mod landed;
 mod open;
 mod operation;

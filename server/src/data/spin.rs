@@ -7,54 +7,36 @@
 
 use std::time::{Duration, Instant};
 
-/// With looking found not to pay, one chance in so many is tried all the same.
-const TRY_AGAIN: u32 = 64;
-/// Weight of one outcome: an average over about the last 16.
-const AVERAGE_SHIFT: u32 = 4;
-const ONE: u32 = 1 << 16;
+use super::habit::Habit;
 
 /// See the module text.
 #[derive(Debug)]
 pub(super) struct Spin {
     /// Longest look; zero turns all of this off.
     window: Duration,
-    /// How often looking paid lately, of [`ONE`].
-    pays: u32,
-    passed_over: u32,
+    habit: Habit,
 }
 
 impl Spin {
     pub(super) fn new(window: Duration) -> Spin {
         Spin {
             window,
-            pays: ONE / 2,
-            passed_over: 0,
+            habit: Habit::default(),
         }
     }
 
     /// Until when to look, after replies were sent at `now`.
     #[inline]
     pub(super) fn look_until(&mut self, now: Instant) -> Option<Instant> {
-        if self.window.is_zero() {
-            return None;
-        }
-        if self.pays < ONE / 2 {
-            self.passed_over += 1;
-            if self.passed_over < TRY_AGAIN {
-                return None;
-            }
-            self.passed_over = 0;
-        }
-        Some(now + self.window)
+        (!self.window.is_zero() && self.habit.tries()).then(|| now + self.window)
     }
 
     /// What came of looking: something after so long, or nothing.
     #[inline]
     pub(super) fn learn(&mut self, found_after: Option<Duration>) {
         // Beyond half the window it has cost as much as it saves.
-        let paid = found_after.is_some_and(|after| after <= self.window / 2);
-        let target = if paid { ONE } else { 0 };
-        self.pays = self.pays - (self.pays >> AVERAGE_SHIFT) + (target >> AVERAGE_SHIFT);
+        self.habit
+            .learn(found_after.is_some_and(|after| after <= self.window / 2));
     }
 }
 

@@ -30,7 +30,13 @@ enum DiskKind {
 impl DataThread {
     // -- stores
 
-    pub(super) fn on_disk(&mut self, tag: Tag, result: Result<u32, rustix::io::Errno>) {
+    /// Whether a disk operation that ended was a read.
+    pub(super) fn is_read(&self, tag: Tag) -> bool {
+        self.ios[tag as usize].kind == DiskKind::Read
+    }
+
+    /// A disk operation ended; its length in bytes.
+    pub(super) fn on_disk(&mut self, tag: Tag, result: Result<u32, rustix::io::Errno>) -> usize {
         let io = self.ios.remove(tag as usize);
         let driver = &mut self.stores[io.store];
         let took = self.now.saturating_duration_since(io.started);
@@ -67,6 +73,7 @@ impl DataThread {
             DiskKind::Allocate => metrics.allocated_bytes.add(io.bytes),
         }
         driver.store.on_io(io.io, result);
+        io.bytes as usize
     }
 
     /// Asks every store for its actions until none has any.
@@ -159,6 +166,7 @@ impl DataThread {
             started: self.now,
         }) as Tag;
         self.stores[store].metrics.in_flight.add(1);
+        self.reads_under_way += usize::from(kind == DiskKind::Read);
         // SAFETY: the store leaves the memory alone until `on_io` (contract of Action), which follows the event; the
         // engine is dropped before the stores and buffers are (order in `Drop`).
         unsafe { self.engine.submit(tag, op) };

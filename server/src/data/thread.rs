@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ashlar_core::store::{Action, ExtentKey, Store, StoreError};
-use ashlar_core::units::{CHUNK_BLOCKS, ChunkIndex, StoreId, VolumeId};
+use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, StoreId, VolumeId};
 use ashlar_core::volume::{Head, Started, StoreSlot};
 use slab::Slab;
 use tokio::sync::oneshot;
@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::command::Command;
 use super::config::{Limits, VolumeSpec};
 use super::connection::Connection;
+use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
 use super::spin::Spin;
@@ -95,6 +96,9 @@ pub(super) struct Drain {
 /// wake-ups, and on an otherwise idle processor each costs as much as the look.
 const AFTER_MEMORY: u32 = 5;
 
+/// Bytes of ended reads that are answered before they are sent: the client begins while we go on.
+const ANSWER_BYTES: usize = 8 * BLOCK_BYTES;
+
 pub(super) struct DataThread {
     pub(super) index: usize,
     pub(super) engine: Box<dyn Engine>,
@@ -138,6 +142,9 @@ pub(super) struct DataThread {
     after_disk: bool,
     disk_answered: bool,
     spin_until: Option<Instant>,
+    pub(super) halves: Halves,
+    /// Reads that the disks have not ended.
+    pub(super) reads_under_way: usize,
     pub(super) next_sweep: Option<Instant>,
     /// Connections counted in `HELD_RECEIVE_BUFFERS`.
     pub(super) held_receive_buffers: usize,
@@ -193,6 +200,8 @@ impl DataThread {
             after_disk: false,
             disk_answered: false,
             spin_until: None,
+            halves: Halves::default(),
+            reads_under_way: 0,
             next_sweep: None,
         }
     }
@@ -211,6 +220,11 @@ impl DataThread {
             let mut mailbox = false;
             for event in events.drain(..) {
                 match event {
+                    Event::Disk { tag, result } if self.is_read(tag) => {
+                        self.disk_answered = true;
+                        self.reads_under_way -= 1;
+                        self.halves.push((tag, result));
+                    }
                     Event::Disk { tag, result } => {
                         self.disk_answered = true;
                         self.on_disk(tag, result);
@@ -226,6 +240,14 @@ impl DataThread {
                     self.command(command);
                 }
             }
+            let came = !self.ready.is_empty();
+            self.halves.release(self.now, self.reads_under_way, came);
+            let mut left = ANSWER_BYTES;
+            while left > 0
+                && let Some((tag, result)) = self.halves.next()
+            {
+                left = left.saturating_sub(self.on_disk(tag, result));
+            }
             self.turn();
         }
         Ok(())
@@ -233,6 +255,9 @@ impl DataThread {
 
     /// The one place where the thread may sleep.
     fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        if let Some(held_until) = self.halves.deadline(self.now) {
+            return self.engine.wait(Some(held_until), events);
+        }
         if let Some(until) = self.spin_until.take() {
             let begun = Instant::now();
             loop {
