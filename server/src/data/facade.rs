@@ -386,6 +386,7 @@ fn run_thread(
         tracing::error!(%error, "the I/O engine failed; ending the daemon, which loses nothing that was acknowledged");
         std::process::abort();
     }
+    thread.remove_tails();
 }
 
 fn build_thread(
@@ -421,6 +422,7 @@ fn build_thread(
             id: opened.report.id,
             path: opened.report.path.clone(),
             file,
+            tail: opened.tail,
             metrics: metrics.add_store(opened.report.id),
             parked: Default::default(),
             waiting_for_index: Vec::new(),

@@ -205,6 +205,23 @@ impl DataThread {
         *parked = waiting;
     }
 
+    /// After the last turn: a tail that nothing depends on goes away. The stores and their tails are still locked, so
+    /// nobody else can have them open; whoever is killed before this leaves a tail that the next start wipes.
+    pub(super) fn remove_tails(&self) {
+        for driver in &self.stores {
+            if !driver.store.needs_no_tail() {
+                continue;
+            }
+            let path = driver.tail.path();
+            match driver.tail.remove() {
+                Ok(()) => tracing::debug!(tail = %path.display(), "the tail is empty and removed"),
+                Err(error) => {
+                    tracing::warn!(tail = %path.display(), %error, "the tail is empty and cannot be removed; the next start uses it again");
+                }
+            }
+        }
+    }
+
     pub(super) fn store_event(&self, store: usize, event: &StoreEvent) {
         let id = self.stores[store].id.0;
         match event {

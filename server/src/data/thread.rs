@@ -26,6 +26,7 @@ use super::spin::Spin;
 use super::stores::DiskIo;
 use crate::engine::{Engine, Event, FileId};
 use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use crate::tail::TailName;
 
 /// Free buffers a thread keeps: enough for 128 KiB reads at depth 128 and its receive buffers.
 const KEEP_BUFFER_BYTES: usize = 32 << 20;
@@ -35,6 +36,7 @@ pub(super) struct StoreDriver {
     pub(super) id: StoreId,
     pub(super) path: PathBuf,
     pub(super) file: FileId,
+    pub(super) tail: TailName,
     pub(super) metrics: Arc<DiskMetrics>,
     /// Operations that found the tail full, in the order they came.
     pub(super) parked: VecDeque<usize>,
