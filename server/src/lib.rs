@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod data;
+pub mod directory;
 pub mod engine;
 pub mod http;
 pub mod meta;

@@ -15,6 +15,9 @@ use memmap2::{MmapMut, MmapOptions};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::config::ByteCount;
+use crate::directory::DirectoryProblem;
+
 /// `statfs.f_type` of tmpfs, from <linux/magic.h>.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -63,12 +66,10 @@ pub enum TailError {
     InUse { path: PathBuf },
     #[error("two tails exist for one store, {first} and {second}; move the one that is a stray copy away", first = first.display(), second = second.display())]
     Two { first: PathBuf, second: PathBuf },
-    #[error("no directory has room for a tail of {bytes} bytes (tried {tried}): {source}")]
-    NoRoom {
-        bytes: u64,
-        tried: String,
-        source: io::Error,
-    },
+    #[error("--tail-dir: {0}, or leave the setting out")]
+    Directory(DirectoryProblem),
+    #[error("a tail of {size} cannot be made: {tried}; name a --tail-dir with room for it, or less than that by --tail-size", size = ByteCount(*bytes))]
+    NoRoom { bytes: u64, tried: String },
     #[error("tail {path}: {source}", path = path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -126,22 +127,19 @@ impl TailFile {
         } else {
             &places[..]
         };
-        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        if let Some(problem) = configured.and_then(DirectoryProblem::of) {
+            return Err(TailError::Directory(problem));
+        }
+        let mut tried = Vec::new();
         for dir in allowed {
             match TailFile::create(dir.join(&name), bytes) {
                 Ok(tail) => return Ok(tail),
-                Err(e) => last = e,
+                Err(error) => tried.push(format!("{}: {error}", dir.display())),
             }
         }
-        let tried = allowed
-            .iter()
-            .map(|dir| dir.display().to_string())
-            .collect::<Vec<_>>()
-            .join(", ");
         Err(TailError::NoRoom {
             bytes,
-            tried,
-            source: last,
+            tried: tried.join(", "),
         })
     }
 
@@ -341,6 +339,29 @@ mod tests {
             Err(TailError::NoRoom { .. })
         ));
         assert!(!path(huge).exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (missing, file) = (dir.path().join("missing"), dir.path().join("file"));
+        std::fs::write(&file, b"").expect("write");
+        let said = |configured: &Path| {
+            TailFile::open(id(), BYTES, Some(configured), dir.path())
+                .expect_err("refused")
+                .to_string()
+        };
+        let refusal = said(&missing);
+        let named = refusal.contains(missing.to_str().expect("text"));
+        assert!(named && refusal.contains("does not exist"), "{refusal}");
+        let refusal = said(&file);
+        assert!(refusal.contains("is not a directory"), "{refusal}");
+        // No room is another thing.
+        let refusal = TailFile::open(id(), 1 << 60, Some(dir.path()), dir.path())
+            .expect_err("refused")
+            .to_string();
+        let named = refusal.contains(dir.path().to_str().expect("text"));
+        assert!(named && refusal.contains("--tail-size"), "{refusal}");
     }
 
     #[test]
