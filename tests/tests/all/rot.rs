@@ -309,3 +309,53 @@ fn scrub_finds_what_nobody_read() {
     assert!(daemon.log.text().contains("ERROR"), "{}", daemon.log.tail());
     daemon.kill();
 }
+
+/// A store that is damaged all over is told in a bounded list, and the rest is counted.
+#[test]
+fn a_store_full_of_damage_is_told_within_bounds() {
+    const DAMAGED: usize = 1_500;
+    const LISTED: usize = 1_000;
+    const MARK: &[u8] = b"this block will rot";
+    let mut daemon = Setup::default()
+        .store_size("128MiB")
+        .start("rot-everywhere");
+    daemon.create("disk", "8MiB");
+    let mut data = vec![0; DAMAGED * BLOCK];
+    for block in data.chunks_mut(BLOCK) {
+        block[..MARK.len()].copy_from_slice(MARK);
+    }
+    let mut client = daemon.open("disk", Wishes::STRUCTURED);
+    client.write(0, &data).unwrap();
+    drop(client);
+    daemon.stop();
+    let store = daemon.store();
+    let blocks = fs::read(&store).unwrap();
+    let marked = blocks.chunks(BLOCK).enumerate();
+    let marked = marked.filter(|(_, block)| block.starts_with(MARK));
+    for (block, _) in marked {
+        flip(&store, (block * BLOCK + BLOCK / 2) as u64, 3);
+    }
+    let check = |format: &str| {
+        let report = admin::offline([
+            "-o".as_ref(),
+            format.as_ref(),
+            "store".as_ref(),
+            "check".as_ref(),
+            store.as_os_str(),
+        ]);
+        assert_eq!(report.status.code(), Some(7), "{report}");
+        report.stdout
+    };
+    let table = check("table");
+    let listed = table.lines().filter(|line| line.starts_with("damaged:"));
+    assert_eq!(listed.count(), LISTED);
+    let last = table.lines().last().unwrap();
+    assert!(
+        last.ends_with("1500 damaged place(s), 500 of them not listed"),
+        "{last}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&check("json")).unwrap();
+    assert_eq!(json["damages"].as_array().unwrap().len(), LISTED);
+    assert_eq!(json["damages_found"], DAMAGED);
+    assert_eq!(json["damages_left_out"], DAMAGED - LISTED);
+}
