@@ -407,6 +407,11 @@ impl Daemon {
         Ok((volumes, listeners))
     }
 
+    #[cfg(test)]
+    pub(super) fn data_plane(&self) -> &DataPlane {
+        &self.plane
+    }
+
     /// Accepts no more, answers what was accepted, takes a checkpoint, closes every socket.
     pub(super) async fn drain(mut self, timeout: Duration) {
         self.state.enter(Phase::Draining);

@@ -1,7 +1,12 @@
 //! A whole daemon in this process, asked through its own interfaces.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use ashlar_core::units::{Version, VolumeId};
+use ashlar_core::volume::EPOCH_RESERVE;
 
 use ashlar_proto::admin::admin_client::AdminClient;
 use ashlar_proto::admin::{
@@ -324,6 +329,77 @@ async fn health_and_reflection_are_served() {
         "{names:?}"
     );
     drop((answers, reflection, health));
+    stop(daemon).await;
+}
+
+/// A client in its transmission phase, by the oldest handshake there is.
+fn connect_nbd(path: &Path, export: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(path).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting).expect("greeting");
+    // Fixed newstyle, no zeroes; NBD_OPT_EXPORT_NAME.
+    let mut hello = 3u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1u32.to_be_bytes());
+    hello.extend((export.len() as u32).to_be_bytes());
+    hello.extend(export.as_bytes());
+    stream.write_all(&hello).expect("hello");
+    let mut size_and_flags = [0; 10];
+    stream.read_exact(&mut size_and_flags).expect("the export");
+    stream
+}
+
+/// Writes a block and answers the error number.
+fn write_block(stream: &mut UnixStream, block: u64, fill: u8) -> u32 {
+    let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
+    request.extend([0, 0, 0, 1]);
+    request.extend(block.to_be_bytes());
+    request.extend((block * 4096).to_be_bytes());
+    request.extend(4096u32.to_be_bytes());
+    request.extend([fill; 4096]);
+    stream.write_all(&request).expect("write");
+    let mut reply = [0; 16];
+    stream.read_exact(&mut reply).expect("reply");
+    u32::from_be_bytes([reply[4], reply[5], reply[6], reply[7]])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_epoch_that_runs_out_is_renewed_and_clients_notice_nothing() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (daemon, mut admin, _) = start(dir.path()).await;
+    let made = admin.create_volume(create("a", 1 << 20)).await;
+    let made = made.expect("create").into_inner().volume.expect("volume");
+    let id = VolumeId(made.id.parse().expect("id"));
+    let last = Version::COUNTER_MAX - EPOCH_RESERVE;
+    daemon.data_plane().set_versions_given(id, last - 3).await;
+    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
+    let renewed = async {
+        for turn in 0u64.. {
+            assert_eq!(write_block(&mut stream, turn % 16, turn as u8), 0);
+            let request = GetVolumeRequest {
+                volume: "a".to_owned(),
+            };
+            let volume = admin.get_volume(request).await.expect("get").into_inner();
+            if volume.volume.expect("volume").epoch > made.epoch {
+                return turn;
+            }
+        }
+        unreachable!()
+    };
+    let turns = tokio::time::timeout(PATIENCE, renewed)
+        .await
+        .expect("renewed");
+    assert!(turns >= 2, "before it was asked for: {turns}");
+    assert_eq!(write_block(&mut stream, 0, 1), 0);
+    drop(stream);
+    stop(daemon).await;
+    let (daemon, mut admin, _) = start(dir.path()).await;
+    let request = GetVolumeRequest {
+        volume: "a".to_owned(),
+    };
+    let volume = admin.get_volume(request).await.expect("get").into_inner();
+    assert!(volume.volume.expect("volume").epoch > made.epoch + 1);
     stop(daemon).await;
 }
 

@@ -78,14 +78,14 @@ impl DataThread {
             return self.answer_done(request);
         };
         let key = self.operations.vacant_key();
-        let began =
-            match self.volumes[request.volume]
-                .head
-                .begin(Access::Exclusive, range, key as u64)
-            {
-                Ok(began) => began,
-                Err(refusal) => return self.answer_error(request, refusal_text(refusal)),
-            };
+        let began = self.volumes[request.volume]
+            .head
+            .begin(Access::Exclusive, range, key as u64);
+        self.watch_epoch(request.volume);
+        let began = match began {
+            Ok(began) => began,
+            Err(refusal) => return self.answer_error(request, refusal_text(refusal)),
+        };
         let mut taken = 0u64;
         let mut stage = Stage::Waiting;
         match began {
@@ -154,6 +154,7 @@ impl DataThread {
         let began = self.volumes[request.volume]
             .head
             .begin(Access::Exclusive, range, key as u64);
+        self.watch_epoch(request.volume);
         let mut write = Write {
             edges,
             middle,

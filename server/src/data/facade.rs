@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::sync::oneshot;
 
 use super::command::Command;
@@ -29,6 +30,9 @@ struct Inner {
     /// Which thread a volume is on.
     volumes: Mutex<HashMap<VolumeId, usize>>,
     metrics: Metrics,
+    /// Volumes whose heads have few versions left; each is named once for each epoch, so this holds no more than there
+    /// are volumes.
+    epochs_wanted: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
     drain_timeout: std::time::Duration,
     joins: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -87,16 +91,18 @@ impl DataPlane {
         let count = config.threads.clamp(1, config.stores.len());
         let metrics = Metrics::new();
         let config = Arc::new(config);
+        let (want_epoch, epochs_wanted) = tokio::sync::mpsc::unbounded_channel();
         let mut starting = Vec::new();
         let mut joins = Vec::new();
         for index in 0..count {
-            let (config, metrics) = (config.clone(), metrics.clone());
+            let (config, metrics, want_epoch) =
+                (config.clone(), metrics.clone(), want_epoch.clone());
             let (started, answer) = oneshot::channel();
             let join = std::thread::Builder::new()
                 .name(format!("data-{index}"))
                 .spawn(move || {
                     let _abort = AbortOnPanic;
-                    run_thread(index, count, &config, metrics, started);
+                    run_thread(index, count, &config, (metrics, want_epoch), started);
                 })
                 .map_err(|source| StartError::Io {
                     what: "cannot start a data thread",
@@ -105,6 +111,8 @@ impl DataPlane {
             joins.push(join);
             starting.push(answer);
         }
+        // The threads have theirs; the receiver ends with them.
+        drop(want_epoch);
         let mut threads = Vec::new();
         let mut stores: Vec<OpenedStore> = Vec::new();
         let mut failure = None;
@@ -141,6 +149,7 @@ impl DataPlane {
             stores,
             volumes: Mutex::default(),
             metrics,
+            epochs_wanted: tokio::sync::Mutex::new(epochs_wanted),
             drain_timeout: config.drain_timeout,
             joins: Mutex::new(joins),
         }));
@@ -230,6 +239,30 @@ impl DataPlane {
                 answer,
             })
             .await?
+    }
+
+    /// The next volume that has few versions left under its epoch. `None`: the threads have ended.
+    pub async fn epoch_wanted(&self) -> Option<VolumeId> {
+        self.0.epochs_wanted.lock().await.recv().await
+    }
+
+    /// Goes on serving a volume under an epoch that was claimed for this.
+    pub async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::RenewEpoch { id, epoch, answer })
+            .await?
+    }
+
+    /// As if the volume's head had given so many versions under its epoch.
+    #[cfg(test)]
+    pub(crate) async fn set_versions_given(&self, id: VolumeId, versions: u64) {
+        let command = |answer| Command::SetVersionsGiven {
+            id,
+            versions,
+            answer,
+        };
+        let thread = self.thread_of(id).expect("open");
+        thread.ask(command).await.expect("alive").expect("open");
     }
 
     /// `None`: not open.
@@ -361,6 +394,8 @@ async fn wait_all(
     Ok(())
 }
 
+/// What a thread tells the control plane by itself.
+type Tells = (Metrics, UnboundedSender<VolumeId>);
 type Started = Result<(Mailbox, Vec<OpenedStore>), StartError>;
 
 /// The body of a data thread: everything it owns is made here and stays here.
@@ -368,10 +403,10 @@ fn run_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    metrics: Metrics,
+    tells: Tells,
     started: oneshot::Sender<Started>,
 ) {
-    let (thread, mailbox, opened) = match build_thread(index, count, config, metrics) {
+    let (thread, mailbox, opened) = match build_thread(index, count, config, tells) {
         Ok(built) => built,
         Err(error) => {
             let _ = started.send(Err(error));
@@ -393,7 +428,7 @@ fn build_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    metrics: Metrics,
+    (metrics, epochs_wanted): Tells,
 ) -> Result<(DataThread, Mailbox, Vec<OpenedStore>), StartError> {
     let (engine, reason) = engine::open(config.engine).map_err(|source| StartError::Io {
         what: "no I/O engine",
@@ -443,6 +478,7 @@ fn build_thread(
         stores: drivers,
         limits,
         registry: metrics,
+        epochs_wanted,
         commands: inbox,
         spin: config.spin,
     };

@@ -13,6 +13,7 @@ use ashlar_core::records::Placement;
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
+mod epochs;
 mod tails;
 
 use super::*;

@@ -15,6 +15,7 @@ use ashlar_core::store::{Action, Store, StoreError};
 use ashlar_core::units::{StoreId, VolumeId};
 use ashlar_core::volume::{Head, Started};
 use slab::Slab;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use super::command::Command;
@@ -83,6 +84,7 @@ pub(super) struct DataThread {
     pub(super) limits: Limits,
     pub(super) metrics: Arc<ThreadMetrics>,
     pub(super) registry: Metrics,
+    pub(super) epochs_wanted: UnboundedSender<VolumeId>,
     pub(super) commands: mpsc::Receiver<Command>,
     /// Connections with bytes to take.
     pub(super) ready: Vec<u32>,
@@ -124,6 +126,7 @@ pub(super) struct Parts {
     pub(super) stores: Vec<StoreDriver>,
     pub(super) limits: Limits,
     pub(super) registry: Metrics,
+    pub(super) epochs_wanted: UnboundedSender<VolumeId>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) spin: Duration,
 }
@@ -146,6 +149,7 @@ impl DataThread {
             limits: parts.limits,
             metrics: parts.registry.add_thread(),
             registry: parts.registry,
+            epochs_wanted: parts.epochs_wanted,
             commands: parts.commands,
             ready: Vec::new(),
             dirty: Vec::new(),
