@@ -16,5 +16,6 @@ pub mod metrics;
 pub mod nbd;
 pub mod offline;
 pub mod plane;
+pub mod scrubs;
 pub mod tail;
 pub mod volumes;

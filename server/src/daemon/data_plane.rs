@@ -196,6 +196,10 @@ impl Plane for Host {
         self.plane.stop_scrub(store).await.map_err(refusal)
     }
 
+    async fn scrub_ended(&self) -> Option<data::ScrubEnd> {
+        self.plane.scrub_ended().await
+    }
+
     async fn checkpoint(&self, store: StoreId) -> Result<(), HostError> {
         self.plane.checkpoint(store).await.map_err(refusal)
     }

@@ -159,6 +159,10 @@ impl DataThread {
             }
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
+                    // One that is due is due again after the next start.
+                    for driver in &mut self.stores {
+                        driver.store.stop_scrub();
+                    }
                     // What clients had sent by now is answered.
                     for key in 0..self.connections.capacity() {
                         if self.connections.get(key).is_some_and(|c| !c.is_paused) {
@@ -290,7 +294,7 @@ impl DataThread {
         let volume = &mut self.volumes[volume];
         if volume.head.asks_for_epoch() {
             // Nobody listens any more when the daemon stops.
-            let _ = self.epochs_wanted.send(volume.spec.id);
+            let _ = self.tells.epochs_wanted.send(volume.spec.id);
         }
     }
 

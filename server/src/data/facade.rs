@@ -6,13 +6,13 @@ use std::thread::JoinHandle;
 
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
 use super::command::Command;
 use super::config::{
-    DataConfig, DataError, OpenedStore, StartError, StoreLayers, StoreReport, VolumeRuntime,
-    VolumeSpec,
+    DataConfig, DataError, OpenedStore, ScrubEnd, StartError, StoreLayers, StoreReport, Tells,
+    VolumeRuntime, VolumeSpec,
 };
 use super::open::open_store;
 use super::thread::{DataThread, Parts, StoreDriver};
@@ -33,6 +33,7 @@ struct Inner {
     /// Volumes whose heads have few versions left; each is named once for each epoch, so this holds no more than there
     /// are volumes.
     epochs_wanted: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
+    scrubs_ended: tokio::sync::Mutex<UnboundedReceiver<ScrubEnd>>,
     drain_timeout: std::time::Duration,
     joins: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -92,17 +93,21 @@ impl DataPlane {
         let metrics = Metrics::new();
         let config = Arc::new(config);
         let (want_epoch, epochs_wanted) = tokio::sync::mpsc::unbounded_channel();
+        let (end_scrub, scrubs_ended) = tokio::sync::mpsc::unbounded_channel();
+        let tells = Tells {
+            epochs_wanted: want_epoch,
+            scrubs_ended: end_scrub,
+        };
         let mut starting = Vec::new();
         let mut joins = Vec::new();
         for index in 0..count {
-            let (config, metrics, want_epoch) =
-                (config.clone(), metrics.clone(), want_epoch.clone());
+            let (config, metrics, tells) = (config.clone(), metrics.clone(), tells.clone());
             let (started, answer) = oneshot::channel();
             let join = std::thread::Builder::new()
                 .name(format!("data-{index}"))
                 .spawn(move || {
                     let _abort = AbortOnPanic;
-                    run_thread(index, count, &config, (metrics, want_epoch), started);
+                    run_thread(index, count, &config, (metrics, tells), started);
                 })
                 .map_err(|source| StartError::Io {
                     what: "cannot start a data thread",
@@ -111,8 +116,8 @@ impl DataPlane {
             joins.push(join);
             starting.push(answer);
         }
-        // The threads have theirs; the receiver ends with them.
-        drop(want_epoch);
+        // The threads have theirs; the receivers end with them.
+        drop(tells);
         let mut threads = Vec::new();
         let mut stores: Vec<OpenedStore> = Vec::new();
         let mut failure = None;
@@ -150,6 +155,7 @@ impl DataPlane {
             volumes: Mutex::default(),
             metrics,
             epochs_wanted: tokio::sync::Mutex::new(epochs_wanted),
+            scrubs_ended: tokio::sync::Mutex::new(scrubs_ended),
             drain_timeout: config.drain_timeout,
             joins: Mutex::new(joins),
         }));
@@ -316,6 +322,11 @@ impl DataPlane {
         self.scrub(store, None).await
     }
 
+    /// The next scrub that comes to its end. `None`: the threads have ended.
+    pub async fn scrub_ended(&self) -> Option<ScrubEnd> {
+        self.0.scrubs_ended.lock().await.recv().await
+    }
+
     async fn scrub(&self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
         let command = |answer| Command::Scrub {
             store,
@@ -394,8 +405,6 @@ async fn wait_all(
     Ok(())
 }
 
-/// What a thread tells the control plane by itself.
-type Tells = (Metrics, UnboundedSender<VolumeId>);
 type Started = Result<(Mailbox, Vec<OpenedStore>), StartError>;
 
 /// The body of a data thread: everything it owns is made here and stays here.
@@ -403,7 +412,7 @@ fn run_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    tells: Tells,
+    tells: (Metrics, Tells),
     started: oneshot::Sender<Started>,
 ) {
     let (thread, mailbox, opened) = match build_thread(index, count, config, tells) {
@@ -428,7 +437,7 @@ fn build_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    (metrics, epochs_wanted): Tells,
+    (metrics, tells): (Metrics, Tells),
 ) -> Result<(DataThread, Mailbox, Vec<OpenedStore>), StartError> {
     let (engine, reason) = engine::open(config.engine).map_err(|source| StartError::Io {
         what: "no I/O engine",
@@ -478,7 +487,7 @@ fn build_thread(
         stores: drivers,
         limits,
         registry: metrics,
-        epochs_wanted,
+        tells,
         commands: inbox,
         spin: config.spin,
     };

@@ -5,6 +5,7 @@ use std::time::Instant;
 use ashlar_core::store::{Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, StoreError};
 use ashlar_core::units::StoreId;
 
+use super::config::ScrubEnd;
 use super::operation::{Operation, op_key};
 use super::thread::DataThread;
 use crate::engine::{DiskOp, Tag};
@@ -260,11 +261,19 @@ impl DataThread {
             StoreEvent::Checkpointed { seq, leaves, bytes } => {
                 tracing::debug!(store = %id, seq, leaves, bytes, "checkpoint")
             }
-            StoreEvent::ScrubFinished { blocks, damaged: 0 } => {
-                tracing::info!(store = %id, blocks, "scrub finished, all sound")
-            }
             StoreEvent::ScrubFinished { blocks, damaged } => {
-                tracing::error!(store = %id, blocks, damaged, "scrub found damaged blocks")
+                let (blocks, damaged) = (*blocks, *damaged);
+                match damaged {
+                    0 => tracing::info!(store = %id, blocks, "scrub finished, all sound"),
+                    _ => {
+                        tracing::error!(store = %id, blocks, damaged, "scrub found damaged blocks")
+                    }
+                }
+                let _ = self.tells.scrubs_ended.send(ScrubEnd {
+                    store: StoreId(id),
+                    blocks,
+                    damaged,
+                });
             }
         }
     }

@@ -15,11 +15,10 @@ use ashlar_core::store::{Action, Store, StoreError};
 use ashlar_core::units::{StoreId, VolumeId};
 use ashlar_core::volume::{Head, Started};
 use slab::Slab;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use super::command::Command;
-use super::config::{Limits, VolumeSpec};
+use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -84,7 +83,7 @@ pub(super) struct DataThread {
     pub(super) limits: Limits,
     pub(super) metrics: Arc<ThreadMetrics>,
     pub(super) registry: Metrics,
-    pub(super) epochs_wanted: UnboundedSender<VolumeId>,
+    pub(super) tells: Tells,
     pub(super) commands: mpsc::Receiver<Command>,
     /// Connections with bytes to take.
     pub(super) ready: Vec<u32>,
@@ -126,7 +125,7 @@ pub(super) struct Parts {
     pub(super) stores: Vec<StoreDriver>,
     pub(super) limits: Limits,
     pub(super) registry: Metrics,
-    pub(super) epochs_wanted: UnboundedSender<VolumeId>,
+    pub(super) tells: Tells,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) spin: Duration,
 }
@@ -149,7 +148,7 @@ impl DataThread {
             limits: parts.limits,
             metrics: parts.registry.add_thread(),
             registry: parts.registry,
-            epochs_wanted: parts.epochs_wanted,
+            tells: parts.tells,
             commands: parts.commands,
             ready: Vec::new(),
             dirty: Vec::new(),

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ashlar_tests::admin;
 use ashlar_tests::daemon::{Daemon, Setup};
@@ -11,6 +12,7 @@ use ashlar_tests::nbd::{Wishes, wire};
 use ashlar_tests::pattern::BLOCK;
 use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::tool::Tool;
+use ashlar_tests::wait;
 
 const BLOCKS: u64 = 3_000;
 
@@ -307,6 +309,50 @@ fn scrub_finds_what_nobody_read() {
     let report = daemon.admin().try_run(["store", "scrub", "--rate", "1GiB"]);
     assert!(!report.status.success(), "{report}");
     assert!(daemon.log.text().contains("ERROR"), "{}", daemon.log.tail());
+    daemon.kill();
+}
+
+/// Nobody asks for it: the daemon verifies by itself and says what it found, also after a restart.
+#[test]
+fn a_scheduled_scrub_finds_what_nobody_read() {
+    let original = Original::make("rot-schedule");
+    let bytes = fs::read(original.daemon.store()).unwrap();
+    let (mut daemon, ledger) = original.copy();
+    let block = ledger.written()[7];
+    let wanted = ledger.bytes(block, ledger.certain(block).unwrap());
+    for place in (0..bytes.len() / BLOCK).filter(|at| bytes[at * BLOCK..][..BLOCK] == wanted[..]) {
+        flip(&daemon.store(), (place * BLOCK + 100) as u64, 3);
+    }
+    let setup = daemon.setup.clone();
+    daemon.setup = setup.clone().args(["--scrub-every", "1s"]);
+    daemon.start();
+    let damaged = "ashlar_store_scrub_last_damaged_blocks";
+    wait::until(Duration::from_secs(30), "it is verified", || {
+        let found = daemon.metrics().sum(damaged, &[]);
+        if found == Some(1.0) {
+            Ok(())
+        } else {
+            Err(format!("damaged blocks found: {found:?}"))
+        }
+    });
+    daemon.kill();
+    daemon.setup = setup.args(["--scrub-every", "off"]);
+    daemon.start();
+    let metrics = daemon.metrics();
+    assert_eq!(metrics.sum(damaged, &[]), Some(1.0));
+    assert_eq!(
+        metrics.sum("ashlar_store_scrub_next_time_seconds", &[]),
+        None
+    );
+    let status = daemon.admin().run(["status"]);
+    assert!(
+        status.contains("1 damaged block(s)") && status.contains("never by itself"),
+        "{status}"
+    );
+    assert!(
+        status.contains("the last scrub found 1 damaged block(s)"),
+        "{status}"
+    );
     daemon.kill();
 }
 
