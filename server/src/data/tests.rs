@@ -14,6 +14,7 @@ use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
 mod epochs;
+mod fragments;
 mod tails;
 
 use super::*;
