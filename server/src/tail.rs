@@ -68,7 +68,7 @@ pub enum TailError {
     Two { first: PathBuf, second: PathBuf },
     #[error("--tail-dir: {0}, or leave the setting out")]
     Directory(DirectoryProblem),
-    #[error("a tail of {size} cannot be made: {tried}; name a --tail-dir with room for it, or less than that by --tail-size", size = ByteCount(*bytes))]
+    #[error("a tail of {size} cannot be made ({tried}); name another directory by --tail-dir, or a smaller --tail-size", size = ByteCount(*bytes))]
     NoRoom { bytes: u64, tried: String },
     #[error("tail {path}: {source}", path = path.display())]
     Io { path: PathBuf, source: io::Error },
