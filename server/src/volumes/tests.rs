@@ -523,7 +523,10 @@ async fn a_head_that_asks_gets_a_new_epoch_even_if_the_metadata_store_is_away_fo
         store.1.store(failures, Ordering::Relaxed);
         lock(&daemon.host.wanted).push(id);
         daemon.host.wants.notify_one();
-        daemon.host.renewed.notified().await;
+        let renewed = daemon.host.renewed.notified();
+        tokio::time::timeout(std::time::Duration::from_secs(30), renewed)
+            .await
+            .expect("renewed");
         assert_eq!(daemon.spec(id).expect("open").epoch, Epoch(epoch));
         assert_eq!(service.get("a").expect("there").record.epoch, Epoch(epoch));
     }
