@@ -7,6 +7,7 @@ use ashlar_core::store::{OpenReport, StoreStatus};
 use ashlar_core::units::{StoreId, VolumeId};
 use async_trait::async_trait;
 
+use crate::data::ScrubEnd;
 use crate::metrics::Metrics;
 use crate::volumes::{HostError, VolumeHost};
 
@@ -75,6 +76,10 @@ pub trait Plane: VolumeHost {
 
     /// Ends the scrub of a store, if one runs.
     async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError>;
+
+    /// The next scrub that comes to its end, whoever began it. Waits until there is one. `None`: there will be none any
+    /// more. May be given up at any time without losing one.
+    async fn scrub_ended(&self) -> Option<ScrubEnd>;
 
     /// Takes a checkpoint; answers when it is durable.
     async fn checkpoint(&self, store: StoreId) -> Result<(), HostError>;

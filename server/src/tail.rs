@@ -15,6 +15,9 @@ use memmap2::{MmapMut, MmapOptions};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::config::ByteCount;
+use crate::directory::DirectoryProblem;
+
 /// `statfs.f_type` of tmpfs, from <linux/magic.h>.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -26,7 +29,32 @@ pub struct TailFile {
     /// True when the file was made by this call and holds zeros.
     created: bool,
     /// Held for its lock; the mapping alone would let another process open the tail.
-    _file: File,
+    file: File,
+}
+
+/// A tail's name in its directory, for whoever is to remove the file while the mapping belongs to a store. Shares the
+/// lock: no other process has the tail as long as this lives.
+#[derive(Debug)]
+pub struct TailName {
+    path: PathBuf,
+    file: File,
+}
+
+impl TailName {
+    /// Removes the file, unless another one has taken its name. For a tail that nothing depends on any more.
+    pub fn remove(&self) -> io::Result<()> {
+        let ours = self.file.metadata()?;
+        match std::fs::symlink_metadata(&self.path) {
+            Ok(there) if (there.dev(), there.ino()) != (ours.dev(), ours.ino()) => Ok(()),
+            Ok(_) => std::fs::remove_file(&self.path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 /// Why a tail could not be had. Nothing was changed.
@@ -38,12 +66,10 @@ pub enum TailError {
     InUse { path: PathBuf },
     #[error("two tails exist for one store, {first} and {second}; move the one that is a stray copy away", first = first.display(), second = second.display())]
     Two { first: PathBuf, second: PathBuf },
-    #[error("no directory has room for a tail of {bytes} bytes (tried {tried}): {source}")]
-    NoRoom {
-        bytes: u64,
-        tried: String,
-        source: io::Error,
-    },
+    #[error("--tail-dir: {0}, or leave the setting out")]
+    Directory(DirectoryProblem),
+    #[error("a tail of {size} cannot be made ({tried}); name another directory by --tail-dir, or a smaller --tail-size", size = ByteCount(*bytes))]
+    NoRoom { bytes: u64, tried: String },
     #[error("tail {path}: {source}", path = path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -101,22 +127,19 @@ impl TailFile {
         } else {
             &places[..]
         };
-        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        if let Some(problem) = configured.and_then(DirectoryProblem::of) {
+            return Err(TailError::Directory(problem));
+        }
+        let mut tried = Vec::new();
         for dir in allowed {
             match TailFile::create(dir.join(&name), bytes) {
                 Ok(tail) => return Ok(tail),
-                Err(e) => last = e,
+                Err(error) => tried.push(format!("{}: {error}", dir.display())),
             }
         }
-        let tried = allowed
-            .iter()
-            .map(|dir| dir.display().to_string())
-            .collect::<Vec<_>>()
-            .join(", ");
         Err(TailError::NoRoom {
             bytes,
-            tried,
-            source: last,
+            tried: tried.join(", "),
         })
     }
 
@@ -126,18 +149,25 @@ impl TailFile {
             source,
         };
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = match rustix::fs::open(&path, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-            Err(Errno::LOOP) => return Err(TailError::NotOurs { path }),
-            Err(e) => return Err(io_error(e.into())),
+        match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(fd) => TailFile::take(path, File::from(fd)),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            Err(Errno::LOOP) => Err(TailError::NotOurs { path }),
+            Err(e) => Err(io_error(e.into())),
+        }
+    }
+
+    /// Locks and maps what was opened; `None` when it holds nothing.
+    fn take(path: PathBuf, file: File) -> Result<Option<TailFile>, TailError> {
+        let io_error = |source: io::Error| TailError::Io {
+            path: path.clone(),
+            source,
         };
-        let file = File::from(fd);
         let meta = file.metadata().map_err(&io_error)?;
         let ours = meta.is_file()
             && meta.uid() == rustix::process::geteuid().as_raw()
             && meta.mode() & 0o077 == 0
-            && meta.nlink() == 1;
+            && meta.nlink() <= 1;
         if !ours {
             return Err(TailError::NotOurs { path });
         }
@@ -147,6 +177,11 @@ impl TailFile {
             return Ok(None);
         }
         lock(&file, &path)?;
+        // Its owner may have removed it, as a clean stop does, after it was found here: what is written to a file
+        // without a name is gone with the process.
+        if file.metadata().map_err(&io_error)?.nlink() == 0 {
+            return Ok(None);
+        }
         // A hole in a file on a full file system would be a SIGBUS later.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, meta.len())
             .map_err(|e| io_error(e.into()))?;
@@ -155,7 +190,7 @@ impl TailFile {
             map,
             path,
             created: false,
-            _file: file,
+            file,
         }))
     }
 
@@ -174,7 +209,7 @@ impl TailFile {
                 map,
                 path,
                 created: true,
-                _file: file,
+                file,
             }),
             Err(e) => {
                 let _ = rustix::fs::unlink(&path);
@@ -183,9 +218,12 @@ impl TailFile {
         }
     }
 
-    /// Removes the file. For a store that is being given up or formatted anew.
-    pub fn remove(self) -> io::Result<()> {
-        std::fs::remove_file(&self.path)
+    /// What it takes to remove the file later, and its lock.
+    pub fn name(&self) -> io::Result<TailName> {
+        Ok(TailName {
+            path: self.path.clone(),
+            file: self.file.try_clone()?,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -268,7 +306,7 @@ mod tests {
         let id = id();
         let mut tail = TailFile::open(id, BYTES, Some(dir.path()), dir.path()).expect("create");
         assert!(tail.created() && tail.len() as u64 == BYTES && tail.iter().all(|b| *b == 0));
-        assert_eq!(tail._file.metadata().expect("meta").mode() & 0o777, 0o600);
+        assert_eq!(tail.file.metadata().expect("meta").mode() & 0o777, 0o600);
         tail[4096] = 7;
         assert!(matches!(
             TailFile::open(id, BYTES, Some(dir.path()), dir.path()),
@@ -301,6 +339,60 @@ mod tests {
             Err(TailError::NoRoom { .. })
         ));
         assert!(!path(huge).exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (missing, file) = (dir.path().join("missing"), dir.path().join("file"));
+        std::fs::write(&file, b"").expect("write");
+        let said = |configured: &Path| {
+            TailFile::open(id(), BYTES, Some(configured), dir.path())
+                .expect_err("refused")
+                .to_string()
+        };
+        let refusal = said(&missing);
+        let named = refusal.contains(missing.to_str().expect("text"));
+        assert!(named && refusal.contains("does not exist"), "{refusal}");
+        let refusal = said(&file);
+        assert!(refusal.contains("is not a directory"), "{refusal}");
+        // No room is another thing.
+        let refusal = TailFile::open(id(), 1 << 60, Some(dir.path()), dir.path())
+            .expect_err("refused")
+            .to_string();
+        let named = refusal.contains(dir.path().to_str().expect("text"));
+        assert!(named && refusal.contains("--tail-size"), "{refusal}");
+    }
+
+    #[test]
+    fn a_tail_that_is_removed_while_it_is_found_is_none() {
+        let dir = tempfile::tempdir().expect("dir");
+        let id = id();
+        let open = || TailFile::open(id, BYTES, Some(dir.path()), dir.path());
+        let first = open().expect("create");
+        let path = first.path().to_path_buf();
+        let name = first.name().expect("name");
+        // The next daemon has found the file, the last one removes it and lets go of the lock.
+        let found = File::options().read(true).write(true).open(&path);
+        name.remove().expect("remove");
+        drop(first);
+        assert!(
+            matches!(
+                TailFile::take(path.clone(), found.expect("open")),
+                Err(TailError::InUse { .. })
+            ),
+            "the name holds the lock too"
+        );
+        let again = open().expect("another one");
+        assert!(again.created());
+        // It has taken the name, and is left alone.
+        name.remove().expect("nothing to remove");
+        assert!(path.exists());
+        let found = File::options().read(true).write(true).open(&path);
+        again.name().expect("name").remove().expect("remove");
+        drop(again);
+        let taken = TailFile::take(path.clone(), found.expect("open")).expect("no error");
+        assert!(taken.is_none() && !path.exists());
     }
 
     #[test]

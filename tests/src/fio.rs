@@ -23,6 +23,7 @@ impl Fio {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--verify_backlog=1024",
+            "--verify_state_save=0",
         ])
     }
 }

@@ -8,6 +8,7 @@ use crate::metrics::{
     BUCKET_BOUNDS_NS, Command, CommandMetrics, Damage, DiskMetrics, VolumeMetrics,
 };
 use crate::plane::{ConnectionView, StoreView};
+use crate::scrubs::StoreScrub;
 use crate::volumes::{VolumeRuntime, VolumeView};
 
 pub(super) fn volume(view: &VolumeView) -> admin::Volume {
@@ -58,7 +59,11 @@ pub(super) fn connection(record: &VolumeRecord, view: ConnectionView) -> admin::
     }
 }
 
-pub(super) fn store(view: &StoreView, disk: Option<&DiskMetrics>) -> admin::Store {
+pub(super) fn store(
+    view: &StoreView,
+    disk: Option<&DiskMetrics>,
+    scrub: StoreScrub,
+) -> admin::Store {
     let status = &view.status;
     let bytes = |blocks: u64| blocks * BLOCK_BYTES as u64;
     let other_segments = status.segments_free + status.segments_open + status.segments_freeing;
@@ -110,6 +115,18 @@ pub(super) fn store(view: &StoreView, disk: Option<&DiskMetrics>) -> admin::Stor
             segments_cleaned: status.segments_cleaned,
             checkpoints: status.checkpoints,
             checksum_errors: status.checksum_errors,
+        }),
+        scrub: Some(admin::StoreScrub {
+            last_finished_at_unix_ms: scrub.last.map_or(0, |last| last.finished_at_unix_ms as i64),
+            last_verified_bytes: scrub.last.map_or(0, |last| last.verified_bytes),
+            last_damaged_blocks: scrub.last.map_or(0, |last| last.damaged_blocks),
+            next_at_unix_ms: scrub.next_at_unix_ms.unwrap_or(0) as i64,
+            running: status.scrubbing,
+            done_bytes: if status.scrubbing {
+                bytes(status.scrub_blocks)
+            } else {
+                0
+            },
         }),
     }
 }

@@ -60,7 +60,7 @@ impl Service {
         let views = services.plane.store_views().await;
         views
             .iter()
-            .map(|view| convert::store(view, disk_of(view)))
+            .map(|view| convert::store(view, disk_of(view), services.scrubs.of(view.id)))
             .collect()
     }
 

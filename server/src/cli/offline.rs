@@ -40,7 +40,7 @@ pub(super) fn check(format: Format, path: &Path) -> Result<(), CliError> {
     let report = report.map_err(|error| unreadable(&store, &error))?;
     let checked = Checked::new(&store, report);
     output::print(format, &checked)?;
-    if checked.damages.is_empty() {
+    if checked.damages_found == 0 {
         Ok(())
     } else {
         Err(CliError::reported(Exit::Damaged))
@@ -231,7 +231,11 @@ struct Checked {
     verified_bytes: u64,
     leaves: u64,
     log_frames: u64,
+    damages_found: u64,
+    /// The first of them.
     damages: Vec<Damage>,
+    /// Of those found, how many are not in the list.
+    damages_left_out: u64,
 }
 
 /// One damaged place. Which fields are there depends on what it is.
@@ -300,7 +304,9 @@ impl Checked {
             verified_bytes: bytes(report.blocks),
             leaves: report.leaves,
             log_frames: report.frames,
+            damages_found: report.findings.len() as u64 + report.findings_left_out,
             damages: report.findings.iter().map(Damage::from).collect(),
+            damages_left_out: report.findings_left_out,
         }
     }
 }
@@ -325,9 +331,10 @@ impl Answer for Checked {
             human(self.verified_bytes),
             self.leaves,
             self.log_frames,
-            match self.damages.len() {
-                0 => "no damage".to_owned(),
-                damages => format!("{damages} damaged place(s)"),
+            match (self.damages_found, self.damages_left_out) {
+                (0, _) => "no damage".to_owned(),
+                (found, 0) => format!("{found} damaged place(s)"),
+                (found, more) => format!("{found} damaged place(s), {more} of them not listed"),
             }
         )
     }

@@ -15,7 +15,7 @@ use super::{
     output::{self, Answer},
     progress,
     size::human,
-    view::{self, Store},
+    view::{self, Scrub, Store},
 };
 
 pub(super) async fn run(
@@ -180,7 +180,31 @@ pub(super) fn store_columns(stores: &[Store]) -> String {
     {
         text += &format!("{} is poisoned: {}\n", store.path, store.poison_reason);
     }
+    for store in stores {
+        text += &format!("{} {}\n", store.path, scrub_line(&store.scrub));
+    }
     text
+}
+
+/// When a store was verified and will be, in half a sentence.
+fn scrub_line(scrub: &Scrub) -> String {
+    let last = match &scrub.last_finished_at {
+        None => "was never scrubbed".to_owned(),
+        Some(at) => format!(
+            "was scrubbed at {at}, {} verified, {}",
+            human(scrub.last_verified_bytes),
+            match scrub.last_damaged_blocks {
+                0 => "no damage".to_owned(),
+                damaged => format!("{damaged} damaged block(s)"),
+            }
+        ),
+    };
+    let next = match (&scrub.next_at, scrub.running) {
+        (_, true) => format!("is being scrubbed, {} verified", human(scrub.done_bytes)),
+        (Some(at), false) => format!("next at {at}"),
+        (None, false) => "never by itself".to_owned(),
+    };
+    format!("{last}; {next}")
 }
 
 #[derive(Serialize)]

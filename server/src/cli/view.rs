@@ -154,6 +154,34 @@ pub(super) struct Store {
     /// `counters.device_written_bytes / counters.accepted_bytes`; absent before the first write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) write_amplification: Option<f64>,
+    pub(super) scrub: Scrub,
+}
+
+/// What is absent has not happened or will not happen by itself.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Scrub {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) last_finished_at: Option<String>,
+    pub(super) last_verified_bytes: u64,
+    pub(super) last_damaged_blocks: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) next_at: Option<String>,
+    pub(super) running: bool,
+    pub(super) done_bytes: u64,
+}
+
+impl From<admin::StoreScrub> for Scrub {
+    fn from(scrub: admin::StoreScrub) -> Scrub {
+        let known = |unix_ms: i64| (unix_ms != 0).then(|| time(unix_ms));
+        Scrub {
+            last_finished_at: known(scrub.last_finished_at_unix_ms),
+            last_verified_bytes: scrub.last_verified_bytes,
+            last_damaged_blocks: scrub.last_damaged_blocks,
+            next_at: known(scrub.next_at_unix_ms),
+            running: scrub.running,
+            done_bytes: scrub.done_bytes,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -245,6 +273,7 @@ impl From<admin::Store> for Store {
                 tail_void: recovery.tail_void,
             }),
             counters,
+            scrub: Scrub::from(store.scrub.unwrap_or_default()),
         }
     }
 }

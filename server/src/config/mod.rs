@@ -5,6 +5,7 @@
 //! means the same.
 
 mod address;
+mod every;
 mod settings;
 mod size;
 
@@ -16,6 +17,7 @@ use clap::Parser;
 use thiserror::Error;
 
 pub use address::{Address, AddressError, HostPort, UNIX_PATH_MAX_BYTES};
+pub use every::{Every, EveryError};
 pub use settings::{HttpListen, LogFormat, Settings, StoreSetting, StoreSettingError};
 pub use size::{ByteCount, ByteCountError};
 
@@ -32,6 +34,9 @@ const TAIL_BYTES_MIN: u64 = 8 << 20;
 const LEAF_CACHE_BYTES_DEFAULT: u64 = 64 << 20;
 /// Least that lets cleaning and recovery work without thrashing.
 const LEAF_CACHE_BYTES_MIN: u64 = 4 << 20;
+/// Default of `scrub-every`: often enough to find rot while backups still have what it hit, and at the default rate a
+/// tenth of the time for a store of 4 TiB.
+const SCRUB_EVERY_DEFAULT: Every = Every::days(7);
 /// The largest NBD request is 32 MiB; a connection must be able to hold one.
 const CONNECTION_BUFFER_BYTES_MIN: u64 = 33 << 20;
 /// More data threads than this is a slip of the keyboard.
@@ -80,6 +85,7 @@ pub struct Config {
     pub max_buffer_bytes: u64,
     pub handshake_timeout: Duration,
     pub scrub_bytes_per_second: u64,
+    pub scrub_every: Every,
     pub drain_timeout: Duration,
     pub io_flusher: bool,
     pub oom_score_adjust: Option<i32>,
@@ -256,6 +262,7 @@ impl Config {
                 64 << 20,
                 64 << 10,
             )?,
+            scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings
@@ -289,6 +296,7 @@ impl Config {
             max_buffer: Some(ByteCount(self.max_buffer_bytes)),
             handshake_timeout: Some(self.handshake_timeout.as_secs() as u32),
             scrub_rate: Some(ByteCount(self.scrub_bytes_per_second)),
+            scrub_every: Some(self.scrub_every),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,

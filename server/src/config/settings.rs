@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::address::text_form;
-use super::{Address, ByteCount, HostPort};
+use super::{Address, ByteCount, Every, HostPort};
 use crate::engine::EngineChoice;
 
 /// Between the values of a list in an environment variable; none of them contains it, unless a path does, for which
@@ -116,6 +116,11 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_rate: Option<ByteCount>,
 
+    /// How often each store is read and verified, at that rate: 7d, 12h, 30m, or off [default: 7d]
+    #[arg(long, env = "ASHLAR_SCRUB_EVERY", value_name = "INTERVAL|off")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scrub_every: Option<Every>,
+
     /// Seconds that SIGTERM waits for requests in flight before connections are cut [default: 30]
     #[arg(long, env = "ASHLAR_DRAIN_TIMEOUT", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -168,6 +173,7 @@ impl Settings {
             max_buffer: self.max_buffer.or(below.max_buffer),
             handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
             scrub_rate: self.scrub_rate.or(below.scrub_rate),
+            scrub_every: self.scrub_every.or(below.scrub_every),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),
             io_flusher: self.io_flusher.or(below.io_flusher),
             oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),

@@ -84,6 +84,7 @@ fn what_is_printed_means_the_same() {
         "--max-buffer=80MiB",
         "--handshake-timeout=3",
         "--scrub-rate=1MiB",
+        "--scrub-every=36h",
         "--drain-timeout=0",
         "--io-flusher",
         "--oom-score-adjust=-500",
@@ -208,10 +209,34 @@ fn what_cannot_work_is_refused_in_words() {
         "--listen-nbd=/a",
         "--listen-http=x",
         "--tail-size=x",
+        "--scrub-every=7",
     ] {
         assert!(
             Arguments::try_parse_from(["ashlard", "--data-dir=/d", bad]).is_err(),
             "{bad}"
+        );
+    }
+}
+
+#[test]
+fn scrubs_come_every_week_unless_somebody_says_otherwise() {
+    let every = |flags: &[&str]| {
+        let config = resolve(&[&["--data-dir=/d"], flags].concat()).expect("config");
+        config.scrub_every
+    };
+    assert_eq!(every(&[]), Every::days(7));
+    assert_eq!(every(&["--scrub-every=0"]), Every::Off);
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let file = dir.path().join("ashlard.toml");
+    for (text, expected) in [
+        ("scrub-every = 0", Every::Off),
+        ("scrub-every = \"off\"", Every::Off),
+        ("scrub-every = \"2d\"", Every::days(2)),
+    ] {
+        std::fs::write(&file, text).expect("write");
+        assert_eq!(
+            every(&["--config", file.to_str().expect("UTF-8")]),
+            expected
         );
     }
 }

@@ -66,6 +66,14 @@ impl VolumeHost for Host {
         self.plane.close_volume(id, false).await.map_err(refusal)
     }
 
+    async fn epoch_wanted(&self) -> Option<VolumeId> {
+        self.plane.epoch_wanted().await
+    }
+
+    async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError> {
+        self.plane.renew_epoch(id, epoch).await.map_err(refusal)
+    }
+
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
         self.plane
             .resize_volume(id, size_bytes)
@@ -186,6 +194,10 @@ impl Plane for Host {
 
     async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError> {
         self.plane.stop_scrub(store).await.map_err(refusal)
+    }
+
+    async fn scrub_ended(&self) -> Option<data::ScrubEnd> {
+        self.plane.scrub_ended().await
     }
 
     async fn checkpoint(&self, store: StoreId) -> Result<(), HostError> {

@@ -9,6 +9,8 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::directory::DirectoryProblem;
+
 /// The lock of a data directory, held as long as this lives; the kernel lets go of it when the process ends, however
 /// that happens.
 #[derive(Debug)]
@@ -27,6 +29,9 @@ pub enum DataDirError {
         /// Who, as far as known.
         holder: String,
     },
+    /// It cannot be made where it is missing.
+    #[error("--data-dir: {0}")]
+    Directory(DirectoryProblem),
     /// The system refused.
     #[error("the data directory {} cannot be used: {source}", dir.display())]
     Io {
@@ -44,6 +49,9 @@ impl DataDirLock {
             dir: dir.to_owned(),
             source,
         };
+        if let Some(problem) = DirectoryProblem::in_the_way_of(dir) {
+            return Err(DataDirError::Directory(problem));
+        }
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -106,9 +114,13 @@ mod tests {
         let scratch = tempfile::tempdir().expect("temporary directory");
         let dir = scratch.path().join("file");
         std::fs::write(&dir, b"").expect("write");
-        assert!(matches!(
-            DataDirLock::take(&dir),
-            Err(DataDirError::Io { .. })
-        ));
+        for dir in [dir.clone(), dir.join("below")] {
+            let refusal = DataDirLock::take(&dir).expect_err("refused").to_string();
+            let right = format!(
+                "--data-dir: {} is not a directory",
+                scratch.path().join("file").display()
+            );
+            assert!(refusal.starts_with(&right), "{refusal}");
+        }
     }
 }

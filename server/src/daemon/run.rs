@@ -25,6 +25,7 @@ use crate::nbd::activation::{self, ActivationError, Purpose};
 use crate::nbd::socket::{self, BindError, Bound};
 use crate::nbd::{ListenerConfig, Listeners};
 use crate::plane::Plane;
+use crate::scrubs::Scrubs;
 use crate::volumes::{VolumeError, VolumeHost, Volumes, node_record};
 
 /// Exit code of a command line or configuration that makes no sense; clap's for flags it refuses.
@@ -243,7 +244,7 @@ pub(super) struct Daemon {
     plane: DataPlane,
     volumes: Arc<Volumes>,
     listeners: Listeners,
-    /// Ends the admin and HTTP servers.
+    /// Ends the admin and HTTP servers, and the scrubs.
     stop_interfaces: watch::Sender<bool>,
     interfaces: tokio::task::JoinSet<()>,
 }
@@ -298,7 +299,7 @@ impl Daemon {
             let serving = http::serve(listener, state.clone(), until(stopped.clone()));
             interfaces.spawn(watched("http", serving));
         }
-        let admin = crate::admin::serve(sockets.admin, state.clone(), stopped);
+        let admin = crate::admin::serve(sockets.admin, state.clone(), stopped.clone());
         interfaces.spawn(watched("admin", admin));
 
         let started = Daemon::start_serving(&state, sockets.nbd).await;
@@ -310,6 +311,9 @@ impl Daemon {
                 return Err(error);
             }
         };
+        if let Some(services) = state.services() {
+            interfaces.spawn(services.scrubs.clone().run(until(stopped)));
+        }
         state.enter(Phase::Ready);
         let views = volumes.list();
         tracing::info!(
@@ -385,10 +389,18 @@ impl Daemon {
         let node = state
             .node()
             .unwrap_or(ashlar_core::units::NodeId(uuid::Uuid::nil()));
+        let scrubs = Scrubs::load(
+            host.clone() as Arc<dyn Plane>,
+            store.clone(),
+            config.scrub_every.interval(),
+            config.scrub_bytes_per_second,
+        )
+        .await?;
         let volumes = Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, node).await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,
+            scrubs: Arc::new(scrubs),
             engine_reason: plane.engine_reason().to_owned(),
         });
         let listener = ListenerConfig {
@@ -405,6 +417,11 @@ impl Daemon {
         )
         .map_err(system("the NBD sockets cannot be served"))?;
         Ok((volumes, listeners))
+    }
+
+    #[cfg(test)]
+    pub(super) fn data_plane(&self) -> &DataPlane {
+        &self.plane
     }
 
     /// Accepts no more, answers what was accepted, takes a checkpoint, closes every socket.

@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
 use crate::nbd::{ConnectionCount, ListenerStats};
 use crate::plane::{Plane, StoreView};
+use crate::scrubs::Scrubs;
 use crate::volumes::{Serving, Volumes, unix_ms};
 
 /// A store with less of its capacity left than this is worth a warning.
@@ -37,6 +38,7 @@ pub(crate) enum Phase {
 pub(crate) struct Services {
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) plane: Arc<dyn Plane>,
+    pub(crate) scrubs: Arc<Scrubs>,
     /// Which I/O engine, and why that one.
     pub(crate) engine_reason: String,
 }
@@ -176,6 +178,12 @@ impl State {
                     status.read_errors
                 ));
             }
+            let scrubbed = self.services().and_then(|s| s.scrubs.of(view.id).last);
+            if let Some(found) = scrubbed.map(|last| last.damaged_blocks).filter(|n| *n > 0) {
+                warnings.push(format!(
+                    "store {path}: the last scrub found {found} damaged block(s); `ashlar store scrub` lists the places; restore them from a backup"
+                ));
+            }
             let left = status.capacity_blocks.saturating_sub(status.used_blocks);
             if status.capacity_blocks > 0
                 && (left as f64) < NEARLY_FULL * status.capacity_blocks as f64
@@ -277,6 +285,7 @@ impl Probe for State {
                     Some((view, disk))
                 });
             scrape.stores = stores.collect();
+            scrape.scrubs = services.scrubs.all();
             scrape.threads = metrics.threads();
         }
         scrape

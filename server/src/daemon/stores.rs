@@ -9,6 +9,7 @@ use ashlar_core::records::{Record, StoreRecord, Transaction, Versioned, keys};
 
 use crate::config::{ByteCount, Config};
 use crate::data::{OpenedStore, StoreConfig};
+use crate::directory::DirectoryProblem;
 use crate::meta::{MetadataError, MetadataStore};
 use crate::volumes::unix_ms;
 
@@ -30,6 +31,20 @@ pub enum StoreSetupError {
         what: &'static str,
         /// What the system said.
         source: io::Error,
+    },
+    /// The directory of its file cannot be made.
+    #[error("--store {}: {problem}", path.display())]
+    Directory {
+        /// As configured.
+        path: PathBuf,
+        /// What is in the way.
+        problem: DirectoryProblem,
+    },
+    /// A file among the devices would be kept in memory and be gone after a restart of the machine.
+    #[error("--store {}: there is no such device; look for its name (lsblk), or name a directory outside /dev", path.display())]
+    NoDevice {
+        /// As configured.
+        path: PathBuf,
     },
     /// Two settings lead to one file.
     #[error("--store {} and --store {} are the same file or device", first.display(), second.display())]
@@ -75,6 +90,12 @@ pub(super) fn lay_out(
             _ => setting.path.clone(),
         };
         let directory = path.parent().unwrap_or(Path::new("/"));
+        if is_among_devices(&path) && !path.exists() {
+            return Err(StoreSetupError::NoDevice { path });
+        }
+        if let Some(problem) = DirectoryProblem::in_the_way_of(directory) {
+            return Err(StoreSetupError::Directory { path, problem });
+        }
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -128,6 +149,11 @@ pub(super) fn lay_out(
         })
     });
     resolved.collect()
+}
+
+/// Where a name that is not there is a device's: everywhere below /dev but in its shared memory.
+fn is_among_devices(path: &Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
 /// How large a new store may grow when nobody said: a share of what is free, divided by the new stores that are to be
@@ -229,6 +255,25 @@ mod tests {
             (dir.path().join("disk/store"), 3 << 30)
         );
         assert_eq!(stores[1].path, dir.path().join("other"));
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_made_is_told() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(dir.path().join("file"), b"").expect("write");
+        let refusal = lay_out(&config(dir.path(), &["file/s"]), &[])
+            .expect_err("a file in the way")
+            .to_string();
+        let right = format!("{} is not a directory", dir.path().join("file").display());
+        assert!(refusal.contains(&right), "{refusal}");
+        let mut config = config(dir.path(), &[]);
+        config.stores[0].path = PathBuf::from("/dev/no-such-disk/part1");
+        let refusal = lay_out(&config, &[]).expect_err("no device").to_string();
+        assert!(
+            refusal.contains("/dev/no-such-disk/part1: there is no such device"),
+            "{refusal}"
+        );
+        assert!(!Path::new("/dev/no-such-disk").exists());
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! A whole daemon in this process, asked through its own interfaces.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use ashlar_core::units::{Version, VolumeId};
+use ashlar_core::volume::EPOCH_RESERVE;
 
 use ashlar_proto::admin::admin_client::AdminClient;
 use ashlar_proto::admin::{
     CheckpointRequest, CreateVolumeRequest, DaemonState, DeleteVolumeRequest, GetStatusRequest,
     GetVolumeRequest, ListStoresRequest, ListVolumesRequest, RenameVolumeRequest,
-    ResizeVolumeRequest, ScrubRequest, SetVolumeRequest, WatchStatsRequest,
+    ResizeVolumeRequest, ScrubRequest, SetVolumeRequest, StoreScrub, WatchStatsRequest,
 };
 use clap::Parser;
 use tonic::transport::{Channel, Endpoint};
@@ -20,6 +25,10 @@ use crate::config::{Arguments, Config};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn config(dir: &Path) -> Config {
+    config_with(dir, &[])
+}
+
+fn config_with(dir: &Path, more: &[&str]) -> Config {
     let flags = [
         "ashlard".to_owned(),
         format!("--data-dir={}", dir.join("d").display()),
@@ -28,12 +37,20 @@ fn config(dir: &Path) -> Config {
         "--store-size=256MiB".to_owned(),
         "--listen-http=127.0.0.1:0".to_owned(),
     ];
+    let flags = flags
+        .into_iter()
+        .chain(more.iter().map(|flag| (*flag).to_owned()));
     Config::resolve(&Arguments::parse_from(flags)).expect("config")
 }
 
 async fn start(dir: &Path) -> (Daemon, AdminClient<Channel>, Channel) {
+    start_with(dir, &[]).await
+}
+
+async fn start_with(dir: &Path, more: &[&str]) -> (Daemon, AdminClient<Channel>, Channel) {
     std::fs::create_dir_all(dir.join("d")).expect("create");
-    let daemon = Daemon::start(config(dir), Vec::new()).await.expect("start");
+    let config = config_with(dir, more);
+    let daemon = Daemon::start(config, Vec::new()).await.expect("start");
     let endpoint = Endpoint::from_shared(format!("unix://{}", dir.join("d/admin.sock").display()))
         .expect("address");
     let channel = endpoint.connect().await.expect("connect");
@@ -324,6 +341,180 @@ async fn health_and_reflection_are_served() {
         "{names:?}"
     );
     drop((answers, reflection, health));
+    stop(daemon).await;
+}
+
+/// A client in its transmission phase, by the oldest handshake there is.
+fn connect_nbd(path: &Path, export: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(path).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting).expect("greeting");
+    // Fixed newstyle, no zeroes; NBD_OPT_EXPORT_NAME.
+    let mut hello = 3u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1u32.to_be_bytes());
+    hello.extend((export.len() as u32).to_be_bytes());
+    hello.extend(export.as_bytes());
+    stream.write_all(&hello).expect("hello");
+    let mut size_and_flags = [0; 10];
+    stream.read_exact(&mut size_and_flags).expect("the export");
+    stream
+}
+
+/// Writes a block and answers the error number.
+fn write_block(stream: &mut UnixStream, block: u64, fill: u8) -> u32 {
+    let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
+    request.extend([0, 0, 0, 1]);
+    request.extend(block.to_be_bytes());
+    request.extend((block * 4096).to_be_bytes());
+    request.extend(4096u32.to_be_bytes());
+    request.extend([fill; 4096]);
+    stream.write_all(&request).expect("write");
+    let mut reply = [0; 16];
+    stream.read_exact(&mut reply).expect("reply");
+    u32::from_be_bytes([reply[4], reply[5], reply[6], reply[7]])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_epoch_that_runs_out_is_renewed_and_clients_notice_nothing() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (daemon, mut admin, _) = start(dir.path()).await;
+    let made = admin.create_volume(create("a", 1 << 20)).await;
+    let made = made.expect("create").into_inner().volume.expect("volume");
+    let id = VolumeId(made.id.parse().expect("id"));
+    let last = Version::COUNTER_MAX - EPOCH_RESERVE;
+    daemon.data_plane().set_versions_given(id, last - 3).await;
+    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
+    let renewed = async {
+        for turn in 0u64.. {
+            assert_eq!(write_block(&mut stream, turn % 16, turn as u8), 0);
+            let request = GetVolumeRequest {
+                volume: "a".to_owned(),
+            };
+            let volume = admin.get_volume(request).await.expect("get").into_inner();
+            if volume.volume.expect("volume").epoch > made.epoch {
+                return turn;
+            }
+        }
+        unreachable!()
+    };
+    let turns = tokio::time::timeout(PATIENCE, renewed)
+        .await
+        .expect("renewed");
+    assert!(turns >= 2, "before it was asked for: {turns}");
+    assert_eq!(write_block(&mut stream, 0, 1), 0);
+    drop(stream);
+    stop(daemon).await;
+    let (daemon, mut admin, _) = start(dir.path()).await;
+    let request = GetVolumeRequest {
+        volume: "a".to_owned(),
+    };
+    let volume = admin.get_volume(request).await.expect("get").into_inner();
+    assert!(volume.volume.expect("volume").epoch > made.epoch + 1);
+    stop(daemon).await;
+}
+
+/// The verification of the one store, as soon as it is `wanted`.
+async fn scrub_when(
+    admin: &mut AdminClient<Channel>,
+    wanted: impl Fn(&StoreScrub) -> bool,
+) -> StoreScrub {
+    let samples = admin.watch_stats(WatchStatsRequest { interval_ms: 100 });
+    let mut samples = samples.await.expect("watch").into_inner();
+    let seen = async {
+        loop {
+            let sample = samples.message().await.expect("sample").expect("sample");
+            let scrub = sample.stores[0].scrub.expect("told");
+            if wanted(&scrub) {
+                return scrub;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, seen)
+        .await
+        .expect("it comes to that")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stores_are_verified_by_themselves_and_a_restart_remembers() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=1s"]).await;
+    let fresh = scrub_when(&mut admin, |_| true).await;
+    assert!(fresh.next_at_unix_ms > 0, "{fresh:?}");
+    let made = admin.create_volume(create("a", 1 << 20)).await;
+    made.expect("create");
+    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
+    for block in 0..64 {
+        assert_eq!(write_block(&mut stream, block, 7), 0);
+    }
+    drop(stream);
+    let first = scrub_when(&mut admin, |scrub| scrub.last_verified_bytes >= 64 * 4096).await;
+    assert_eq!(first.last_damaged_blocks, 0);
+    let second = scrub_when(&mut admin, |scrub| {
+        scrub.last_finished_at_unix_ms >= first.last_finished_at_unix_ms + 1000
+    })
+    .await;
+    assert!(second.running || second.next_at_unix_ms > second.last_finished_at_unix_ms);
+    stop(daemon).await;
+
+    let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=off"]).await;
+    let kept = scrub_when(&mut admin, |_| true).await;
+    assert!(kept.last_finished_at_unix_ms >= second.last_finished_at_unix_ms);
+    assert_eq!(
+        (kept.last_verified_bytes, kept.next_at_unix_ms, kept.running),
+        (64 * 4096, 0, false)
+    );
+    // One that somebody asks for counts as well.
+    let everything = ScrubRequest {
+        store_id: String::new(),
+        rate_bytes_per_second: 0,
+    };
+    let mut scrub = admin.scrub(everything).await.expect("scrub").into_inner();
+    while scrub.message().await.expect("progress").is_some() {}
+    let asked = scrub_when(&mut admin, |scrub| {
+        scrub.last_finished_at_unix_ms > kept.last_finished_at_unix_ms
+    })
+    .await;
+    assert_eq!(asked.next_at_unix_ms, 0);
+    stop(daemon).await;
+
+    let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=2d"]).await;
+    let kept = scrub_when(&mut admin, |_| true).await;
+    assert_eq!(
+        kept.next_at_unix_ms,
+        asked.last_finished_at_unix_ms + 2 * 86_400_000
+    );
+    stop(daemon).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrub_that_is_interrupted_is_begun_again() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    // Some 20 seconds for what is written below.
+    let slow = ["--scrub-every=1s", "--scrub-rate=64KiB"];
+    let (daemon, mut admin, _) = start_with(dir.path(), &slow).await;
+    let made = admin.create_volume(create("a", 8 << 20)).await;
+    made.expect("create");
+    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
+    for block in 0..320 {
+        assert_eq!(write_block(&mut stream, block, 7), 0);
+    }
+    drop(stream);
+    scrub_when(&mut admin, |scrub| scrub.running && scrub.done_bytes > 0).await;
+    let begun = std::time::Instant::now();
+    stop(daemon).await;
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "it was not waited for"
+    );
+
+    let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=1s"]).await;
+    let whole = scrub_when(&mut admin, |scrub| scrub.last_verified_bytes > 0).await;
+    assert_eq!(
+        (whole.last_verified_bytes, whole.last_damaged_blocks),
+        (320 * 4096, 0)
+    );
     stop(daemon).await;
 }
 

@@ -80,6 +80,7 @@ impl DataThread {
         let began = self.volumes[request.volume]
             .head
             .begin(Access::Exclusive, range, key as u64);
+        self.watch_epoch(request.volume);
         let mut taken = 0u64;
         let progress = match began {
             Ok(Began::Now(Started {
@@ -171,6 +172,7 @@ impl DataThread {
         let began = self.volumes[request.volume]
             .head
             .begin(Access::Exclusive, range, key as u64);
+        self.watch_epoch(request.volume);
         let mut write = Write {
             edges,
             middle,

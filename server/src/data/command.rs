@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
 use tokio::sync::oneshot;
 
@@ -36,6 +36,19 @@ pub(super) enum Command {
     SetReadOnly {
         id: VolumeId,
         read_only: bool,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// Goes on under an epoch that was claimed for this.
+    RenewEpoch {
+        id: VolumeId,
+        epoch: Epoch,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// As if a volume's head had given so many versions.
+    #[cfg(test)]
+    SetVersionsGiven {
+        id: VolumeId,
+        versions: u64,
         answer: Answer<Result<(), DataError>>,
     },
     VolumeStatus {
@@ -93,6 +106,20 @@ impl DataThread {
                     .map(|key| self.volumes[key].head.set_read_only(read_only));
                 let _ = answer.send(found);
             }
+            Command::RenewEpoch { id, epoch, answer } => {
+                let _ = answer.send(self.renew_epoch(id, epoch));
+            }
+            #[cfg(test)]
+            Command::SetVersionsGiven {
+                id,
+                versions,
+                answer,
+            } => {
+                let found = self
+                    .volume_key(id)
+                    .map(|key| self.volumes[key].head.set_counter(versions));
+                let _ = answer.send(found);
+            }
             Command::VolumeStatus { id, answer } => {
                 let _ = answer.send(self.volume_status(id));
             }
@@ -132,6 +159,10 @@ impl DataThread {
             }
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
+                    // One that is due is due again after the next start.
+                    for driver in &mut self.stores {
+                        driver.store.stop_scrub();
+                    }
                     // What clients had sent by now is answered.
                     for key in 0..self.connections.capacity() {
                         if self.connections.get(key).is_some_and(|c| !c.is_paused) {
@@ -253,6 +284,27 @@ impl DataThread {
             if let Some(connection) = self.connections.get_mut(*connection as usize) {
                 connection.session.size_bytes = size_bytes;
             }
+        }
+        Ok(())
+    }
+
+    /// Asks the control plane for a new epoch when few versions are left of the present one.
+    #[inline]
+    pub(super) fn watch_epoch(&mut self, volume: usize) {
+        let volume = &mut self.volumes[volume];
+        if volume.head.asks_for_epoch() {
+            // Nobody listens any more when the daemon stops.
+            let _ = self.tells.epochs_wanted.send(volume.spec.id);
+        }
+    }
+
+    fn renew_epoch(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
+        let key = self.volume_key(id)?;
+        let volume = &mut self.volumes[key];
+        // A volume that was opened again meanwhile has a newer one.
+        if epoch > volume.head.epoch() {
+            volume.head.renew_epoch(epoch);
+            volume.spec.epoch = epoch;
         }
         Ok(())
     }

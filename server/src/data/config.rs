@@ -8,6 +8,8 @@ use ashlar_core::records::Placement;
 use ashlar_core::store::{OpenError, OpenReport, StoreError, StoreStatus};
 use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use crate::engine::{EngineChoice, FaultPlan, OpenStoreError};
 use crate::tail::TailError;
 
@@ -154,6 +156,24 @@ pub struct StoreReport {
     /// "io_uring" or "posix".
     pub engine: &'static str,
     pub status: StoreStatus,
+}
+
+/// A scrub that came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScrubEnd {
+    pub store: StoreId,
+    /// Blocks read and compared.
+    pub blocks: u64,
+    /// Of these, those that were not what was written.
+    pub damaged: u64,
+}
+
+/// What the data threads tell by themselves. Nobody listening is no error: the daemon stops.
+#[derive(Clone, Debug)]
+pub(super) struct Tells {
+    /// Volumes whose heads have few versions left.
+    pub(super) epochs_wanted: UnboundedSender<VolumeId>,
+    pub(super) scrubs_ended: UnboundedSender<ScrubEnd>,
 }
 
 /// A store, its layers and the highest epoch each was written under.

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
 use super::command::Command;
 use super::config::{
-    DataConfig, DataError, OpenedStore, StartError, StoreLayers, StoreReport, VolumeRuntime,
-    VolumeSpec,
+    DataConfig, DataError, OpenedStore, ScrubEnd, StartError, StoreLayers, StoreReport, Tells,
+    VolumeRuntime, VolumeSpec,
 };
 use super::open::open_store;
 use super::thread::{DataThread, Parts, StoreDriver};
@@ -29,6 +30,10 @@ struct Inner {
     /// Which thread a volume is on.
     volumes: Mutex<HashMap<VolumeId, usize>>,
     metrics: Metrics,
+    /// Volumes whose heads have few versions left; each is named once for each epoch, so this holds no more than there
+    /// are volumes.
+    epochs_wanted: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
+    scrubs_ended: tokio::sync::Mutex<UnboundedReceiver<ScrubEnd>>,
     drain_timeout: std::time::Duration,
     joins: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -87,16 +92,22 @@ impl DataPlane {
         let count = config.threads.clamp(1, config.stores.len());
         let metrics = Metrics::new();
         let config = Arc::new(config);
+        let (want_epoch, epochs_wanted) = tokio::sync::mpsc::unbounded_channel();
+        let (end_scrub, scrubs_ended) = tokio::sync::mpsc::unbounded_channel();
+        let tells = Tells {
+            epochs_wanted: want_epoch,
+            scrubs_ended: end_scrub,
+        };
         let mut starting = Vec::new();
         let mut joins = Vec::new();
         for index in 0..count {
-            let (config, metrics) = (config.clone(), metrics.clone());
+            let (config, metrics, tells) = (config.clone(), metrics.clone(), tells.clone());
             let (started, answer) = oneshot::channel();
             let join = std::thread::Builder::new()
                 .name(format!("data-{index}"))
                 .spawn(move || {
                     let _abort = AbortOnPanic;
-                    run_thread(index, count, &config, metrics, started);
+                    run_thread(index, count, &config, (metrics, tells), started);
                 })
                 .map_err(|source| StartError::Io {
                     what: "cannot start a data thread",
@@ -105,6 +116,8 @@ impl DataPlane {
             joins.push(join);
             starting.push(answer);
         }
+        // The threads have theirs; the receivers end with them.
+        drop(tells);
         let mut threads = Vec::new();
         let mut stores: Vec<OpenedStore> = Vec::new();
         let mut failure = None;
@@ -141,6 +154,8 @@ impl DataPlane {
             stores,
             volumes: Mutex::default(),
             metrics,
+            epochs_wanted: tokio::sync::Mutex::new(epochs_wanted),
+            scrubs_ended: tokio::sync::Mutex::new(scrubs_ended),
             drain_timeout: config.drain_timeout,
             joins: Mutex::new(joins),
         }));
@@ -232,6 +247,30 @@ impl DataPlane {
             .await?
     }
 
+    /// The next volume that has few versions left under its epoch. `None`: the threads have ended.
+    pub async fn epoch_wanted(&self) -> Option<VolumeId> {
+        self.0.epochs_wanted.lock().await.recv().await
+    }
+
+    /// Goes on serving a volume under an epoch that was claimed for this.
+    pub async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::RenewEpoch { id, epoch, answer })
+            .await?
+    }
+
+    /// As if the volume's head had given so many versions under its epoch.
+    #[cfg(test)]
+    pub(crate) async fn set_versions_given(&self, id: VolumeId, versions: u64) {
+        let command = |answer| Command::SetVersionsGiven {
+            id,
+            versions,
+            answer,
+        };
+        let thread = self.thread_of(id).expect("open");
+        thread.ask(command).await.expect("alive").expect("open");
+    }
+
     /// `None`: not open.
     pub async fn volume_status(&self, id: VolumeId) -> Option<VolumeRuntime> {
         self.thread_of(id)
@@ -281,6 +320,11 @@ impl DataPlane {
     /// Ends the scrub of a store, if one runs.
     pub async fn stop_scrub(&self, store: StoreId) -> Result<(), DataError> {
         self.scrub(store, None).await
+    }
+
+    /// The next scrub that comes to its end. `None`: the threads have ended.
+    pub async fn scrub_ended(&self) -> Option<ScrubEnd> {
+        self.0.scrubs_ended.lock().await.recv().await
     }
 
     async fn scrub(&self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
@@ -368,10 +412,10 @@ fn run_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    metrics: Metrics,
+    tells: (Metrics, Tells),
     started: oneshot::Sender<Started>,
 ) {
-    let (thread, mailbox, opened) = match build_thread(index, count, config, metrics) {
+    let (thread, mailbox, opened) = match build_thread(index, count, config, tells) {
         Ok(built) => built,
         Err(error) => {
             let _ = started.send(Err(error));
@@ -386,13 +430,14 @@ fn run_thread(
         tracing::error!(%error, "the I/O engine failed; ending the daemon, which loses nothing that was acknowledged");
         std::process::abort();
     }
+    thread.remove_tails();
 }
 
 fn build_thread(
     index: usize,
     count: usize,
     config: &DataConfig,
-    metrics: Metrics,
+    (metrics, tells): (Metrics, Tells),
 ) -> Result<(DataThread, Mailbox, Vec<OpenedStore>), StartError> {
     let (engine, reason) = engine::open(config.engine).map_err(|source| StartError::Io {
         what: "no I/O engine",
@@ -421,6 +466,7 @@ fn build_thread(
             id: opened.report.id,
             path: opened.report.path.clone(),
             file,
+            tail: opened.tail,
             metrics: metrics.add_store(opened.report.id),
             parked: Default::default(),
             waiting_for_index: Vec::new(),
@@ -449,6 +495,7 @@ fn build_thread(
         stores: drivers,
         limits,
         registry: metrics,
+        tells,
         commands: inbox,
         spin: config.spin,
     };

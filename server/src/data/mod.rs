@@ -27,8 +27,8 @@ mod stores;
 mod thread;
 
 pub use config::{
-    ConnectionReport, DataConfig, DataError, Limits, OpenedStore, StartError, StoreConfig,
-    StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
+    ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,
+    StoreConfig, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
 };
 pub use facade::DataPlane;
 pub use open::FileDisk;

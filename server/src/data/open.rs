@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::config::{DataConfig, OpenedStore, StartError, StoreConfig};
 use crate::engine::StoreFile;
-use crate::tail::{TailFile, boot_id};
+use crate::tail::{TailFile, TailName, boot_id};
 
 /// Segments a new store is allocated with; it grows as it fills.
 const INITIAL_SEGMENTS: u32 = 16;
@@ -177,6 +177,7 @@ fn look(disk: &mut FileDisk) -> Result<Found, OpenError> {
 pub(super) struct Opened {
     pub(super) store: Store,
     pub(super) fd: Arc<OwnedFd>,
+    pub(super) tail: TailName,
     pub(super) report: OpenedStore,
 }
 
@@ -256,6 +257,10 @@ pub(super) fn open_store(
         &config.data_dir,
     )?;
     let tail_path = tail.path().to_path_buf();
+    let tail_name = tail.name().map_err(|source| StartError::Io {
+        what: "cannot share the tail's file",
+        source,
+    })?;
     let params = Params {
         leaf_cache: (config.cache_bytes / LEAF_BYTES) as usize,
         scrub_blocks_per_s: (config.scrub_bytes_per_second / BLOCK_BYTES as u64).max(1),
@@ -286,6 +291,7 @@ pub(super) fn open_store(
     Ok(Opened {
         store: opened,
         fd: file.fd,
+        tail: tail_name,
         report,
     })
 }

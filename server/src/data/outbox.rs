@@ -21,6 +21,8 @@ enum Part {
         from: usize,
         len: usize,
     },
+    /// Bytes of a buffer whose `Payload` comes further back.
+    Early { start: *mut u8, len: usize },
 }
 
 /// See the module text.
@@ -89,6 +91,17 @@ impl Outbox {
         self.parts.push_back(Part::Payload { buffer, from, len });
     }
 
+    /// Sends `len` bytes of a filled buffer that is sent in several pieces, all but the last.
+    ///
+    /// # Safety
+    /// The buffer is handed over by [`Outbox::push_payload`] before anything else is done with this outbox but pushing.
+    #[inline]
+    pub(super) unsafe fn push_early(&mut self, buffer: &Buffer, from: usize, len: usize) {
+        debug_assert!(from + len <= buffer.capacity());
+        let start = buffer.at(from);
+        self.parts.push_back(Part::Early { start, len });
+    }
+
     /// Sends until everything is gone or the socket is full.
     pub(super) fn send(&mut self, fd: RawFd, pool: &mut Pool) -> io::Result<Sent> {
         let mut sent = Sent::default();
@@ -104,6 +117,7 @@ impl Outbox {
                         *len,
                     ),
                     Part::Payload { buffer, from, len } => (buffer.at(*from), *len),
+                    Part::Early { start, len } => (*start, *len),
                 };
                 pieces.push(libc::iovec {
                     iov_base: start.cast(),
@@ -115,7 +129,8 @@ impl Outbox {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = pieces.as_mut_ptr();
             message.msg_iovlen = pieces.len() as _;
-            // SAFETY: each piece lies in memory owned by `self` that does not change during the call.
+            // SAFETY: each piece lies in memory owned by `self` that does not change during the call; that of an early
+            // piece belongs to a payload behind it, which goes after it.
             let result = unsafe {
                 libc::sendmsg(
                     fd,
@@ -149,7 +164,9 @@ impl Outbox {
     fn advance(&mut self, mut bytes: usize, pool: &mut Pool, freed_bytes: &mut usize) {
         while let Some(part) = self.parts.front_mut() {
             let len = match part {
-                Part::Headers { len, .. } | Part::Payload { len, .. } => *len,
+                Part::Headers { len, .. } | Part::Payload { len, .. } | Part::Early { len, .. } => {
+                    *len
+                }
             };
             if bytes < len {
                 match part {
@@ -159,6 +176,11 @@ impl Outbox {
                     }
                     Part::Payload { from, len, .. } => {
                         *from += bytes;
+                        *len -= bytes;
+                    }
+                    Part::Early { start, len } => {
+                        // SAFETY: `bytes < len`, so this stays inside the buffer.
+                        *start = unsafe { start.add(bytes) };
                         *len -= bytes;
                     }
                 }
@@ -218,8 +240,16 @@ mod tests {
             let len = 1 + (i as usize * 37) % 5000;
             let mut buffer = pool.take(len + 10);
             buffer.put(10, &vec![i as u8; len]);
-            outbox.push_payload(buffer, 10, len);
-            expected.extend(std::iter::repeat_n(i as u8, len));
+            let early = if i % 5 == 0 { len / 2 } else { 0 };
+            if early > 0 {
+                // SAFETY: the buffer is pushed below.
+                unsafe { outbox.push_early(&buffer, 10, early) };
+                expected.extend(std::iter::repeat_n(i as u8, early));
+                outbox.push(&header);
+                expected.extend_from_slice(&header);
+            }
+            outbox.push_payload(buffer, 10 + early, len - early);
+            expected.extend(std::iter::repeat_n(i as u8, len - early));
         }
         let lent = pool.lent_bytes();
         let mut got = Vec::new();

@@ -151,11 +151,12 @@ impl DataThread {
                             .push_payload(buffer, skip + from, len as usize);
                     }
                 } else if let Some(buffer) = &buffer {
-                    // Only the last run can take the buffer along; those before it are copied beside the headers.
-                    // SAFETY: the store filled the buffer.
-                    connection
-                        .outbox
-                        .push(unsafe { buffer.bytes(skip + from, len as usize) });
+                    // SAFETY: the last run of data, which comes, takes the buffer along.
+                    unsafe {
+                        connection
+                            .outbox
+                            .push_early(buffer, skip + from, len as usize);
+                    }
                 }
             }
             if let Some(buffer) = buffer {

@@ -5,6 +5,7 @@ use std::time::Instant;
 use ashlar_core::store::{Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, StoreError};
 use ashlar_core::units::StoreId;
 
+use super::config::ScrubEnd;
 use super::operation::{Operation, op_key};
 use super::thread::DataThread;
 use crate::engine::{DiskOp, Tag};
@@ -213,6 +214,23 @@ impl DataThread {
         *parked = waiting;
     }
 
+    /// After the last turn: a tail that nothing depends on goes away. The stores and their tails are still locked, so
+    /// nobody else can have them open; whoever is killed before this leaves a tail that the next start wipes.
+    pub(super) fn remove_tails(&self) {
+        for driver in &self.stores {
+            if !driver.store.needs_no_tail() {
+                continue;
+            }
+            let path = driver.tail.path();
+            match driver.tail.remove() {
+                Ok(()) => tracing::debug!(tail = %path.display(), "the tail is empty and removed"),
+                Err(error) => {
+                    tracing::warn!(tail = %path.display(), %error, "the tail is empty and cannot be removed; the next start uses it again");
+                }
+            }
+        }
+    }
+
     pub(super) fn store_event(&self, store: usize, event: &StoreEvent) {
         let id = self.stores[store].id.0;
         match event {
@@ -251,11 +269,19 @@ impl DataThread {
             StoreEvent::Checkpointed { seq, leaves, bytes } => {
                 tracing::debug!(store = %id, seq, leaves, bytes, "checkpoint")
             }
-            StoreEvent::ScrubFinished { blocks, damaged: 0 } => {
-                tracing::info!(store = %id, blocks, "scrub finished, all sound")
-            }
             StoreEvent::ScrubFinished { blocks, damaged } => {
-                tracing::error!(store = %id, blocks, damaged, "scrub found damaged blocks")
+                let (blocks, damaged) = (*blocks, *damaged);
+                match damaged {
+                    0 => tracing::info!(store = %id, blocks, "scrub finished, all sound"),
+                    _ => {
+                        tracing::error!(store = %id, blocks, damaged, "scrub found damaged blocks")
+                    }
+                }
+                let _ = self.tells.scrubs_ended.send(ScrubEnd {
+                    store: StoreId(id),
+                    blocks,
+                    damaged,
+                });
             }
         }
     }

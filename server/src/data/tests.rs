@@ -13,6 +13,10 @@ use ashlar_core::records::Placement;
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
+mod epochs;
+mod fragments;
+mod tails;
+
 use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};

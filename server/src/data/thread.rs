@@ -18,7 +18,7 @@ use slab::Slab;
 use tokio::sync::oneshot;
 
 use super::command::Command;
-use super::config::{Limits, VolumeSpec};
+use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
 use super::halves::Halves;
 use super::operation::Operation;
@@ -27,6 +27,7 @@ use super::spin::Spin;
 use super::stores::DiskIo;
 use crate::engine::{Engine, Event, FileId};
 use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
+use crate::tail::TailName;
 
 /// Free buffers a thread keeps: enough for 128 KiB reads at depth 128 and its receive buffers.
 const KEEP_BUFFER_BYTES: usize = 32 << 20;
@@ -36,6 +37,7 @@ pub(super) struct StoreDriver {
     pub(super) id: StoreId,
     pub(super) path: PathBuf,
     pub(super) file: FileId,
+    pub(super) tail: TailName,
     pub(super) metrics: Arc<DiskMetrics>,
     /// Operations that found the tail full, in the order they came.
     pub(super) parked: VecDeque<usize>,
@@ -113,6 +115,7 @@ pub(super) struct DataThread {
     pub(super) limits: Limits,
     pub(super) metrics: Arc<ThreadMetrics>,
     pub(super) registry: Metrics,
+    pub(super) tells: Tells,
     pub(super) commands: mpsc::Receiver<Command>,
     /// Connections with bytes to take.
     pub(super) ready: Vec<u32>,
@@ -157,6 +160,7 @@ pub(super) struct Parts {
     pub(super) stores: Vec<StoreDriver>,
     pub(super) limits: Limits,
     pub(super) registry: Metrics,
+    pub(super) tells: Tells,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) spin: Duration,
 }
@@ -179,6 +183,7 @@ impl DataThread {
             limits: parts.limits,
             metrics: parts.registry.add_thread(),
             registry: parts.registry,
+            tells: parts.tells,
             commands: parts.commands,
             ready: Vec::new(),
             dirty: Vec::new(),

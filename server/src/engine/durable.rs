@@ -3,9 +3,11 @@
 //! A write that carries RWF_DSYNC ends in a kernel worker bound to the processor that took the disk's interrupt: the
 //! fewest wake-ups on an idle machine, and a long wait behind whatever keeps that processor busy on another. A data
 //! sync linked behind the write runs on a worker that goes where there is room. Which is faster depends on what else
-//! the machine does, so both are measured as they are used.
+//! the machine does, and on the disk, so both are measured as they are used, for each file by itself.
 
 use std::time::Duration;
+
+use super::FileId;
 
 /// Weight of one measurement: an average over about the last eight.
 const AVERAGE_SHIFT: u32 = 3;
@@ -24,7 +26,11 @@ pub(super) enum Way {
 
 /// See the module text.
 #[derive(Debug, Default)]
-pub(super) struct Durable {
+pub(super) struct Durable(Vec<OfFile>);
+
+/// What was learned about one file.
+#[derive(Clone, Debug, Default)]
+struct OfFile {
     /// Average time of each way in nanoseconds; 0 before the first.
     average: [u64; 2],
     since_other: u32,
@@ -33,8 +39,32 @@ pub(super) struct Durable {
 }
 
 impl Durable {
-    /// The way for the next write.
-    pub(super) fn choose(&mut self) -> Way {
+    /// The way for the next write to a file.
+    pub(super) fn choose(&mut self, file: FileId) -> Way {
+        self.of(file).choose()
+    }
+
+    /// A write to a file that went this way took so long.
+    pub(super) fn learn(&mut self, file: FileId, way: Way, took: Duration) {
+        self.of(file).learn(way, took);
+    }
+
+    /// The flag was refused for a file: it is not tried again there. Another file may lie on a file system that takes it.
+    pub(super) fn refuse_flag(&mut self, file: FileId) {
+        self.of(file).only_linked = true;
+    }
+
+    fn of(&mut self, file: FileId) -> &mut OfFile {
+        let index = file.0 as usize;
+        if index >= self.0.len() {
+            self.0.resize(index + 1, OfFile::default());
+        }
+        &mut self.0[index]
+    }
+}
+
+impl OfFile {
+    fn choose(&mut self) -> Way {
         if self.only_linked {
             return Way::Linked;
         }
@@ -58,8 +88,7 @@ impl Durable {
         other
     }
 
-    /// A write that went this way took so long.
-    pub(super) fn learn(&mut self, way: Way, took: Duration) {
+    fn learn(&mut self, way: Way, took: Duration) {
         let average = &mut self.average[way as usize];
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
         *average = match *average {
@@ -67,31 +96,34 @@ impl Durable {
             old => old - (old >> AVERAGE_SHIFT) + (took >> AVERAGE_SHIFT),
         };
     }
-
-    /// The flag was refused: it is not tried again.
-    pub(super) fn refuse_flag(&mut self) {
-        self.only_linked = true;
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const FILE: FileId = FileId(0);
+    const OTHER: FileId = FileId(3);
+
     fn share_of_flagged(durable: &mut Durable, flagged_us: u64, linked_us: u64) -> u32 {
+        share_of(durable, FILE, flagged_us, linked_us)
+    }
+
+    fn share_of(durable: &mut Durable, file: FileId, flagged_us: u64, linked_us: u64) -> u32 {
         (0..2000)
-            .filter(|_| {
-                let way = durable.choose();
-                durable.learn(
-                    way,
-                    Duration::from_micros(match way {
-                        Way::Flagged => flagged_us,
-                        Way::Linked => linked_us,
-                    }),
-                );
-                way == Way::Flagged
-            })
+            .filter(|_| write(durable, file, flagged_us, linked_us) == Way::Flagged)
             .count() as u32
+    }
+
+    /// One write, which takes as long as its way does.
+    fn write(durable: &mut Durable, file: FileId, flagged_us: u64, linked_us: u64) -> Way {
+        let way = durable.choose(file);
+        let took_us = match way {
+            Way::Flagged => flagged_us,
+            Way::Linked => linked_us,
+        };
+        durable.learn(file, way, Duration::from_micros(took_us));
+        way
     }
 
     #[test]
@@ -109,10 +141,25 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_flag_is_not_tried_again() {
+    fn a_refused_flag_is_not_tried_again_for_that_file() {
         let mut durable = Durable::default();
-        assert_eq!(durable.choose(), Way::Flagged);
-        durable.refuse_flag();
+        assert_eq!(durable.choose(FILE), Way::Flagged);
+        durable.refuse_flag(FILE);
         assert_eq!(share_of_flagged(&mut durable, 1, 1000), 0);
+        // Another file has another file system.
+        assert_eq!(durable.choose(OTHER), Way::Flagged);
+        assert!(share_of(&mut durable, OTHER, 100, 150) > 1900);
+        assert_eq!(share_of_flagged(&mut durable, 1, 1000), 0);
+    }
+
+    #[test]
+    fn what_is_fast_on_one_disk_says_nothing_about_another() {
+        let mut durable = Durable::default();
+        let (mut of_file, mut of_other) = (0, 0);
+        for _ in 0..2000 {
+            of_file += u32::from(write(&mut durable, FILE, 100, 1000) == Way::Flagged);
+            of_other += u32::from(write(&mut durable, OTHER, 1000, 100) == Way::Flagged);
+        }
+        assert!(of_file > 1900 && of_other < 100, "{of_file} {of_other}");
     }
 }

@@ -279,7 +279,7 @@ impl UringEngine {
     fn finish(&mut self, slot: usize, result: Result<u32, Errno>, out: &mut Vec<Event>) {
         let op = self.ops.remove(slot);
         if let (Some((way, begun)), Ok(_)) = (op.durable, result) {
-            self.durable.learn(way, begun.elapsed());
+            self.durable.learn(op.op.file(), way, begun.elapsed());
         }
         out.push(Event::Disk {
             tag: op.tag,
@@ -327,7 +327,7 @@ impl UringEngine {
                 && matches!(-result, libc::EOPNOTSUPP | libc::EINVAL)
             {
                 *way = Way::Linked;
-                self.durable.refuse_flag();
+                self.durable.refuse_flag(op.op.file());
                 self.push_step(slot);
                 return;
             }
@@ -527,7 +527,7 @@ impl Engine for UringEngine {
             DiskOp::Allocate { .. } => Step::Fallocate,
         };
         let durable = matches!(op, DiskOp::Write { durable: true, .. })
-            .then(|| (self.durable.choose(), Instant::now()));
+            .then(|| (self.durable.choose(op.file()), Instant::now()));
         let slot = self.ops.insert(InFlight {
             tag,
             op,

@@ -1,9 +1,10 @@
 //! The metrics, gathered once a scrape from counters that cost the data path a plain store each.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use ashlar_core::units::BLOCK_BYTES;
+use ashlar_core::units::{BLOCK_BYTES, StoreId};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::Registry;
@@ -12,6 +13,7 @@ use super::page::{Labels, Page, one};
 use crate::daemon::Usage;
 use crate::metrics::{Command, CommandMetrics, DiskMetrics, ThreadMetrics, VolumeMetrics};
 use crate::plane::StoreView;
+use crate::scrubs::StoreScrub;
 
 /// Everything at one moment.
 #[derive(Debug, Default)]
@@ -34,6 +36,8 @@ pub struct Scrape {
     pub volumes: Vec<VolumeScrape>,
     /// Every open store with the disk operations below it.
     pub stores: Vec<(StoreView, Arc<DiskMetrics>)>,
+    /// The verification of each.
+    pub scrubs: BTreeMap<StoreId, StoreScrub>,
     /// The data threads.
     pub threads: Vec<Arc<ThreadMetrics>>,
 }
@@ -117,6 +121,17 @@ impl Scrape {
         self.stores
             .iter()
             .map(move |(view, disk)| (store_labels(view), read(view, disk)))
+    }
+
+    /// Of the stores for which `read` finds something.
+    fn each_scrub<T>(
+        &self,
+        read: impl Fn(&StoreScrub) -> Option<T>,
+    ) -> impl Iterator<Item = (Labels<'_>, T)> {
+        self.stores.iter().filter_map(move |(view, _)| {
+            let value = read(self.scrubs.get(&view.id)?)?;
+            Some((store_labels(view), value))
+        })
     }
 
     fn each_thread<T>(
@@ -388,6 +403,21 @@ impl Scrape {
             "ashlar_store_scrub_damaged_blocks",
             "Damaged blocks that scrub found",
             self.each_store(|s, _| s.status.scrub_damaged),
+        )?;
+        page.gauge(
+            "ashlar_store_scrub_last_time_seconds",
+            "When the last scrub came to its end, since 1970-01-01 UTC",
+            self.each_scrub(|s| Some(s.last?.finished_at_unix_ms as f64 / 1e3)),
+        )?;
+        page.gauge(
+            "ashlar_store_scrub_last_damaged_blocks",
+            "Damaged blocks found by the last scrub that came to its end, across restarts",
+            self.each_scrub(|s| Some(s.last?.damaged_blocks)),
+        )?;
+        page.gauge(
+            "ashlar_store_scrub_next_time_seconds",
+            "When the next scrub begins by itself, since 1970-01-01 UTC",
+            self.each_scrub(|s| Some(s.next_at_unix_ms? as f64 / 1e3)),
         )
     }
 

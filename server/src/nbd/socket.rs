@@ -1,6 +1,7 @@
 //! Listening sockets: made here, or given by systemd.
 
 use crate::config::{Address, HostPort};
+use crate::directory::DirectoryProblem;
 use rustix::fs::Mode;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fmt;
@@ -28,6 +29,14 @@ pub enum BindError {
     NotASocket {
         /// The path.
         path: PathBuf,
+    },
+    /// The directory of the path is not there; it is not made, because its owner decides who may connect.
+    #[error("cannot listen on {address}: {problem}")]
+    Directory {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        problem: DirectoryProblem,
     },
     /// A TCP address beyond this machine.
     #[error(
@@ -173,6 +182,10 @@ pub(super) fn bind_unix(path: &Path) -> Result<(UnixListener, OwnedPath), BindEr
         address: name(),
         source,
     };
+    if let Some(problem) = path.parent().and_then(DirectoryProblem::of) {
+        let address = name();
+        return Err(BindError::Directory { address, problem });
+    }
     let listener = match try_bind_unix(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             match std::fs::symlink_metadata(path) {

@@ -77,6 +77,13 @@ pub trait VolumeHost: Send + Sync + 'static {
     /// on no client can attach.
     async fn close_volume(&self, id: VolumeId) -> Result<(), HostError>;
 
+    /// The next open volume that has few versions left under its epoch; each is named once for each epoch. Waits until
+    /// there is one. `None`: there will be none any more.
+    async fn epoch_wanted(&self) -> Option<VolumeId>;
+
+    /// Goes on serving a volume under an epoch that was claimed for this, clients unaware.
+    async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError>;
+
     /// Makes an open volume larger, connected clients included.
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError>;
 

@@ -6,6 +6,7 @@
 //! * a layer that no record names is never touched: it is reported, for a person to decide.
 
 mod catalog;
+mod epochs;
 mod error;
 mod exports;
 mod host;
@@ -115,6 +116,7 @@ impl Volumes {
         service.survey_stores().await?;
         service.open_all().await?;
         service.resume_deletions();
+        service.renew_epochs();
         Ok(service)
     }
 

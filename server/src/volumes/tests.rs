@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU32;
 
 use ashlar_core::placement::StoreSpace;
 use ashlar_core::units::{Epoch, StoreId};
@@ -19,6 +20,10 @@ struct Host {
     refuse_drops: AtomicBool,
     /// What the stores were written under.
     written: Mutex<BTreeMap<LayerId, Epoch>>,
+    /// Volumes that ask for a new epoch.
+    wanted: Mutex<Vec<VolumeId>>,
+    wants: tokio::sync::Notify,
+    renewed: tokio::sync::Notify,
 }
 
 const STORE: StoreId = StoreId(Uuid::from_u128(0xabc));
@@ -46,6 +51,28 @@ impl VolumeHost for Host {
                 .map(drop)
                 .ok_or(HostError::NotOpen),
         }
+    }
+
+    async fn epoch_wanted(&self) -> Option<VolumeId> {
+        loop {
+            if let Some(id) = lock(&self.wanted).pop() {
+                return Some(id);
+            }
+            self.wants.notified().await;
+        }
+    }
+
+    async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError> {
+        assert!(
+            lock(&self.served).insert((id, epoch)),
+            "an epoch was served twice"
+        );
+        let mut open = lock(&self.open);
+        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
+        assert!(spec.epoch < epoch);
+        spec.epoch = epoch;
+        self.renewed.notify_one();
+        Ok(())
     }
 
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
@@ -447,6 +474,71 @@ async fn exports_are_found_by_name_and_id_until_the_daemon_drains() {
         service.create("b", 4096, false, false).await,
         Err(VolumeError::ShuttingDown)
     );
+}
+
+/// Is away for the next commits, so many as the number says.
+struct Away(Arc<dyn MetadataStore>, AtomicU32);
+
+#[async_trait]
+impl MetadataStore for Away {
+    async fn get(&self, key: &str) -> Result<Option<meta::Entry>, MetadataError> {
+        self.0.get(key).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<meta::Listing, MetadataError> {
+        self.0.list(prefix).await
+    }
+
+    async fn commit(&self, transaction: Transaction) -> Result<Outcome, MetadataError> {
+        let less = |left: u32| left.checked_sub(1);
+        if self
+            .1
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+            .is_ok()
+        {
+            let reason = "away".to_owned();
+            return Err(MetadataError::Unavailable { reason });
+        }
+        self.0.commit(transaction).await
+    }
+
+    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, MetadataError> {
+        self.0.watch(prefix, after).await
+    }
+}
+
+#[tokio::test]
+async fn a_head_that_asks_gets_a_new_epoch_even_if_the_metadata_store_is_away_for_a_while() {
+    let daemon = Daemon::new();
+    let store = Arc::new(Away(daemon.store(), AtomicU32::new(0)));
+    let service = daemon.start_over(store.clone()).await;
+    let id = service
+        .create("a", 4096, false, false)
+        .await
+        .expect("create")
+        .record
+        .id;
+    daemon.connect(id, 1);
+    for (failures, epoch) in [(0, 2), (1, 3)] {
+        store.1.store(failures, Ordering::Relaxed);
+        lock(&daemon.host.wanted).push(id);
+        daemon.host.wants.notify_one();
+        let renewed = daemon.host.renewed.notified();
+        tokio::time::timeout(std::time::Duration::from_secs(30), renewed)
+            .await
+            .expect("renewed");
+        assert_eq!(daemon.spec(id).expect("open").epoch, Epoch(epoch));
+        assert_eq!(service.get("a").expect("there").record.epoch, Epoch(epoch));
+    }
+    // What was claimed is recorded: the next start claims a newer one.
+    let recorded = meta::read::<VolumeRecord>(&*store, &keys::volume(id)).await;
+    let recorded = recorded.expect("read").expect("there");
+    assert_eq!(recorded.record.epoch, Epoch(3));
+    // One that is gone is not asked for for ever.
+    daemon.connect(id, 0);
+    service.delete("a").await.expect("delete");
+    lock(&daemon.host.wanted).push(id);
+    daemon.host.wants.notify_one();
 }
 
 /// Commits, and then says that it does not know.

@@ -35,6 +35,8 @@ fn flags_environment_and_file_agree() {
             "64MiB",
             "--log-format",
             "json",
+            "--scrub-every",
+            "36h",
         ])
         .args([
             "--listen-nbd",
@@ -49,6 +51,7 @@ fn flags_environment_and_file_agree() {
         .env("ASHLAR_STORE_SIZE", "1GiB")
         .env("ASHLAR_TAIL_SIZE", "64MiB")
         .env("ASHLAR_LOG_FORMAT", "json")
+        .env("ASHLAR_SCRUB_EVERY", "36h")
         .env("ASHLAR_LISTEN_NBD", "tcp:127.0.0.1:10810")
         .env("ASHLAR_LISTEN_HTTP", "127.0.0.1:9999")
         .arg("--print-config")

@@ -299,6 +299,54 @@ fn the_command_line_without_a_daemon() {
     says(&said, &["admin.sock", "ashlard"]);
 }
 
+/// Each names the setting, the directory and what to do.
+#[test]
+fn a_directory_that_does_not_exist() {
+    let mut daemon = with_data("no-dir");
+    let missing = daemon.scratch.join("missing");
+    let file = daemon.scratch.join("letter");
+    std::fs::write(&file, b"Dear Sir").unwrap();
+    let (missing, file) = (missing.to_str().unwrap(), file.to_str().unwrap());
+    let does_not_exist = format!("{missing} does not exist; make it");
+    let is_not_a_directory = format!("{file} is not a directory");
+    let (tail_dir, socket) = (missing.to_owned(), format!("unix:{missing}/s"));
+    let program = ashlar_tests::daemon::binary("ashlard");
+    let other = |arguments: &[&str], parts: &[&str]| {
+        let command = Tool::new(program.to_str().unwrap())
+            .args(["--listen-http", "off", "--store-size", "256MiB"])
+            .args(arguments);
+        says(&command.run().failure(), parts);
+    };
+    let data = daemon.scratch.join("other");
+    let data = data.to_str().unwrap();
+    other(
+        &["--data-dir", data, "--tail-dir", &tail_dir],
+        &["--tail-dir", &does_not_exist],
+    );
+    other(
+        &["--data-dir", data, "--listen-nbd", &socket],
+        &["cannot listen on", &does_not_exist],
+    );
+    other(
+        &["--data-dir", data, "--listen-admin", &socket],
+        &["cannot listen on", &does_not_exist],
+    );
+    other(&["--data-dir", file], &["--data-dir", &is_not_a_directory]);
+    other(
+        &["--data-dir", data, "--store", &format!("{file}/store")],
+        &["--store", &is_not_a_directory],
+    );
+    other(
+        &["--data-dir", data, "--store", "/dev/no-such-disk"],
+        &["--store", "no such device"],
+    );
+    other(
+        &["--data-dir", data, "--config", &format!("{missing}/c.toml")],
+        &["c.toml", "cannot be read"],
+    );
+    still_there(&mut daemon);
+}
+
 fn read_at(path: &Path, offset: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     std::fs::File::open(path)

@@ -61,6 +61,40 @@ fn a_restart_is_quick_however_much_was_written() {
     }
 }
 
+/// What a daemon keeps in memory it gives back when it stops cleanly, and not when it is killed.
+#[test]
+fn a_clean_stop_leaves_nothing_in_memory() {
+    let mut daemon = Setup::default().store_size("256MiB").start("no-tail");
+    daemon.create("disk", "8MiB");
+    let left = |daemon: &ashlar_tests::daemon::Daemon| {
+        let entries = std::fs::read_dir(daemon.scratch.memory()).unwrap();
+        entries.count()
+    };
+    let written = |daemon: &ashlar_tests::daemon::Daemon, word: &[u8]| {
+        let mut client = daemon.open("disk", Wishes::SIMPLE);
+        client.write(100, word).unwrap();
+    };
+    written(&daemon, b"first");
+    assert_eq!(left(&daemon), 1);
+    daemon.kill();
+    assert_eq!(left(&daemon), 1);
+    daemon.start();
+    assert_eq!(
+        daemon.open("disk", Wishes::SIMPLE).read(100, 5).unwrap(),
+        b"first"
+    );
+    written(&daemon, b"after");
+    daemon.stop();
+    assert_eq!(left(&daemon), 0);
+    daemon.start();
+    assert_eq!(
+        daemon.open("disk", Wishes::SIMPLE).read(100, 5).unwrap(),
+        b"after"
+    );
+    daemon.stop();
+    assert_eq!(left(&daemon), 0);
+}
+
 /// Data of a previous life may be needed at once: clients that connect during the start are served or refused, not hung.
 #[test]
 fn clients_that_come_too_early() {

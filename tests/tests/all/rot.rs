@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ashlar_tests::admin;
 use ashlar_tests::daemon::{Daemon, Setup};
@@ -11,6 +12,7 @@ use ashlar_tests::nbd::{Wishes, wire};
 use ashlar_tests::pattern::BLOCK;
 use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::tool::Tool;
+use ashlar_tests::wait;
 
 const BLOCKS: u64 = 3_000;
 
@@ -308,4 +310,98 @@ fn scrub_finds_what_nobody_read() {
     assert!(!report.status.success(), "{report}");
     assert!(daemon.log.text().contains("ERROR"), "{}", daemon.log.tail());
     daemon.kill();
+}
+
+/// Nobody asks for it: the daemon verifies by itself and says what it found, also after a restart.
+#[test]
+fn a_scheduled_scrub_finds_what_nobody_read() {
+    let original = Original::make("rot-schedule");
+    let bytes = fs::read(original.daemon.store()).unwrap();
+    let (mut daemon, ledger) = original.copy();
+    let block = ledger.written()[7];
+    let wanted = ledger.bytes(block, ledger.certain(block).unwrap());
+    for place in (0..bytes.len() / BLOCK).filter(|at| bytes[at * BLOCK..][..BLOCK] == wanted[..]) {
+        flip(&daemon.store(), (place * BLOCK + 100) as u64, 3);
+    }
+    let setup = daemon.setup.clone();
+    daemon.setup = setup.clone().args(["--scrub-every", "1s"]);
+    daemon.start();
+    let damaged = "ashlar_store_scrub_last_damaged_blocks";
+    wait::until(Duration::from_secs(30), "it is verified", || {
+        let found = daemon.metrics().sum(damaged, &[]);
+        if found == Some(1.0) {
+            Ok(())
+        } else {
+            Err(format!("damaged blocks found: {found:?}"))
+        }
+    });
+    daemon.kill();
+    daemon.setup = setup.args(["--scrub-every", "off"]);
+    daemon.start();
+    let metrics = daemon.metrics();
+    assert_eq!(metrics.sum(damaged, &[]), Some(1.0));
+    assert_eq!(
+        metrics.sum("ashlar_store_scrub_next_time_seconds", &[]),
+        None
+    );
+    let status = daemon.admin().run(["status"]);
+    assert!(
+        status.contains("1 damaged block(s)") && status.contains("never by itself"),
+        "{status}"
+    );
+    assert!(
+        status.contains("the last scrub found 1 damaged block(s)"),
+        "{status}"
+    );
+    daemon.kill();
+}
+
+/// A store that is damaged all over is told in a bounded list, and the rest is counted.
+#[test]
+fn a_store_full_of_damage_is_told_within_bounds() {
+    const DAMAGED: usize = 1_500;
+    const LISTED: usize = 1_000;
+    const MARK: &[u8] = b"this block will rot";
+    let mut daemon = Setup::default()
+        .store_size("128MiB")
+        .start("rot-everywhere");
+    daemon.create("disk", "8MiB");
+    let mut data = vec![0; DAMAGED * BLOCK];
+    for block in data.chunks_mut(BLOCK) {
+        block[..MARK.len()].copy_from_slice(MARK);
+    }
+    let mut client = daemon.open("disk", Wishes::STRUCTURED);
+    client.write(0, &data).unwrap();
+    drop(client);
+    daemon.stop();
+    let store = daemon.store();
+    let blocks = fs::read(&store).unwrap();
+    let marked = blocks.chunks(BLOCK).enumerate();
+    let marked = marked.filter(|(_, block)| block.starts_with(MARK));
+    for (block, _) in marked {
+        flip(&store, (block * BLOCK + BLOCK / 2) as u64, 3);
+    }
+    let check = |format: &str| {
+        let report = admin::offline([
+            "-o".as_ref(),
+            format.as_ref(),
+            "store".as_ref(),
+            "check".as_ref(),
+            store.as_os_str(),
+        ]);
+        assert_eq!(report.status.code(), Some(7), "{report}");
+        report.stdout
+    };
+    let table = check("table");
+    let listed = table.lines().filter(|line| line.starts_with("damaged:"));
+    assert_eq!(listed.count(), LISTED);
+    let last = table.lines().last().unwrap();
+    assert!(
+        last.ends_with("1500 damaged place(s), 500 of them not listed"),
+        "{last}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&check("json")).unwrap();
+    assert_eq!(json["damages"].as_array().unwrap().len(), LISTED);
+    assert_eq!(json["damages_found"], DAMAGED);
+    assert_eq!(json["damages_left_out"], DAMAGED - LISTED);
 }

@@ -17,8 +17,8 @@ pub use change::{
 };
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use record::{
-    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, Placement, Record, StoreRecord,
-    VolumeRecord, VolumeState, keys,
+    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, Placement, Record, ScrubRecord,
+    StoreRecord, VolumeRecord, VolumeState, keys,
 };
 pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
 pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};

@@ -23,6 +23,8 @@ pub mod keys {
     pub const NAMES: &str = "names/";
     /// Every [`StoreRecord`](super::StoreRecord) has this prefix.
     pub const STORES: &str = "stores/";
+    /// Every [`ScrubRecord`](super::ScrubRecord) has this prefix.
+    pub const SCRUBS: &str = "scrubs/";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
@@ -41,6 +43,11 @@ pub mod keys {
     /// The key of a store's record.
     pub fn store(id: StoreId) -> String {
         format!("{STORES}{}", id.0)
+    }
+
+    /// The key of what the last scrub of a store found.
+    pub fn scrub(id: StoreId) -> String {
+        format!("{SCRUBS}{}", id.0)
     }
 }
 
@@ -265,6 +272,22 @@ pub struct StoreRecord {
 
 impl Record for StoreRecord {}
 
+/// The last scrub of a store that came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRecord {
+    /// The store.
+    pub store: StoreId,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub finished_at_unix_ms: u64,
+    /// Data read and compared.
+    pub verified_bytes: u64,
+    /// Of its blocks, how many were not what was written.
+    pub damaged_blocks: u64,
+}
+
+impl Record for ScrubRecord {}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::{any, proptest};
@@ -394,6 +417,7 @@ mod tests {
             let _ = VolumeRecord::decode("k", &bytes);
             let _ = NameRecord::decode("k", &bytes);
             let _ = LayerCounter::decode("k", &bytes);
+            let _ = ScrubRecord::decode("k", &bytes);
         }
     }
 }

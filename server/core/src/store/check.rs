@@ -93,17 +93,32 @@ pub enum CheckFinding {
     },
 }
 
+/// Findings that a report lists one by one. A store whose device is gone has as many as blocks, and nobody reads more.
+pub const CHECK_FINDINGS_MAX: usize = 1000;
+
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
-    /// Everything wrong.
+    /// What is wrong, in the order it was met; the first [`CHECK_FINDINGS_MAX`] of it.
     pub findings: Vec<CheckFinding>,
+    /// What else is wrong, counted only.
+    pub findings_left_out: u64,
     /// Leaves read.
     pub leaves: u64,
     /// Blocks read and compared.
     pub blocks: u64,
     /// Log frames behind the checkpoint, read and compared.
     pub frames: u64,
+}
+
+impl CheckReport {
+    fn add(&mut self, finding: CheckFinding) {
+        if self.findings.len() < CHECK_FINDINGS_MAX {
+            self.findings.push(finding);
+        } else {
+            self.findings_left_out += 1;
+        }
+    }
 }
 
 /// Reads the superblock, the checkpoint and the headers of the log behind it.
@@ -161,7 +176,7 @@ pub fn check(
     }
     if reader.end_is_damaged(disk)? {
         let (segment, block) = reader.position();
-        report.findings.push(CheckFinding::Log(Addr(
+        report.add(CheckFinding::Log(Addr(
             geometry.segment_start(segment).0 + block,
         )));
     }
@@ -173,7 +188,7 @@ pub fn check(
         report.frames += 1;
         report.blocks += u64::from(frame.header.progress.data_blocks);
         if !data_is_whole(disk, frame)? && frame.header.seq <= durable {
-            report.findings.push(CheckFinding::Log(frame.header.addr));
+            report.add(CheckFinding::Log(frame.header.addr));
         }
     }
     let total = checkpoint.mapped_blocks.max(1);
@@ -191,7 +206,7 @@ pub fn check(
                 at: mapping.addr(),
             };
             if let Err(error) = disk.read(mapping.addr().offset(), &mut bytes) {
-                report.findings.push(CheckFinding::Device {
+                report.add(CheckFinding::Device {
                     at: mapping.addr(),
                     blocks: 2,
                     error,
@@ -199,7 +214,7 @@ pub fn check(
                 continue;
             }
             if crc32fast::hash(&bytes) != mapping.crc {
-                report.findings.push(damaged);
+                report.add(damaged);
                 continue;
             }
             let mut entries: Box<LeafEntries> = Box::new([Mapping::UNMAPPED; LEAF_BLOCKS as usize]);
@@ -224,7 +239,7 @@ fn check_superblock_copies(
             let blank = block.iter().all(|&b| b == 0);
             let good = Superblock::decode(&block).is_ok_and(|s| !current || s == *newest);
             if !good && (current || !blank) {
-                report.findings.push(CheckFinding::SuperblockCopy(at));
+                report.add(CheckFinding::SuperblockCopy(at));
             }
         }
     }
@@ -244,7 +259,7 @@ fn check_leaf(
         let start = entries[i].addr();
         if !start.is_stored() {
             if start == Addr::LOST {
-                report.findings.push(CheckFinding::Block {
+                report.add(CheckFinding::Block {
                     key,
                     block: first + i as u32,
                     at: start,
@@ -254,7 +269,7 @@ fn check_leaf(
             continue;
         }
         if !geometry.contains(start, 1) {
-            report.findings.push(CheckFinding::Block {
+            report.add(CheckFinding::Block {
                 key,
                 block: first + i as u32,
                 at: start,
@@ -270,7 +285,7 @@ fn check_leaf(
         }
         let mut data = AlignedBuf::blocks(n as u32);
         match disk.read(start.offset(), &mut data) {
-            Err(error) => report.findings.push(CheckFinding::Device {
+            Err(error) => report.add(CheckFinding::Device {
                 at: start,
                 blocks: n as u32,
                 error,
@@ -279,7 +294,7 @@ fn check_leaf(
                 for (j, block) in data.chunks_exact(BLOCK_BYTES).enumerate() {
                     if crc32fast::hash(block) != entries[i + j].crc {
                         let at = Addr(start.0 + j as u32);
-                        report.findings.push(CheckFinding::Block {
+                        report.add(CheckFinding::Block {
                             key,
                             block: first + (i + j) as u32,
                             at,
@@ -290,5 +305,22 @@ fn check_leaf(
         }
         report.blocks += n as u64;
         i += n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_listed_is_counted() {
+        let mut report = CheckReport::default();
+        for block in 0..CHECK_FINDINGS_MAX as u32 + 500 {
+            report.add(CheckFinding::SuperblockCopy(block));
+        }
+        assert_eq!(report.findings.len(), CHECK_FINDINGS_MAX);
+        assert_eq!(report.findings_left_out, 500);
+        let last = CheckFinding::SuperblockCopy(CHECK_FINDINGS_MAX as u32 - 1);
+        assert_eq!(report.findings.last(), Some(&last));
     }
 }

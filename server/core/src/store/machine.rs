@@ -463,6 +463,16 @@ impl Store {
         self.ios.is_empty() && self.waiters.is_empty() && !self.checkpoint.running()
     }
 
+    /// Whether nothing depends on the tail: the store was closed in order, and its log has everything that was ever
+    /// acknowledged, durably. The next opening does not look at a tail then.
+    pub fn needs_no_tail(&self) -> bool {
+        self.poisoned.is_none()
+            && self.superblock.clean
+            && self.is_idle()
+            && self.tail.used() == 0
+            && self.hot.last_acked_seq() <= self.hot.durable_seq
+    }
+
     /// Panics when the state contradicts itself. Cheap enough to call after every event of a test.
     pub fn check_invariants(&self) {
         self.segments.check_invariants();

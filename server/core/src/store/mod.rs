@@ -34,7 +34,7 @@ mod tail;
 mod write;
 
 pub use buf::AlignedBuf;
-pub use check::{CheckFinding, CheckReport, Inspection, check, inspect};
+pub use check::{CHECK_FINDINGS_MAX, CheckFinding, CheckReport, Inspection, check, inspect};
 pub use format::{ExtentKey, FormatError, Geometry};
 pub use landing::{Landing, MAX_LANDING_BLOCKS};
 pub use machine::Store;

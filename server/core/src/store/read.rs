@@ -319,7 +319,12 @@ impl Store {
         };
         match read.reader {
             Reader::Client(op) => self.actions.push(Action::Done { op, result }),
-            Reader::Scrub => self.on_scrub_read(read.count, result.is_ok()),
+            Reader::Scrub => {
+                // Blocks that are not mapped were not read.
+                let holes = |info: &ReadInfo| info.holes.iter().map(|hole| hole.1).sum();
+                let holes: u32 = result.as_ref().map_or(0, holes);
+                self.on_scrub_read(read.count - holes, result.is_ok());
+            }
         }
     }
 

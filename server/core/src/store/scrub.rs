@@ -1,6 +1,6 @@
 //! Scrub: read everything slowly and compare it with its checksum.
 
-use super::format::ExtentKey;
+use super::format::{ExtentKey, LEAF_DISK_BLOCKS};
 use super::read::Reader;
 use super::{AlignedBuf, Event, Store};
 use crate::units::{BLOCK_BYTES, CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId};
@@ -104,6 +104,7 @@ impl Store {
             self.counters.scrub_damaged = 1;
         }
         let rate = self.params.scrub_blocks_per_s.max(1);
-        self.scrub.next_ms = self.now_ms + u64::from(blocks) * 1000 / rate;
+        let with_leaf = u64::from(blocks + LEAF_DISK_BLOCKS);
+        self.scrub.next_ms = self.now_ms + with_leaf * 1000 / rate;
     }
 }

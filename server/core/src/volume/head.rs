@@ -5,6 +5,10 @@ use super::lock::{Access, BlockRange, RangeLock, Ticket, Unblocked};
 use crate::units::{BLOCK_BYTES, Epoch, LayerId, Version, VolumeId};
 use smallvec::SmallVec;
 
+/// Versions that are left when a head asks for a new epoch: at a million writes a second a quarter of a minute in which
+/// the claim must be made.
+pub const EPOCH_RESERVE: u64 = 1 << 24;
+
 /// What a head is opened with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadSpec {
@@ -85,6 +89,8 @@ pub struct Head {
     epoch: Epoch,
     /// Versions given under this epoch.
     counter: u64,
+    /// A new epoch was asked for.
+    asked: bool,
     lock: RangeLock,
     durability: Durability,
 }
@@ -106,6 +112,7 @@ impl Head {
             draining: false,
             epoch: spec.epoch,
             counter: 0,
+            asked: false,
             lock: RangeLock::new(),
             durability: Durability::new(spec.stores),
         }
@@ -224,6 +231,17 @@ impl Head {
         (self.lock.in_flight(), self.lock.waiting())
     }
 
+    /// True once for each epoch, when few versions are left of it: then it is time to claim a new one and call
+    /// [`Head::renew_epoch`].
+    #[inline]
+    pub fn asks_for_epoch(&mut self) -> bool {
+        if self.counter < Version::COUNTER_MAX - EPOCH_RESERVE || self.asked {
+            return false;
+        }
+        self.asked = true;
+        true
+    }
+
     /// Goes on under a new, larger epoch with a fresh counter.
     ///
     /// # Panics
@@ -232,6 +250,7 @@ impl Head {
         assert!(epoch > self.epoch);
         self.epoch = epoch;
         self.counter = 0;
+        self.asked = false;
     }
 
     /// The volume.
@@ -269,8 +288,9 @@ impl Head {
         );
     }
 
-    #[cfg(test)]
-    fn set_counter(&mut self, counter: u64) {
+    /// As if so many versions had been given. For tests: it would take weeks to get there by writing.
+    #[doc(hidden)]
+    pub fn set_counter(&mut self, counter: u64) {
         self.counter = counter;
     }
 }

@@ -10,6 +10,6 @@ mod lock;
 mod pieces;
 
 pub use durability::{FlushPlan, StoreSlot};
-pub use head::{Began, Head, HeadSpec, Refusal, ResizeRefusal, Started};
+pub use head::{Began, EPOCH_RESERVE, Head, HeadSpec, Refusal, ResizeRefusal, Started};
 pub use lock::{Access, BlockRange, Ticket};
 pub use pieces::{Piece, Pieces, blocks_touched, whole_blocks};

@@ -7,6 +7,7 @@ use ashlar_core::units::BLOCK_BYTES;
 
 use crate::ram::Ram;
 use crate::rng::Rng;
+use crate::world::SharedTail;
 
 const BLOCKS: u64 = 600;
 
@@ -245,4 +246,40 @@ fn looking_at_a_store_changes_nothing_and_finds_nothing_wrong_with_a_good_one() 
     assert!(report.blocks >= newest.iter().filter(|&&n| n > 0).count() as u64 / 2);
     let seen = ashlar_core::store::inspect(&mut ReadOnly(&ram.disk.0)).expect("a store");
     assert!(!seen.clean && seen.checkpoint_seq > 1 && seen.layers.len() == 1);
+}
+
+/// The tail may be thrown away when the store was closed in order and nothing was taken since that is not durable.
+#[test]
+fn a_tail_is_needed_until_the_store_was_closed() {
+    const CLOSE: u64 = 7;
+    let (geometry, params) = small();
+    let mut ram = Ram::new(geometry, params, 6);
+    assert!(!ram.store().needs_no_tail(), "it is open");
+    ram.write(0, 0, &[1; BLOCK_BYTES]).expect("room");
+    ram.flush().expect("flushes");
+    // Empty, and everything is durable; but the next start would ask for it.
+    assert!(!ram.store().needs_no_tail());
+    ram.write(0, 1, &[2; BLOCK_BYTES]).expect("room");
+    ram.store().close(CLOSE);
+    assert!(!ram.store().needs_no_tail());
+    while !ram.done.contains(&(CLOSE, Ok(()))) {
+        ram.run();
+    }
+    assert!(ram.store().needs_no_tail());
+    // Nobody should write after that. Should it happen, the tail has it.
+    ram.write(0, 2, &[3; BLOCK_BYTES]).expect("room");
+    assert!(!ram.store().needs_no_tail());
+    // Closed, and without its tail: nothing is missing.
+    ram.flush().expect("flushes");
+    let (geometry, params) = small();
+    let mut ram = Ram::new(geometry, params, 6);
+    ram.write(0, 0, &[4; BLOCK_BYTES]).expect("room");
+    ram.store().close(CLOSE);
+    while !ram.done.contains(&(CLOSE, Ok(()))) {
+        ram.run();
+    }
+    ram.store = None;
+    ram.tail = SharedTail::new();
+    ram.open().expect("opens");
+    assert_eq!(ram.read(0, 0).expect("reads")[..], [4; BLOCK_BYTES]);
 }

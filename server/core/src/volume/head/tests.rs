@@ -128,6 +128,26 @@ fn an_exhausted_epoch_refuses_changes_until_it_is_renewed() {
 }
 
 #[test]
+fn a_new_epoch_is_asked_for_once_while_versions_are_left() {
+    let mut head = head();
+    let write = |head: &mut Head| {
+        let started = now(head.begin(Access::Exclusive, range(0, 1), 1));
+        finish(head, started.ticket);
+        started.version
+    };
+    head.set_counter(Version::COUNTER_MAX - EPOCH_RESERVE - 2);
+    write(&mut head);
+    assert!(!head.asks_for_epoch());
+    let before = write(&mut head);
+    assert!(head.asks_for_epoch());
+    assert!(!head.asks_for_epoch(), "once");
+    head.renew_epoch(Epoch(9));
+    assert!(write(&mut head) > before && !head.asks_for_epoch());
+    head.set_counter(Version::COUNTER_MAX);
+    assert!(head.asks_for_epoch(), "and again for the next");
+}
+
+#[test]
 fn read_only_draining_and_bounds_refuse() {
     let mut head = head();
     assert_eq!(
