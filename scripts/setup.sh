@@ -112,6 +112,34 @@ rust_is_there() {
     [ -n "$version" ] && new_enough "$version"
 }
 
+# Rust's own installer, for distributions whose compiler is too old: into ~/.rustup and ~/.cargo of this user, without
+# touching the shell's start-up files. `make` looks in ~/.cargo/bin by itself.
+install_rustup() {
+    local host source scratch
+    case "$(uname -m)" in
+    x86_64) host=x86_64-unknown-linux-gnu ;;
+    aarch64) host=aarch64-unknown-linux-gnu ;;
+    *) return 1 ;;
+    esac
+    if ! command -v curl >/dev/null 2>&1 || ! [ -e /etc/ssl/certs/ca-certificates.crt ]; then
+        command -v apt-get >/dev/null 2>&1 || return 1
+        apt_install curl ca-certificates
+    fi
+    source="https://static.rust-lang.org/rustup/dist/$host/rustup-init"
+    say "installing Rust with its own installer, $source, into ~/.cargo and ~/.rustup"
+    scratch=$(mktemp -d)
+    (
+        cd "$scratch"
+        curl --proto '=https' --tlsv1.2 -sSf --retry 3 -O "$source" -O "$source.sha256" &&
+            [ "$(cut -d ' ' -f 1 <rustup-init.sha256)" = "$(sha256sum rustup-init | cut -d ' ' -f 1)" ] &&
+            chmod +x rustup-init &&
+            ./rustup-init -y -q --no-modify-path --profile minimal --component rustfmt --component clippy >&2
+    ) || { rm -rf "$scratch"; return 1; }
+    rm -rf "$scratch"
+    hash -r
+    rust_is_there
+}
+
 install_rust() {
     rust_is_there && return 0
     if ! command -v rustup >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1; then
@@ -134,6 +162,7 @@ install_rust() {
             rust_is_there && return 0
         fi
     fi
+    install_rustup && return 0
     die "no Rust toolchain of at least $rust_wanted could be found or installed from the distribution. Run this once, then repeat:
     curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal && . \"\$HOME/.cargo/env\""
 }
