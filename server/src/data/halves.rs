@@ -16,8 +16,8 @@ use crate::engine::Tag;
 
 /// A smaller batch is answered whole.
 const LEAST: usize = 8;
-/// Longest that the other half is held back: some clients take 10 us for each answer.
-const HOLD: Duration = Duration::from_micros(250);
+/// Longest that the other half is held back: clients take 10 us and more for each answer.
+const HOLD: Duration = Duration::from_micros(600);
 
 pub(super) type Ended = (Tag, Result<u32, Errno>);
 
