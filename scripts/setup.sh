@@ -36,6 +36,7 @@ tools_of() {
         echo "/usr/bin/nbdsh python3-libnbd"
         echo "mkfs.xfs xfsprogs"
         echo "xfs_repair xfsprogs"
+        echo "nbdkit nbdkit"
         echo "losetup mount"
         echo "fusermount3 fuse3"
         echo "nbdfuse nbdfuse" ;;
