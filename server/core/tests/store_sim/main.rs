@@ -8,4 +8,5 @@ mod oracle;
 mod power_cut;
 mod ram;
 mod rng;
+mod versions;
 mod world;
