@@ -737,7 +737,7 @@ impl World {
                     self.held = still;
                     // Each connection finds out by its own timer.
                     for conn in self.conns.keys().copied().collect::<Vec<_>>() {
-                        let stalls = self.rng.chance(40);
+                        let stalls = !self.healing && self.rng.chance(40);
                         let stall_us = self.rng.between(1_000, 300_000);
                         if let Some(c) = self.conns.get_mut(&conn)
                             && (c.from, c.to) == (from, to)

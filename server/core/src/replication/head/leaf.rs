@@ -75,6 +75,8 @@ pub(super) struct LeafJob {
     again: bool,
     /// Copies that could not be read.
     bad: Vec<(MemberId, Window)>,
+    /// One of them not because it is damaged: it may be readable later.
+    is_transient: bool,
 }
 
 /// A copy to be made.
@@ -184,6 +186,20 @@ impl LeafJob {
         }
     }
 
+    /// A block that differs, of which no copy can be read.
+    fn unreadable(&self) -> Option<MemberId> {
+        let (first, count) = self.window;
+        let blocks = first..first + count;
+        let at = blocks.into_iter().find_map(|block| {
+            let mut states = (0..self.states.len()).map(|at| self.state(at, block));
+            let lost = states.clone().all(|s| s.content == BlockContent::Lost);
+            let version = states.next().map(|s| s.version);
+            let differs = states.any(|s| Some(s.version) != version);
+            (lost && differs).then_some(0)
+        })?;
+        Some(self.states[at].0)
+    }
+
     /// A block of the window that the source itself cannot read.
     fn lost_at_source(&self) -> Option<(MemberId, u32)> {
         let (first, count) = self.window;
@@ -258,6 +274,7 @@ impl ReplicatedHead {
             copying: 0,
             again: false,
             bad: Vec::new(),
+            is_transient: false,
         });
         JobKey { place, serial }
     }
@@ -325,8 +342,16 @@ impl ReplicatedHead {
             (Stage::Scanning, JobFor::Reconcile) => {
                 job.stage = Stage::Copying;
                 job.window = (job.leaf * LEAF_BLOCKS, LEAF_BLOCKS);
-                job.plan(job.window);
-                self.go_on_copying(key, actions);
+                match job.unreadable() {
+                    // Served as it is, one copy might be read now and another later.
+                    Some(member) if job.is_transient => {
+                        self.lose(member, Some(Status::Device), actions);
+                    }
+                    _ => {
+                        job.plan(job.window);
+                        self.go_on_copying(key, actions);
+                    }
+                }
             }
             (Stage::Scanning, _) => {
                 job.windows = job.differing();
@@ -623,6 +648,9 @@ impl ReplicatedHead {
         match (status, from) {
             (Status::Ok, _) => self.write_copy(copy, actions),
             (Status::Corrupt | Status::Device, Some(member)) => {
+                if let Some(job) = self.job(key) {
+                    job.is_transient |= status == Status::Device;
+                }
                 self.read_failed(key, member, blocks, actions);
                 self.end_copy(copy, true, actions);
             }
