@@ -17,5 +17,6 @@ pub mod nbd;
 pub mod offline;
 pub mod plane;
 pub mod scrubs;
+pub mod stream;
 pub mod tail;
 pub mod volumes;

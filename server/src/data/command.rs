@@ -346,16 +346,15 @@ impl DataThread {
             tracing::info!(peer, "the volume was closed while a client was connecting");
             return;
         };
-        if let Err(error) = rustix::fs::fcntl_setfl(&client.stream, rustix::fs::OFlags::NONBLOCK) {
+        if let Err(error) =
+            rustix::fs::fcntl_setfl(client.stream.socket(), rustix::fs::OFlags::NONBLOCK)
+        {
             tracing::warn!(peer, %error, "cannot take over a connection");
             return;
         }
         let entry = self.connections.vacant_entry();
         let key = entry.key() as u32;
-        let watch = match self
-            .engine
-            .watch(std::os::fd::AsRawFd::as_raw_fd(&client.stream), key)
-        {
+        let watch = match self.engine.watch(client.stream.fd(), key) {
             Ok(watch) => watch,
             Err(error) => {
                 tracing::warn!(peer, %error, "cannot watch a connection");

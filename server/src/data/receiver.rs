@@ -6,7 +6,6 @@
 //! receiver holds no buffer at all.
 
 use std::io;
-use std::os::fd::RawFd;
 
 use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::nbd::request::{CloseReason, RawRequest, Request, Verdict};
@@ -16,6 +15,7 @@ use ashlar_core::units::BLOCK_BYTES;
 use super::landed::Landed;
 use super::pool::{Buffer, Pool};
 use super::thread::{StoreDriver, Volume};
+use crate::stream::Stream;
 
 /// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
 pub(super) const RECEIVE_BYTES: usize = 256 << 10;
@@ -179,7 +179,7 @@ impl Receiver {
     /// is a small one.
     pub(super) fn receive(
         &mut self,
-        fd: RawFd,
+        stream: &mut Stream,
         pool: &mut Pool,
         stores: &mut [StoreDriver],
         scarce: bool,
@@ -228,22 +228,13 @@ impl Receiver {
         };
         used += 1;
         debug_assert!(offered > 0);
-        // SAFETY: an all-zero msghdr is valid.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = pieces.as_mut_ptr();
-        message.msg_iovlen = used as _;
-        let count = loop {
-            // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
-            let result = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT) };
-            if result >= 0 {
-                break result as usize;
+        // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
+        let count = match unsafe { stream.receive(&mut pieces[..used]) } {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(Received::WouldBlock);
             }
-            let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::Interrupted => {}
-                io::ErrorKind::WouldBlock => return Ok(Received::WouldBlock),
-                _ => return Err(error),
-            }
+            Err(error) => return Err(error),
         };
         if count == 0 {
             return Ok(Received::End);

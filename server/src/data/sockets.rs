@@ -99,7 +99,7 @@ impl DataThread {
             }
             let scarce = self.pool.lent_bytes() > self.limits.bytes;
             let received = connection.receiver.receive(
-                connection.fd(),
+                &mut connection.stream,
                 &mut self.pool,
                 &mut self.stores,
                 scarce,
@@ -317,7 +317,10 @@ impl DataThread {
             if connection.phase == Phase::Dead || connection.is_blocked {
                 continue;
             }
-            match connection.outbox.send(connection.fd(), &mut self.pool) {
+            match connection
+                .outbox
+                .send(&mut connection.stream, &mut self.pool)
+            {
                 Ok(sent) => {
                     self.metrics.sends.add(sent.calls);
                     self.metrics.sent_bytes.add(sent.bytes);
@@ -326,7 +329,7 @@ impl DataThread {
                         connection.moved_at = self.now;
                     }
                     self.freed |= sent.bytes > 0;
-                    if sent.blocked && !connection.outbox.is_empty() {
+                    if sent.blocked {
                         connection.is_blocked = true;
                         self.engine.watch_writable(connection.watch);
                     } else if connection.phase == Phase::Leaving && connection.is_settled() {

@@ -1,7 +1,6 @@
 //! The whole data plane in one process: real stores on real files, clients on socket pairs.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ mod tails;
 use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};
+use crate::stream::Stream;
 
 mod payloads;
 
@@ -89,7 +89,7 @@ impl Client {
         };
         let slot = ConnectionCount::new(100).try_slot().expect("slot");
         let client = AttachedClient {
-            stream: OwnedFd::from(theirs),
+            stream: Stream::Plain(theirs.into()),
             session,
             leftover: Vec::new(),
             peer: "test".to_owned(),

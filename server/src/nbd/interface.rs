@@ -3,16 +3,17 @@
 use ashlar_core::nbd::handshake::{Export, ExportName};
 use ashlar_core::nbd::session::Session;
 use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::stream::Stream;
 
 /// A client that finished its handshake.
 #[derive(Debug)]
 pub struct AttachedClient {
     /// The connected socket, non-blocking, with TCP_NODELAY where that exists. Nothing is queued in user space for
     /// sending.
-    pub stream: OwnedFd,
+    pub stream: Stream,
     /// What was agreed, the volume among it.
     pub session: Session,
     /// Bytes the client sent behind its last option: the start of its requests.

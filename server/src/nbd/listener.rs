@@ -3,6 +3,7 @@
 use super::driver::{HandshakeError, negotiate};
 use super::interface::{Attach, AttachedClient, ConnectionCount, ConnectionSlot, ExportCatalog};
 use super::socket::{Bound, BoundSocket, OwnedPath};
+use crate::stream::Stream;
 use ashlar_core::nbd::handshake::{CloseReason, Limits};
 use std::collections::VecDeque;
 use std::io;
@@ -362,7 +363,7 @@ async fn welcome<S: Caller, C: ExportCatalog, A: Attach>(
     let volume = session.volume;
     let attached = stream.into_fd().map(|stream| {
         shared.attach.attach(AttachedClient {
-            stream,
+            stream: Stream::Plain(stream),
             session,
             leftover,
             peer: peer.clone(),
