@@ -293,6 +293,7 @@ impl Volumes {
             read_only,
             write_through,
             created_at_unix_ms: unix_ms(),
+            replicas: 1,
             placement: self.place(id).await,
         };
         let created = self.change(&Change::Create(new)).await?;

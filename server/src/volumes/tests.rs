@@ -595,8 +595,10 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         read_only: false,
         write_through: false,
         created_at_unix_ms: 0,
+        replicas: 1,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(9))],
+sets: Vec::new(),
         },
     };
     store

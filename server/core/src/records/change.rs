@@ -4,9 +4,9 @@ use thiserror::Error;
 
 use super::{
     Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement, Record, RoundedSize,
-    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, keys,
+    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, default_min_in_sync, keys,
 };
-use crate::units::{Epoch, LayerId, VolumeId};
+use crate::units::{Epoch, LayerId, Version, VolumeId};
 
 /// A volume to create. The id was drawn by the caller, who can therefore tell, when the outcome of the transaction is
 /// unknown, whether it happened: the record of that id is there or it is not.
@@ -24,7 +24,9 @@ pub struct NewVolume {
     pub write_through: bool,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_at_unix_ms: u64,
-    /// Where its chunks will lie.
+    /// Copies of each chunk, at least 1.
+    pub replicas: u32,
+    /// Where its chunks will lie: with replica sets exactly when `replicas` is more than 1 or the daemon is in a cluster.
     pub placement: Placement,
 }
 
@@ -69,7 +71,7 @@ pub fn create(
             holder: holder.volume,
         });
     }
-    if new.placement.stores.is_empty() {
+    if new.placement.stores.is_empty() && new.placement.sets.is_empty() {
         return Err(CreateError::NoStore);
     }
     let (layer, counter_condition) = match &counter {
@@ -93,7 +95,10 @@ pub fn create(
         name: new.name,
         size_bytes: new.size.bytes,
         layers: vec![layer],
-        replicas: 1,
+        replicas: new.replicas,
+        min_in_sync: default_min_in_sync(new.replicas),
+        client_generation: 0,
+        settled: Version::NONE,
         read_only: new.read_only,
         write_through: new.write_through,
         epoch: Epoch(0),

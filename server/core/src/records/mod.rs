@@ -7,6 +7,7 @@
 mod change;
 mod name;
 mod record;
+mod replica;
 mod size;
 mod transaction;
 
@@ -17,8 +18,11 @@ pub use change::{
 };
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use record::{
-    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, Placement, Record, ScrubRecord,
-    StoreRecord, VolumeRecord, VolumeState, keys,
+    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, PLACEMENT_ENTRIES_MAX, Placement,
+    Record, ScrubRecord, StoreRecord, VolumeRecord, VolumeState, keys,
+};
+pub use replica::{
+    REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, default_min_in_sync,
 };
 pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
 pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};
