@@ -79,6 +79,7 @@ impl DataThread {
         let key = self.operations.vacant_key();
         let began = self.volumes[request.volume]
             .head
+            .admission_mut()
             .begin(Access::Exclusive, range, key as u64);
         self.watch_epoch(request.volume);
         let mut taken = 0u64;
@@ -171,6 +172,7 @@ impl DataThread {
         }
         let began = self.volumes[request.volume]
             .head
+            .admission_mut()
             .begin(Access::Exclusive, range, key as u64);
         self.watch_epoch(request.volume);
         let mut write = Write {

@@ -7,6 +7,7 @@ use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
 use tokio::sync::oneshot;
 
+use super::cluster::ClusterCommand;
 use super::config::{
     ConnectionReport, DataError, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
 };
@@ -14,7 +15,7 @@ use super::connection::{Connection, Phase};
 use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::thread::{DataThread, Drain, Volume};
+use super::thread::{DataThread, Drain, Volume, VolumeHead};
 use crate::nbd::AttachedClient;
 
 /// The answer goes where the command says; nobody listening is no error.
@@ -74,6 +75,8 @@ pub(super) enum Command {
         store: Option<StoreId>,
         answer: Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
     },
+    /// Of replicated volumes.
+    Cluster(ClusterCommand),
     Drain {
         patience: Duration,
         answer: Answer<()>,
@@ -103,7 +106,7 @@ impl DataThread {
             } => {
                 let found = self
                     .volume_key(id)
-                    .map(|key| self.volumes[key].head.set_read_only(read_only));
+                    .map(|key| self.volumes[key].head.admission_mut().set_read_only(read_only));
                 let _ = answer.send(found);
             }
             Command::RenewEpoch { id, epoch, answer } => {
@@ -117,7 +120,7 @@ impl DataThread {
             } => {
                 let found = self
                     .volume_key(id)
-                    .map(|key| self.volumes[key].head.set_counter(versions));
+                    .map(|key| self.volumes[key].head.admission_mut().set_counter(versions));
                 let _ = answer.send(found);
             }
             Command::VolumeStatus { id, answer } => {
@@ -157,6 +160,7 @@ impl DataThread {
                     .collect();
                 let _ = answer.send(answers);
             }
+            Command::Cluster(command) => self.cluster_command(command),
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
                     // One that is due is due again after the next start.
@@ -213,7 +217,8 @@ impl DataThread {
         let metrics = self.registry.add_volume(spec.id, &spec.name);
         let id = spec.id;
         let key = self.volumes.insert(Volume {
-            head,
+            head: VolumeHead::Single(head),
+            head_ended: false,
             spec,
             stores,
             metrics,
@@ -238,7 +243,7 @@ impl DataThread {
                 connections: volume.connections.len(),
             });
         }
-        volume.head.drain();
+        volume.head.admission_mut().drain();
         let (closed, answer) = oneshot::channel();
         volume.closing = Some(closed);
         // Not found by name any more: what is left of it ends by itself.
@@ -255,11 +260,13 @@ impl DataThread {
         let Some(volume) = self.volumes.get(key) else {
             return;
         };
-        if volume.closing.is_none()
-            || !volume.connections.is_empty()
-            || volume.unlocked > 0
-            || !volume.head.is_idle()
-        {
+        let is_wanted = volume.closing.is_none() && !volume.head_ended;
+        if is_wanted || !volume.connections.is_empty() || volume.unlocked > 0 {
+            return;
+        }
+        // A head that is at its end gives no ranges back.
+        let is_idle = volume.head_ended || volume.head.admission().is_idle();
+        if !is_idle || !self.replication_may_close(key) {
             return;
         }
         let mut volume = self.volumes.remove(key);
@@ -276,6 +283,7 @@ impl DataThread {
         let volume = &mut self.volumes[key];
         volume
             .head
+            .admission_mut()
             .grow(size_bytes, volume.stores.len())
             .map_err(|refusal| DataError::Resize(refusal.to_string()))?;
         volume.spec.size_bytes = size_bytes;
@@ -292,7 +300,7 @@ impl DataThread {
     #[inline]
     pub(super) fn watch_epoch(&mut self, volume: usize) {
         let volume = &mut self.volumes[volume];
-        if volume.head.asks_for_epoch() {
+        if volume.head.admission_mut().asks_for_epoch() {
             // Nobody listens any more when the daemon stops.
             let _ = self.tells.epochs_wanted.send(volume.spec.id);
         }
@@ -302,8 +310,9 @@ impl DataThread {
         let key = self.volume_key(id)?;
         let volume = &mut self.volumes[key];
         // A volume that was opened again meanwhile has a newer one.
-        if epoch > volume.head.epoch() {
-            volume.head.renew_epoch(epoch);
+        let head = volume.head.admission_mut();
+        if epoch > head.epoch() {
+            head.renew_epoch(epoch);
             volume.spec.epoch = epoch;
         }
         Ok(())
@@ -311,7 +320,7 @@ impl DataThread {
 
     fn volume_status(&self, id: VolumeId) -> Option<VolumeRuntime> {
         let volume = &self.volumes[self.volume_key(id).ok()?];
-        let (in_flight, waiting) = volume.head.in_flight();
+        let (in_flight, waiting) = volume.head.admission().in_flight();
         let connections = volume
             .connections
             .iter()
@@ -330,8 +339,8 @@ impl DataThread {
             });
         Some(VolumeRuntime {
             connections: connections.collect(),
-            size_bytes: volume.head.size_bytes(),
-            epoch: volume.head.epoch(),
+            size_bytes: volume.head.admission().size_bytes(),
+            epoch: volume.head.admission().epoch(),
             in_flight,
             waiting,
         })
@@ -364,7 +373,7 @@ impl DataThread {
         let volume = &mut self.volumes[volume_key];
         let mut session = client.session;
         // It may have grown since the handshake.
-        session.size_bytes = volume.head.size_bytes();
+        session.size_bytes = volume.head.admission().size_bytes();
         tracing::debug!(
             peer,
             volume = volume.spec.name,

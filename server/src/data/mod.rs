@@ -7,6 +7,7 @@
 //! the two directions of a connection, `pool` lends the buffers between them and the disk.
 
 mod changes;
+mod cluster;
 mod command;
 mod config;
 mod connection;
@@ -26,6 +27,10 @@ mod spin;
 mod stores;
 mod thread;
 
+pub use cluster::{
+    ClusterTell, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec,
+    ReplicationStatus, greeting,
+};
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,
     StoreConfig, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
