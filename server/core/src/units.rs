@@ -39,8 +39,11 @@ pub struct LayerId(pub u64);
 #[serde(transparent)]
 pub struct ChunkIndex(pub u32);
 
-/// The number that fences: every claim of a head raises it. At most [`Epoch::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// The number that fences: every claim of a head and every change of the in-sync set raises it. At most
+/// [`Epoch::MAX`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Epoch(pub u32);
 

@@ -598,7 +598,7 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         replicas: 1,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(9))],
-sets: Vec::new(),
+            sets: Vec::new(),
         },
     };
     store

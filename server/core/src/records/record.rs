@@ -10,8 +10,8 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::VolumeName;
-use crate::placement::{StoreSpace, deal};
 use super::{Replica, ReplicaSet, SetIndex};
+use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
 
 /// The keys of the metadata store.

@@ -279,9 +279,8 @@ impl Acceptor {
         resync: bool,
         actions: &mut Vec<AcceptorAction>,
     ) {
-        let again = epoch == self.seal.epoch
-            && self.seal.claim == Some(claim)
-            && opening > self.opening;
+        let again =
+            epoch == self.seal.epoch && self.seal.claim == Some(claim) && opening > self.opening;
         let status = if self.failed {
             super::wire::Status::Poisoned
         } else if epoch > self.seal.epoch || again {
@@ -302,10 +301,13 @@ impl Acceptor {
         if resync && !self.rules.seal_before_resync {
             self.unsealed.extend(before);
         } else if self.rules.epoch_check {
-            let pending = self.waiting.iter().filter_map(|(_, waiting)| match waiting {
-                Waiting::Open { session, .. } => Some(*session),
-                Waiting::Done { .. } => None,
-            });
+            let pending = self
+                .waiting
+                .iter()
+                .filter_map(|(_, waiting)| match waiting {
+                    Waiting::Open { session, .. } => Some(*session),
+                    Waiting::Done { .. } => None,
+                });
             for fenced in before.map(|b| b.session).into_iter().chain(pending) {
                 if fenced != session {
                     actions.push(AcceptorAction::Fenced {
@@ -412,7 +414,8 @@ impl Acceptor {
     }
 
     fn takes(&self, session: SessionRef) -> bool {
-        self.current.is_some_and(|current| current.session == session)
+        self.current
+            .is_some_and(|current| current.session == session)
     }
 
     /// What is durable, or will be when the last `Persist` is.

@@ -9,7 +9,6 @@
 //! - `wire`: the bytes of a link
 //! - `acceptor`: the seal of one volume at one store
 //! - `head`: the head, a file a concern
-//! - `membership`: which changes of a volume's replicas are allowed, as transactions
 //! - `rules`: the switches
 
 mod acceptor;
@@ -21,8 +20,9 @@ pub use acceptor::{
     Acceptor, AcceptorAction, AcceptorEvent, BootId, LinkId, Seal, SessionRef, StartedWith,
 };
 pub use head::{
-    Action, CopyId, Event, FlushAdmission, HeadParams, MemberId, News, OpKey, Outcome, QueryId,
-    ReadAdmission, ReplicaMask, ReplicatedHead, StopReason, SwapOutcome, WriteAdmission,
+    Action, CopyId, Event, FlushAdmission, HeadParams, HeadStatus, MemberId, MemberPlace, News,
+    OpKey, Outcome, PhaseName, QueryId, ReadAdmission, ReplicaMask, ReplicatedHead, ResyncProgress,
+    StopReason, SwapOutcome, WriteAdmission,
 };
 pub use rules::Rules;
 

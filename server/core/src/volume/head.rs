@@ -167,6 +167,21 @@ impl Head {
         }
     }
 
+    /// A further version for a change that was started: it is written again, to other copies than the first time.
+    /// `None`: the epoch has none left.
+    pub fn next_version(&mut self) -> Option<Version> {
+        if self.counter + u64::from(self.lock.waiting_exclusive()) >= Version::COUNTER_MAX {
+            return None;
+        }
+        self.counter += 1;
+        Some(Version::new(self.epoch, self.counter))
+    }
+
+    /// Every version given from now on is at least this.
+    pub fn versions_from(&self) -> Version {
+        Version::new(self.epoch, self.counter + 1)
+    }
+
     /// Ends a request (or gives up one that waits) and appends those that may start now, oldest first.
     #[inline]
     pub fn finish(&mut self, ticket: Ticket, started: &mut SmallVec<[Started; 4]>) {

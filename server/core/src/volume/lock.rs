@@ -53,6 +53,14 @@ pub struct Ticket {
     sequence: u64,
 }
 
+impl Ticket {
+    /// Holds nothing: of a request that was let in without a lock.
+    pub(crate) const NONE: Ticket = Ticket {
+        slot: u32::MAX,
+        sequence: 0,
+    };
+}
+
 /// Blocks in a region of the filter (1 MiB): most requests touch one or two regions.
 const REGION_SHIFT: u32 = 8;
 /// Counters in the filter, a power of two. With 128 requests in flight one scan in eight is for nothing.

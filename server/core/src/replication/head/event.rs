@@ -419,6 +419,8 @@ pub enum WriteAdmission {
     Send {
         /// Names it.
         op: OpKey,
+        /// What to write it with: the one that was offered, or a newer one.
+        version: Version,
         /// To whom.
         targets: ReplicaMask,
     },

@@ -229,7 +229,10 @@ impl Rows {
         if raw.iter().any(|row| row.reserved.get() != 0) {
             return Err(WireError::Invalid("reserved field"));
         }
-        if raw.windows(2).any(|two| two[0].chunk.get() >= two[1].chunk.get()) {
+        if raw
+            .windows(2)
+            .any(|two| two[0].chunk.get() >= two[1].chunk.get())
+        {
             return Err(WireError::Invalid("order of rows"));
         }
         let more = header.flags & super::flags::MORE != 0;

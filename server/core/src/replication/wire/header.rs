@@ -321,7 +321,10 @@ impl Header {
         if self.epoch > Epoch::MAX {
             return Err(WireError::Invalid("epoch"));
         }
-        if matches!(self.kind, Kind::Write | Kind::Zero | Kind::Read | Kind::Data) {
+        if matches!(
+            self.kind,
+            Kind::Write | Kind::Zero | Kind::Read | Kind::Data
+        ) {
             let end = self.first_block.checked_add(self.count);
             if self.count == 0 || end.is_none_or(|end| end > CHUNK_BLOCKS) {
                 return Err(WireError::Invalid("range of blocks"));

@@ -10,9 +10,7 @@ mod header;
 #[cfg(test)]
 mod tests;
 
-pub use body::{
-    Hello, LEAF_BYTES, LeafStates, OpenBody, ROW_BYTES, RowVersions, Rows, RowsQuery,
-};
+pub use body::{Hello, LEAF_BYTES, LeafStates, OpenBody, ROW_BYTES, RowVersions, Rows, RowsQuery};
 pub use header::{HEADER_BYTES, Header, Kind, MAX_BODY_BYTES, Status, flags};
 
 /// What this code speaks. A peer that speaks another is refused by name, not misunderstood.
@@ -41,6 +39,8 @@ pub enum WireError {
     #[error("impossible {0} in a message")]
     Invalid(&'static str),
     /// The peer speaks another version.
-    #[error("the peer speaks version {0} of the replica protocol, and this daemon version {PROTOCOL_VERSION}")]
+    #[error(
+        "the peer speaks version {0} of the replica protocol, and this daemon version {PROTOCOL_VERSION}"
+    )]
     Version(u32),
 }

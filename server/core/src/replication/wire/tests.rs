@@ -57,11 +57,18 @@ fn what_cannot_be_is_refused() {
         invalid("range of blocks")
     );
     assert_eq!(
-        refused(Header { first_block: u32::MAX, ..write() }),
+        refused(Header {
+            first_block: u32::MAX,
+            ..write()
+        }),
         invalid("range of blocks")
     );
     assert_eq!(
-        refused(Header { count: 0, body_bytes: 0, ..write() }),
+        refused(Header {
+            count: 0,
+            body_bytes: 0,
+            ..write()
+        }),
         invalid("range of blocks")
     );
     assert_eq!(
@@ -74,16 +81,31 @@ fn what_cannot_be_is_refused() {
         invalid("number of blocks")
     );
     assert_eq!(
-        refused(Header { version: Version::NONE, ..write() }),
+        refused(Header {
+            version: Version::NONE,
+            ..write()
+        }),
         invalid("version")
     );
     assert_eq!(
-        refused(Header { body_bytes: 4096, ..write() }),
+        refused(Header {
+            body_bytes: 4096,
+            ..write()
+        }),
         invalid("length of a body")
     );
-    assert_eq!(refused(Header { flags: 128, ..write() }), invalid("flag"));
     assert_eq!(
-        refused(Header { epoch: Epoch(1 << 24), ..write() }),
+        refused(Header {
+            flags: 128,
+            ..write()
+        }),
+        invalid("flag")
+    );
+    assert_eq!(
+        refused(Header {
+            epoch: Epoch(1 << 24),
+            ..write()
+        }),
         invalid("epoch")
     );
     let mut other = write().encode();
@@ -93,28 +115,48 @@ fn what_cannot_be_is_refused() {
 
 fn any_header() -> impl Strategy<Value = Header> {
     (
-        prop::sample::select(vec![Kind::Zero, Kind::Read, Kind::Flush, Kind::Done, Kind::Alive, Kind::Fenced]),
+        prop::sample::select(vec![
+            Kind::Zero,
+            Kind::Read,
+            Kind::Flush,
+            Kind::Done,
+            Kind::Alive,
+            Kind::Fenced,
+        ]),
         0..64u8,
-        prop::sample::select(vec![Status::Ok, Status::Fenced, Status::NoSpace, Status::Refused]),
+        prop::sample::select(vec![
+            Status::Ok,
+            Status::Fenced,
+            Status::NoSpace,
+            Status::Refused,
+        ]),
         any::<(u32, u64, u64, u64, u32)>(),
         (0..1u32 << 24, 1..256u32, 0..16_000u32),
     )
-        .prop_map(|(kind, flags, status, (session, version, op, layer, chunk), (epoch, count, first_block))| Header {
-            kind,
-            flags,
-            status,
-            session,
-            epoch: Epoch(epoch),
-            version: Version(version.max(1)),
-            op,
-            extent: ExtentKey {
-                layer: LayerId(layer),
-                chunk: ChunkIndex(chunk),
+        .prop_map(
+            |(
+                kind,
+                flags,
+                status,
+                (session, version, op, layer, chunk),
+                (epoch, count, first_block),
+            )| Header {
+                kind,
+                flags,
+                status,
+                session,
+                epoch: Epoch(epoch),
+                version: Version(version.max(1)),
+                op,
+                extent: ExtentKey {
+                    layer: LayerId(layer),
+                    chunk: ChunkIndex(chunk),
+                },
+                first_block,
+                count,
+                ..Header::new(kind)
             },
-            first_block,
-            count,
-            ..Header::new(kind)
-        })
+        )
 }
 
 proptest! {
@@ -173,7 +215,12 @@ fn the_states_of_a_leaf_come_back() {
     let mut states = LeafStates::holes();
     for (block, state) in states.0.iter_mut().enumerate() {
         state.version = Version(block as u64 * 7);
-        state.content = [BlockContent::Hole, BlockContent::Zeros, BlockContent::Data, BlockContent::Lost][block % 4];
+        state.content = [
+            BlockContent::Hole,
+            BlockContent::Zeros,
+            BlockContent::Data,
+            BlockContent::Lost,
+        ][block % 4];
     }
     let mut body = states.encode();
     let header = Header::new(Kind::Leaf).with_body(&body);
