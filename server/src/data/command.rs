@@ -343,6 +343,7 @@ impl DataThread {
             epoch: volume.head.admission().epoch(),
             in_flight,
             waiting,
+            replication: self.replication_status(*self.volume_keys.get(&id)?),
         })
     }
 

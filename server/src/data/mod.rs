@@ -39,4 +39,4 @@ pub use facade::DataPlane;
 pub use open::FileDisk;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

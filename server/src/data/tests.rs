@@ -25,7 +25,7 @@ mod payloads;
 
 const MIB: u64 = 1 << 20;
 const NODE: NodeId = NodeId(Uuid::from_u128(7));
-const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
+pub(crate) const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
 
 fn config(dir: &Path, stores: usize) -> DataConfig {
     let stores = (0..stores)
@@ -58,25 +58,26 @@ fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
                 .chain(plane.stores().first())
                 .map(|store| store.id)
                 .collect(),
+            sets: Vec::new(),
         },
     }
 }
 
 /// A client that has its handshake behind it.
-struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
     style: ReplyStyle,
     cookie: u64,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Reply {
+pub(crate) enum Reply {
     Ok(Vec<u8>),
     Err(u32),
 }
 
 impl Client {
-    fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
+    pub(crate) fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
         let (ours, theirs) = UnixStream::pair().expect("pair");
         ours.set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
@@ -213,7 +214,7 @@ impl Client {
         }
     }
 
-    fn call(
+    pub(crate) fn call(
         &mut self,
         command: u16,
         flags: u16,
@@ -228,14 +229,14 @@ impl Client {
         reply
     }
 
-    fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+    pub(crate) fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         match self.call(command::READ, 0, offset, length, &[]) {
             Reply::Ok(data) => data,
             Reply::Err(code) => panic!("read at {offset}: error {code}"),
         }
     }
 
-    fn write(&mut self, flags: u16, offset: u64, payload: &[u8]) {
+    pub(crate) fn write(&mut self, flags: u16, offset: u64, payload: &[u8]) {
         assert_eq!(
             self.call(command::WRITE, flags, offset, payload.len() as u64, payload),
             Reply::Ok(vec![]),
@@ -243,7 +244,7 @@ impl Client {
         );
     }
 
-    fn is_closed(&mut self) -> bool {
+    pub(crate) fn is_closed(&mut self) -> bool {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => true,
@@ -253,17 +254,17 @@ impl Client {
 }
 
 /// Small, fast, and the same every time.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 }

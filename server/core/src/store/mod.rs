@@ -31,6 +31,7 @@ mod root;
 mod scrub;
 mod segment;
 mod tail;
+mod versions;
 mod write;
 
 pub use buf::AlignedBuf;

@@ -127,7 +127,7 @@ impl DataThread {
     }
 
     /// Calls a head with the time and room for actions.
-    pub(super) fn with_head<T>(
+    pub(in super::super) fn with_head<T>(
         &mut self,
         volume: VolumeRef,
         call: impl FnOnce(&mut ReplicatedHead, u64, &mut Vec<Action>) -> T,
@@ -362,15 +362,25 @@ impl DataThread {
 
     /// Every session on the link is gone with it.
     pub(super) fn link_is_down(&mut self, node: NodeId, store: StoreId) {
+        let mut is_wanted = false;
         for volume in self.replicated_volumes() {
             let member = self.replication(volume).and_then(|r| r.member_at(node, store));
             if let Some(member) = member {
                 let session = self.replication(volume).and_then(|r| r.set_session(member, None));
                 self.head_event(volume, Event::LinkDown { member });
+                is_wanted = true;
                 if let Some(session) = session {
                     self.reads_again(volume, session.tag);
                 }
             }
+        }
+        if is_wanted {
+            self.cluster.tell(ClusterTell::Link(LinkWish {
+                thread: self.index,
+                node,
+                store,
+                is_wanted: true,
+            }));
         }
     }
 
@@ -774,7 +784,7 @@ impl DataThread {
     }
 
     /// The store of this thread that holds a current copy of a chunk of a replicated volume.
-    pub(super) fn copy_here(&self, key: usize, extent: ExtentKey) -> Option<usize> {
+    pub(in super::super) fn copy_here(&self, key: usize, extent: ExtentKey) -> Option<usize> {
         let VolumeHead::Replicated(replication) = &self.volumes.get(key)?.head else {
             return None;
         };

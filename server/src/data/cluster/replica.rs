@@ -1,7 +1,7 @@
 //! Replicas at this thread's stores: whose work they take, and the work.
 
 use ashlar_core::replication::wire::{
-    LeafStates, MAX_ROWS, RowVersions, Rows, RowsQuery, Status,
+    MAX_ROWS, RowVersions, Rows, RowsQuery, Status,
 };
 use ashlar_core::replication::{
     Acceptor, AcceptorAction, AcceptorEvent, Rules, SessionRef, StartedWith,
@@ -369,14 +369,10 @@ impl DataThread {
         if driver.status().poisoned.is_some() {
             return Answer::Status(Status::Poisoned);
         }
-        let mut rows: Vec<RowVersions> = driver
-            .rows_of(layer)
-            .filter(|row| row.chunk >= from && query.names(row.chunk))
-            .filter(|row| row.leaves.iter().any(|version| *version >= query.floor))
-            .collect();
-        rows.sort_unstable_by_key(|row| row.chunk);
-        let more = rows.len() > MAX_ROWS;
-        rows.truncate(MAX_ROWS);
+        let wanted = |row: &RowVersions| {
+            query.names(row.chunk) && row.leaves.iter().any(|version| *version >= query.floor)
+        };
+        let (rows, more) = driver.rows_of(layer, from, MAX_ROWS, wanted);
         Answer::Rows(Rows { rows, more })
     }
 
@@ -429,7 +425,7 @@ impl DataThread {
                 step_of(result, taken, *count, *durable)
             }
             Waiting::Leaf { extent, leaf } => match driver.store.leaf_states(*extent, *leaf) {
-                Ok(Some(states)) => Step::Answer(Answer::Leaf(LeafStates(states))),
+                Ok(Some(states)) => Step::Answer(Answer::Leaf(states)),
                 Ok(None) => Step::Index,
                 Err(error) => Step::Answer(Answer::Status(status_of(&error))),
             },

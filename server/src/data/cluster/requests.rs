@@ -8,22 +8,21 @@ use ashlar_core::nbd::reply::{Allocation, Status as BlockStatus};
 use ashlar_core::nbd::request::Command as AskedFor;
 use ashlar_core::replication::wire::{MAX_MESSAGE_BLOCKS, Status};
 use ashlar_core::replication::{
-    FlushAdmission, MemberId, ReadAdmission, ReplicaMask, SessionRef, StopReason, WriteAdmission,
+    FlushAdmission, MemberId, ReplicaMask, StopReason, WriteAdmission,
 };
-use ashlar_core::replication::LinkId;
-use ashlar_core::store::{ExtentKey, ReadInfo, ReadOutcome, StoreError};
+use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
 use ashlar_core::volume::{Access, Began, BlockRange, Pieces, Started, blocks_touched, whole_blocks};
 use smallvec::SmallVec;
 
-use super::super::execute::{note_holes, refusal_text};
+use super::super::execute::refusal_text;
 use super::super::operation::{Edges, Operation, Payload, Request, Source, Work, op_id};
 use super::super::receiver::{covering_bytes, payload_start};
 use super::super::thread::{DataThread, VolumeHead};
 use super::head::Way;
 use super::outgoing::checksums;
-use super::replica::{ReplicaWork, status_of};
-use super::{Answer, Asked, Origin, VolumeRef};
+use super::replica::ReplicaWork;
+use super::{Asked, VolumeRef};
 
 /// Real zeros, sent where zeros must take space.
 static ZEROS: [u8; MAX_MESSAGE_BLOCKS as usize * BLOCK_BYTES] =
@@ -407,7 +406,7 @@ impl DataThread {
                     Some(replication) => targets
                         .places()
                         .map(|place| {
-                            let member = replication.head.replica(set, place);
+                            let member = replication.head.replica(set, place as u8);
                             let here = replication
                                 .session(member)
                                 .is_some_and(|s| matches!(s.way, Way::Here(_)));
