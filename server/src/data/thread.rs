@@ -21,6 +21,8 @@ use super::cluster::{self, Cluster, LINK_TOKEN, Replication};
 use super::command::Command;
 use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
+use super::fence::Fence;
+use super::gate::{Gate, Held};
 use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -80,6 +82,8 @@ pub(super) struct Volume {
     pub(super) head: VolumeHead,
     /// Its replicated head will do nothing more.
     pub(super) head_ended: bool,
+    /// What its requests have to pass first, if anything.
+    pub(super) gate: Option<Box<Gate>>,
     pub(super) spec: VolumeSpec,
     /// Which of the thread's stores each store of the placement is.
     pub(super) stores: Vec<usize>,
@@ -162,6 +166,9 @@ pub(super) struct DataThread {
     pub(super) dirty: Vec<u32>,
     /// Connections that wait until something was given back.
     pub(super) paused: Vec<u32>,
+    /// Connections whose next request may not pass its volume's gate.
+    pub(super) held: Vec<Held>,
+    pub(super) fences: Vec<Fence>,
     pub(super) dead: Vec<u32>,
     /// Operations that gave way to others and go on in the next turn.
     pub(super) resumable: Vec<usize>,
@@ -175,7 +182,7 @@ pub(super) struct DataThread {
     pub(super) stop: bool,
     /// The time of this turn.
     pub(super) now: Instant,
-    born: Instant,
+    pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
     /// One for answers that a disk gave, and one for those from memory, whose clients come back sooner.
@@ -229,6 +236,8 @@ impl DataThread {
             ready: Vec::new(),
             dirty: Vec::new(),
             paused: Vec::new(),
+            held: Vec::new(),
+            fences: Vec::new(),
             dead: Vec::new(),
             resumable: Vec::new(),
             started: VecDeque::new(),
@@ -343,6 +352,9 @@ impl DataThread {
         let sent = self.metrics.sends.get();
         self.after_disk = std::mem::take(&mut self.disk_answered);
         self.serve_links();
+        if !self.held.is_empty() {
+            self.end_holds();
+        }
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
@@ -367,6 +379,9 @@ impl DataThread {
         }
         self.sweep();
         self.bury();
+        if !self.fences.is_empty() {
+            self.go_on_fencing();
+        }
         if self.drain.is_some() {
             self.go_on_draining();
         }
@@ -405,7 +420,12 @@ impl DataThread {
             let wait_us = at_us.saturating_sub(cluster::now_us());
             Instant::now() + Duration::from_micros(wait_us)
         });
-        let all = [stores, drain, self.next_sweep, cluster];
+        let held = if self.held.is_empty() {
+            None
+        } else {
+            self.holds_end()
+        };
+        let all = [stores, drain, held, self.next_sweep, cluster];
         all.into_iter().flatten().min()
     }
 

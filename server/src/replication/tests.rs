@@ -162,6 +162,10 @@ impl Cluster {
             min_in_sync: default_min_in_sync(daemons.len() as u32),
             client_generation: 0,
             settled: Version::NONE,
+            never_written: false,
+            filesystem: None,
+            limits: Default::default(),
+            publications: Vec::new(),
         };
         record.check_invariants().expect("sound");
         let put = Transaction::new().put(keys::volume(VOLUME), record.encode());
@@ -179,6 +183,7 @@ impl Cluster {
             record: record.expect("read").expect("there"),
             claim: daemon.claim,
             written: Epoch(0),
+            admitted: ashlar_core::nbd::session::Admitted::Anyone,
         };
         daemon.plane.open_replicated(spec).await.expect("open");
         daemon

@@ -1,5 +1,6 @@
 //! Opening and closing replicated volumes, and what the control plane answers.
 
+use ashlar_core::nbd::session::Admitted;
 use ashlar_core::records::{HeadClaim, Versioned, VolumeRecord};
 use ashlar_core::replication::{
     AcceptorEvent, Event, HeadParams, ReplicatedHead, StopReason, SwapOutcome,
@@ -8,6 +9,7 @@ use ashlar_core::units::{Epoch, StoreId, VolumeId};
 use tokio::sync::oneshot;
 
 use super::super::config::{DataError, VolumeSpec};
+use super::super::gate::Gate;
 use super::super::thread::{DataThread, Volume, VolumeHead};
 use super::{Replication, VolumeRef, now_us};
 
@@ -20,6 +22,8 @@ pub struct ReplicatedSpec {
     pub claim: HeadClaim,
     /// The highest epoch that stores of this daemon hold blocks of the volume under.
     pub written: Epoch,
+    /// Whose connections it serves.
+    pub admitted: Admitted,
 }
 
 /// What the control plane answers and tells.
@@ -127,6 +131,9 @@ impl DataThread {
             write_through: record.write_through,
             read_only: record.read_only,
             placement: record.placement.clone(),
+            admitted: spec.admitted.clone(),
+            never_written: record.never_written,
+            limits: record.limits,
         };
         let serial = self.cluster.serial();
         let mut params = HeadParams::new(spec.claim.node, spec.claim);
@@ -137,9 +144,11 @@ impl DataThread {
         let head = ReplicatedHead::new(params, spec.record, now_us(), &mut actions);
         let metrics = self.registry.add_volume(volume_spec.id, &volume_spec.name);
         let id = volume_spec.id;
+        let gate = Gate::new(volume_spec.limits, volume_spec.never_written);
         let key = self.volumes.insert(Volume {
             head: VolumeHead::Replicated(Box::new(Replication::new(head, spec.claim, serial))),
             head_ended: false,
+            gate,
             spec: volume_spec,
             stores: Vec::new(),
             metrics,
