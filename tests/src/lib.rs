@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod campaign;
+pub mod certificate;
 pub mod daemon;
 pub mod etcd;
 pub mod fio;

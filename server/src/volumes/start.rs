@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_core::records::{
-    LayerCounter, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys, pass_over_layers,
+    LayerCounter, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys,
+    pass_over_layers,
 };
-use ashlar_core::units::{Epoch, LayerId};
+use ashlar_core::units::{Epoch, LayerId, StoreId};
 
 use super::{ATTEMPTS, OPENING, Serving, VolumeError, Volumes, lock};
 use crate::meta::{self, MetadataError, Outcome};
@@ -17,6 +18,7 @@ const CLAIMS_AT_ONCE: usize = 100;
 
 impl Volumes {
     pub(super) async fn load(&self) -> Result<(), VolumeError> {
+        let elsewhere = self.stores_elsewhere().await?;
         let listing = self.store.list(keys::VOLUMES).await?;
         for entry in listing.entries {
             let current = entry.read::<VolumeRecord>()?;
@@ -27,9 +29,25 @@ impl Volumes {
                     problem: problem.to_owned(),
                 });
             }
+            let stores = &current.record.placement.stores;
+            if stores.iter().all(|store| elsewhere.contains(store)) {
+                continue;
+            }
             self.catalog().put(current, Serving::No(OPENING.to_owned()));
         }
         Ok(())
+    }
+
+    /// Stores that another node of the cluster has. A volume that lies on those alone is that node's to serve.
+    async fn stores_elsewhere(&self) -> Result<BTreeSet<StoreId>, VolumeError> {
+        let mut elsewhere = BTreeSet::new();
+        for entry in self.store.list(keys::STORES).await?.entries {
+            let record = entry.read::<StoreRecord>()?.record;
+            if record.node.is_some_and(|node| node != self.head.node) {
+                elsewhere.insert(record.id);
+            }
+        }
+        Ok(elsewhere)
     }
 
     /// Claims and opens every active volume. The claims go in batches; a batch that does not commit is claimed one by

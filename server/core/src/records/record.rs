@@ -266,6 +266,9 @@ pub struct StoreRecord {
     pub id: StoreId,
     /// Where it was last opened.
     pub path: String,
+    /// Whose it is; in a cluster only. A single node's are its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
     /// Milliseconds since 1970-01-01 UTC.
     pub first_seen_unix_ms: u64,
 }
