@@ -37,6 +37,7 @@ tools_of() {
         echo "mkfs.xfs xfsprogs"
         echo "xfs_repair xfsprogs"
         echo "nbdkit nbdkit"
+        echo "etcd etcd-server"
         echo "losetup mount"
         echo "fusermount3 fuse3"
         echo "nbdfuse nbdfuse" ;;

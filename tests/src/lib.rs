@@ -6,7 +6,9 @@
 
 pub mod admin;
 pub mod campaign;
+pub mod certificate;
 pub mod daemon;
+pub mod etcd;
 pub mod fio;
 pub mod history;
 pub mod http;

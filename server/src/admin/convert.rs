@@ -1,6 +1,6 @@
 //! From the daemon's own words to those of the admin interface.
 
-use ashlar_core::records::{VolumeRecord, VolumeState};
+use ashlar_core::records::{Replica, ReplicaSet, ReplicaState, VolumeRecord, VolumeState};
 use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::admin;
 
@@ -30,6 +30,11 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         .into(),
         layers: record.layers.iter().map(|layer| layer.0).collect(),
         store_ids: each_once(&record.placement.stores),
+        replica_sets: record.placement.sets.iter().map(replica_set).collect(),
+        min_in_sync: record.min_in_sync,
+        head_node_id: record
+            .head
+            .map_or_else(String::new, |head| head.node.0.to_string()),
         runtime: view.runtime.map(
             |VolumeRuntime {
                  connections,
@@ -53,6 +58,23 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
             Serving::Yes => String::new(),
             Serving::No(reason) => reason.clone(),
         },
+    }
+}
+
+fn replica_set(set: &ReplicaSet) -> admin::ReplicaSet {
+    let replica = |replica: &Replica| admin::Replica {
+        node_id: replica.node.0.to_string(),
+        store_id: replica.store.0.to_string(),
+        state: match replica.state {
+            ReplicaState::InSync => admin::ReplicaState::InSync,
+            ReplicaState::Out => admin::ReplicaState::Out,
+            ReplicaState::Joining => admin::ReplicaState::Joining,
+        }
+        .into(),
+        linked: false,
+    };
+    admin::ReplicaSet {
+        replicas: set.replicas.iter().map(replica).collect(),
     }
 }
 

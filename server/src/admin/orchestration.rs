@@ -26,6 +26,7 @@ pub(super) fn settings(asked: &mut admin::CreateVolumeRequest) -> Result<VolumeS
         write_through: asked.write_through,
         limits: limits.map_err(|error| refused(error.into()))?,
         annotations: annotations(std::mem::take(&mut asked.annotations))?,
+        replicas: asked.replicas,
     })
 }
 

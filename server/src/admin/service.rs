@@ -242,6 +242,19 @@ impl admin::admin_server::Admin for Service {
         Ok(Response::new(self.publish(request.into_inner()).await?))
     }
 
+    async fn open_volume(
+        &self,
+        request: Request<admin::OpenVolumeRequest>,
+    ) -> Answer<admin::OpenVolumeResponse> {
+        let reference = Service::reference(&request.into_inner().volume)?;
+        let services = self.services()?;
+        let opened = services.volumes.open_here(&reference).await;
+        let view = opened.map_err(refused)?;
+        Ok(Response::new(admin::OpenVolumeResponse {
+            volume: Some(Service::volume(services, &view).await),
+        }))
+    }
+
     async fn unpublish_volume(
         &self,
         request: Request<admin::UnpublishVolumeRequest>,

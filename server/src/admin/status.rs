@@ -36,7 +36,10 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::Delete(_)
         | VolumeError::NotServed { .. }
         | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
-        VolumeError::Create(CreateError::LayersExhausted) => Code::ResourceExhausted,
+        VolumeError::NoCluster { .. } | VolumeError::Elsewhere { .. } => Code::FailedPrecondition,
+        VolumeError::Create(CreateError::LayersExhausted) | VolumeError::TooFewNodes(_) => {
+            Code::ResourceExhausted
+        }
         VolumeError::Metadata(error) => of_metadata_error(error),
         VolumeError::BadRecord { .. } => Code::DataLoss,
         VolumeError::Contended => Code::Aborted,

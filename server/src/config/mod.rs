@@ -6,6 +6,7 @@
 
 mod address;
 mod every;
+mod metadata;
 mod settings;
 mod size;
 
@@ -18,6 +19,7 @@ use thiserror::Error;
 
 pub use address::{Address, AddressError, HostPort, UNIX_PATH_MAX_BYTES};
 pub use every::{Every, EveryError};
+pub use metadata::{EtcdAccess, Metadata, MetadataSetting, MetadataSettingError};
 pub use settings::{HttpListen, LogFormat, Settings, StoreSetting, StoreSettingError};
 pub use size::{ByteCount, ByteCountError};
 
@@ -71,6 +73,7 @@ pub struct Config {
     pub listen_nbd: Vec<Address>,
     pub listen_admin: Address,
     pub listen_http: HttpListen,
+    pub metadata: Metadata,
     pub log_format: LogFormat,
     /// A filter of `tracing_subscriber`.
     pub log_level: String,
@@ -146,6 +149,7 @@ impl Config {
 
     /// Fills in defaults and checks everything that can be checked without touching the system.
     fn from_settings(settings: Settings) -> Result<Config, ConfigError> {
+        let metadata = Metadata::from_settings(&settings)?;
         let data_dir = settings.data_dir.ok_or(ConfigError::Missing {
             setting: "data-dir",
             variable: "ASHLAR_DATA_DIR",
@@ -217,6 +221,7 @@ impl Config {
             listen_nbd,
             listen_admin,
             listen_http,
+            metadata,
             log_format: settings.log_format.unwrap_or_default(),
             log_level,
             data_threads: between(
@@ -280,7 +285,7 @@ impl Config {
 
     /// The settings as a file that means the same.
     pub fn to_toml(&self) -> String {
-        let settings = Settings {
+        let mut settings = Settings {
             data_dir: Some(self.data_dir.clone()),
             store: self.stores.clone(),
             store_size: self.store_size_bytes.map(ByteCount),
@@ -305,7 +310,9 @@ impl Config {
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,
             fault: self.fault.clone(),
+            ..Settings::default()
         };
+        self.metadata.to_settings(&mut settings);
         // Strings, numbers and lists of strings: nothing TOML lacks. Paths are UTF-8 (see `absolute`).
         toml::to_string(&settings).expect("settings are TOML")
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::address::text_form;
-use super::{Address, ByteCount, Every, HostPort};
+use super::{Address, ByteCount, Every, HostPort, MetadataSetting};
 use crate::engine::EngineChoice;
 
 /// Between the values of a list in an environment variable; none of them contains it, unless a path does, for which
@@ -55,6 +55,31 @@ pub struct Settings {
     #[arg(long, env = "ASHLAR_LISTEN_HTTP", value_name = "HOST:PORT|off")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen_http: Option<HttpListen>,
+
+    /// Where records of volumes are kept: in DATA_DIR for a single node, in etcd for a cluster [default: sqlite]
+    #[arg(long, env = "ASHLAR_METADATA", value_name = "sqlite|etcd:URL[,URL]")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataSetting>,
+
+    /// What every key in etcd begins with; clusters that share an etcd differ in it [default: /ashlar/]
+    #[arg(long, env = "ASHLAR_ETCD_PREFIX", value_name = "PREFIX")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_prefix: Option<String>,
+
+    /// Certificates (PEM) of the authority that vouches for etcd
+    #[arg(long, env = "ASHLAR_ETCD_CA", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) to show to etcd
+    #[arg(long, env = "ASHLAR_ETCD_CERT", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_cert: Option<PathBuf>,
+
+    /// Private key (PEM) of that certificate
+    #[arg(long, env = "ASHLAR_ETCD_KEY", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_key: Option<PathBuf>,
 
     /// How log lines look [default: text]
     #[arg(long, env = "ASHLAR_LOG_FORMAT", value_name = "FORMAT")]
@@ -167,6 +192,11 @@ impl Settings {
             listen_nbd: list(self.listen_nbd, below.listen_nbd),
             listen_admin: self.listen_admin.or(below.listen_admin),
             listen_http: self.listen_http.or(below.listen_http),
+            metadata: self.metadata.or(below.metadata),
+            etcd_prefix: self.etcd_prefix.or(below.etcd_prefix),
+            etcd_ca: self.etcd_ca.or(below.etcd_ca),
+            etcd_cert: self.etcd_cert.or(below.etcd_cert),
+            etcd_key: self.etcd_key.or(below.etcd_key),
             log_format: self.log_format.or(below.log_format),
             log_level: self.log_level.or(below.log_level),
             data_threads: self.data_threads.or(below.data_threads),

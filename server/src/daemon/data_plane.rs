@@ -8,8 +8,11 @@ use ashlar_core::records::VolumeLimits;
 use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
-use crate::data::{self, DataError, DataPlane};
+use crate::data::{self, DataError, DataPlane, ReplicatedSpec, ReplicationStatus};
 use crate::metrics::Metrics;
+use crate::replication::{ReplicationEvent, Seals};
+use ashlar_core::records::{Versioned, VolumeRecord};
+use tokio::sync::mpsc::UnboundedReceiver;
 use crate::plane::{ConnectionView, Plane, StoreView};
 use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_of};
 
@@ -17,13 +20,21 @@ use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_o
 pub(super) struct Host {
     plane: DataPlane,
     metrics: Metrics,
+    seals: Seals,
+    replication: tokio::sync::Mutex<UnboundedReceiver<ReplicationEvent>>,
 }
 
 impl Host {
-    pub(super) fn new(plane: DataPlane) -> Host {
+    pub(super) fn new(
+        plane: DataPlane,
+        seals: Seals,
+        replication: UnboundedReceiver<ReplicationEvent>,
+    ) -> Host {
         Host {
             metrics: plane.metrics(),
             plane,
+            seals,
+            replication: tokio::sync::Mutex::new(replication),
         }
     }
 }
@@ -97,6 +108,33 @@ impl VolumeHost for Host {
 
     async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError> {
         self.plane.set_limits(id, limits).await.map_err(refusal)
+    }
+
+    async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), HostError> {
+        self.plane.open_replicated(spec).await.map_err(refusal)
+    }
+
+    async fn replication_event(&self) -> Option<ReplicationEvent> {
+        self.replication.lock().await.recv().await
+    }
+
+    fn replication_ended(&self, id: VolumeId) {
+        self.plane.head_ended(id);
+    }
+
+    fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>) {
+        self.plane.record_read(id, false, record);
+    }
+
+    async fn forget_replicas(&self, id: VolumeId) {
+        self.plane.forget_replicas(id).await;
+        if let Err(error) = self.seals.forget(id).await {
+            tracing::warn!(id = %id.0, %error, "the seals of a deleted volume could not be removed");
+        }
+    }
+
+    async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus> {
+        self.plane.volume_status(id).await?.replication
     }
 
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {

@@ -3,6 +3,7 @@
 mod data_plane;
 mod lock;
 mod logging;
+mod metadata;
 mod notify;
 mod process;
 mod run;

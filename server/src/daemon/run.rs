@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::data_plane::Host;
 use super::lock::{DataDirError, DataDirLock};
+use super::metadata::{MetadataOpenError, OpenMetadata};
 use super::notify::{Notice, notify};
 use super::state::{Phase, Services, State};
 use super::stores::{self, StoreSetupError};
@@ -20,13 +21,14 @@ use super::{logging, process};
 use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
-use crate::meta::{MetadataError, MetadataStore, OpenError, SqliteStore};
+use crate::meta::MetadataError;
 use crate::nbd::activation::{self, ActivationError, Purpose};
 use crate::nbd::socket::{self, BindError, Bound};
 use crate::nbd::{ListenerConfig, Listeners};
 use crate::plane::Plane;
+use crate::replication::{Driver, NoPeers, Seals};
 use crate::scrubs::Scrubs;
-use crate::volumes::{VolumeError, VolumeHost, Volumes, node_record};
+use crate::volumes::{VolumeError, VolumeHost, Volumes};
 
 /// Exit code of a command line or configuration that makes no sense; clap's for flags it refuses.
 const EXIT_USAGE: u8 = 2;
@@ -34,8 +36,6 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_FAILED: u8 = 1;
 /// Threads of the control plane: one may wait for a name service or a disk while the other answers.
 const CONTROL_THREADS: usize = 2;
-/// The metadata in the data directory.
-const METADATA_FILE: &str = "metadata.db";
 
 /// Why a daemon did not start. One sentence each, which says what to do.
 #[derive(Debug, Error)]
@@ -55,9 +55,9 @@ pub enum DaemonError {
     /// Sockets of the service manager.
     #[error("the sockets given by the service manager cannot be used: {0}")]
     Activation(#[from] ActivationError),
-    /// The metadata file.
+    /// Where the metadata is.
     #[error(transparent)]
-    Metadata(#[from] OpenError),
+    Metadata(#[from] MetadataOpenError),
     /// The metadata itself.
     #[error(transparent)]
     Records(#[from] MetadataError),
@@ -338,15 +338,16 @@ impl Daemon {
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         state.begin_step("the metadata is being opened");
-        let store = SqliteStore::open(&config.data_dir.join(METADATA_FILE))?;
-        let store: Arc<dyn MetadataStore> = Arc::new(store);
-        let node = node_record(&*store).await?.id;
+        let metadata = OpenMetadata::open(config).await?;
+        let node = metadata.node;
         state.set_node(node);
 
         state.begin_step("the stores are being opened");
-        let known = stores::recorded(&*store).await?;
-        let plane =
-            DataPlane::start(data_config(config, node, stores::lay_out(config, &known)?)).await?;
+        let known = stores::recorded(&*metadata.records, node).await?;
+        let seals = Seals::new(metadata.local.clone());
+        let mut data = data_config(config, node, stores::lay_out(config, &known)?);
+        data.seals = seals.load().await?;
+        let plane = DataPlane::start(data).await?;
         for opened in plane.stores() {
             tracing::info!(
                 store = %opened.id.0,
@@ -359,8 +360,16 @@ impl Daemon {
                 "store open"
             );
         }
-        let host = Arc::new(Host::new(plane.clone()));
-        match Daemon::start_volumes(state, store, &known, host, &plane, nbd).await {
+        let (tell, events) = tokio::sync::mpsc::unbounded_channel();
+        Driver::start(
+            plane.clone(),
+            metadata.records.clone(),
+            seals.clone(),
+            Arc::new(NoPeers),
+            tell,
+        );
+        let host = Arc::new(Host::new(plane.clone(), seals, events));
+        match Daemon::start_volumes(state, metadata, &known, host, &plane, nbd).await {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.
@@ -372,23 +381,22 @@ impl Daemon {
 
     async fn start_volumes(
         state: &Arc<State>,
-        store: Arc<dyn MetadataStore>,
+        metadata: OpenMetadata,
         known: &[ashlar_core::records::Versioned<ashlar_core::records::StoreRecord>],
         host: Arc<Host>,
         plane: &DataPlane,
         nbd: Vec<Bound>,
     ) -> Result<(Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
-        for missing in stores::record(&*store, known, plane.stores()).await? {
+        let store = metadata.records;
+        let owner = metadata.is_shared.then_some(metadata.node);
+        for missing in stores::record(&*store, known, plane.stores(), owner).await? {
             state.add_lasting_warning(format!(
                 "store {} was last at {} and is not configured any more; volumes on it are not served",
                 missing.id.0, missing.path
             ));
         }
         state.begin_step("the volumes are being opened");
-        let node = state
-            .node()
-            .unwrap_or(ashlar_core::units::NodeId(uuid::Uuid::nil()));
         let scrubs = Scrubs::load(
             host.clone() as Arc<dyn Plane>,
             store.clone(),
@@ -396,7 +404,8 @@ impl Daemon {
             config.scrub_bytes_per_second,
         )
         .await?;
-        let volumes = Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, node).await?;
+        let volumes =
+            Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, metadata.node, metadata.is_shared).await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,

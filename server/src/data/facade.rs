@@ -248,6 +248,20 @@ impl DataPlane {
         Ok(())
     }
 
+    /// A replicated head is at its end, and its volume may be opened anew.
+    pub fn head_ended(&self, volume: VolumeId) {
+        lock(&self.0.volumes).remove(&volume);
+    }
+
+    /// Takes no work for replicas of a volume any more, whoever sends it.
+    pub async fn forget_replicas(&self, volume: VolumeId) {
+        for thread in &self.0.threads {
+            let forget = |answer| Command::Cluster(ClusterCommand::Forget { volume, answer });
+            // A thread that has ended takes no work.
+            let _ = thread.ask(forget).await;
+        }
+    }
+
     /// What data threads ask for replicated volumes. `None`: the threads have ended.
     pub async fn cluster_tell(&self) -> Option<ClusterTell> {
         self.0.cluster_tells.lock().await.recv().await

@@ -22,6 +22,17 @@ pub trait Dial: Send + Sync + 'static {
     async fn dial(&self, node: NodeId, store: StoreId) -> Result<LinkEnds, LinkRefused>;
 }
 
+/// A daemon of its own: there is nobody to reach.
+#[derive(Debug)]
+pub struct NoPeers;
+
+#[async_trait]
+impl Dial for NoPeers {
+    async fn dial(&self, node: NodeId, _: StoreId) -> Result<LinkEnds, LinkRefused> {
+        Err(LinkRefused::NoAddress(node))
+    }
+}
+
 /// Why there is no link.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkRefused {

@@ -8,7 +8,7 @@ mod links;
 mod seals;
 
 pub use driver::{Driver, ReplicationEvent};
-pub use links::{Dial, GREETING_TIME, LinkRefused, accept, greet};
+pub use links::{Dial, GREETING_TIME, LinkRefused, NoPeers, accept, greet};
 pub use seals::{Seals, SealRecord};
 
 use crate::data::ClusterTell;

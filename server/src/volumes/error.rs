@@ -5,6 +5,8 @@ use ashlar_core::records::{
     DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError, PublishError,
     RenameError, ResizeError, SizeError,
 };
+use ashlar_core::placement::TooFewNodes;
+use ashlar_core::units::NodeId;
 use thiserror::Error;
 
 use super::HostError;
@@ -105,6 +107,28 @@ pub enum VolumeError {
         reference: String,
         /// Why.
         reason: String,
+    },
+    /// Copies on other nodes, and there are none.
+    #[error(
+        "{replicas} copies were asked for and this daemon is on its own; `ashlar cluster init` makes it the first of a cluster"
+    )]
+    NoCluster {
+        /// Copies asked for.
+        replicas: u32,
+    },
+    /// Not enough nodes for the copies.
+    #[error(transparent)]
+    TooFewNodes(#[from] TooFewNodes),
+    /// Another node's head has it.
+    #[error(
+        "volume {reference} is served by node {}; ask that node, or take the volume over with `ashlar volume open {reference}` first",
+        node.0
+    )]
+    Elsewhere {
+        /// The volume.
+        reference: String,
+        /// Where it is served.
+        node: NodeId,
     },
     /// The daemon is draining.
     #[error("the daemon is shutting down")]

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 
 use ashlar_core::nbd::session::Admitted;
 use ashlar_core::placement::StoreSpace;
-use ashlar_core::records::{Placement, VolumeLimits};
+use ashlar_core::records::{Placement, Versioned, VolumeLimits, VolumeRecord};
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 use thiserror::Error;
+
+use crate::data::{ReplicatedSpec, ReplicationStatus};
+use crate::replication::ReplicationEvent;
 
 /// A volume as its head must serve it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +111,24 @@ pub trait VolumeHost: Send + Sync + 'static {
 
     /// Changes the limits of an open volume, clients unaware but for the pace.
     async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError>;
+
+    /// Begins to claim a replicated volume and to serve it; the events tell what becomes of it.
+    async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), HostError>;
+
+    /// The next thing that a head of a replicated volume tells. `None`: there will be none any more.
+    async fn replication_event(&self) -> Option<ReplicationEvent>;
+
+    /// The head of a replicated volume is at its end.
+    fn replication_ended(&self, id: VolumeId);
+
+    /// The record of a replicated volume, as a watch saw it; `None`: it is gone.
+    fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>);
+
+    /// Follows no head of a volume that is being deleted any more.
+    async fn forget_replicas(&self, id: VolumeId);
+
+    /// How a replicated volume is doing, if its head is here.
+    async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus>;
 
     /// Makes an open volume larger, connected clients included.
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError>;

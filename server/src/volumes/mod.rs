@@ -14,6 +14,7 @@ mod formats;
 mod host;
 mod nodes;
 mod publications;
+mod replicated;
 mod start;
 
 use std::collections::BTreeMap;
@@ -106,6 +107,9 @@ pub struct VolumeSettings {
     pub limits: VolumeLimits,
     /// What others keep with it.
     pub annotations: Annotations,
+    /// Copies of each chunk; 0 is the daemon's default: three in a cluster of three nodes, as many as there are nodes in
+    /// a smaller one, one on a single node.
+    pub replicas: u32,
 }
 
 /// A volume and what is going on with it.
@@ -131,6 +135,10 @@ pub struct Volumes {
     catalog: Mutex<Catalog>,
     /// Those of volumes that have any.
     annotations: Mutex<BTreeMap<VolumeId, Arc<AnnotationsRecord>>>,
+    /// Whether other daemons share the records; then new volumes have replica sets.
+    is_shared: bool,
+    /// Told whenever serving a volume begins or ends.
+    served: tokio::sync::watch::Sender<()>,
     /// Layers found in stores that no record names.
     unknown_layers: Mutex<Vec<LayerId>>,
     /// What the stores held at the start, and the highest epoch of each.
@@ -147,6 +155,7 @@ impl Volumes {
         store: Arc<dyn MetadataStore>,
         host: Arc<dyn VolumeHost>,
         node: NodeId,
+        is_shared: bool,
     ) -> Result<Arc<Volumes>, VolumeError> {
         let head = HeadClaim {
             node,
@@ -158,6 +167,8 @@ impl Volumes {
             head,
             catalog: Mutex::default(),
             annotations: Mutex::default(),
+            is_shared,
+            served: tokio::sync::watch::Sender::new(()),
             unknown_layers: Mutex::default(),
             written: Mutex::default(),
             draining: AtomicBool::new(false),
@@ -170,6 +181,10 @@ impl Volumes {
         service.resume_deletions();
         service.renew_epochs();
         service.record_first_changes();
+        service.follow_heads();
+        if is_shared {
+            service.follow_records();
+        }
         Ok(service)
     }
 
@@ -363,6 +378,7 @@ impl Volumes {
         settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let id = VolumeId(Uuid::new_v4());
+        let (replicas, placement) = self.place(id, size.bytes, settings.replicas).await?;
         let first_annotations = first_annotations(id, &settings.annotations);
         let new = NewVolume {
             id,
@@ -371,8 +387,8 @@ impl Volumes {
             read_only: settings.read_only,
             write_through: settings.write_through,
             created_at_unix_ms: unix_ms(),
-            replicas: 1,
-            placement: self.place(id).await,
+            replicas,
+            placement,
             limits: settings.limits,
             annotations: settings.annotations,
         };
@@ -450,6 +466,7 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         if configure(&before, read_only, write_through, 0)?.is_some() {
+            self.is_here(&before)?;
             let connections = self.close(id).await?;
             if connections == 0 {
                 let closed = Serving::No("its settings are being changed".to_owned());
@@ -482,6 +499,7 @@ impl Volumes {
     async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
+        self.is_here(&before)?;
         if before.record.state == VolumeState::Active {
             let connections = self.close(id).await?;
             let decided = self.change(&Change::BeginDelete { id, connections }).await;
@@ -511,6 +529,9 @@ impl Volumes {
         let Some(entry) = self.catalog().get(id).cloned() else {
             return Ok(());
         };
+        if entry.current.record.placement.is_replicated() {
+            return self.drop_replicas(id).await;
+        }
         let name = entry.current.record.name.to_string();
         let not_freed = |reason: String| VolumeError::NotFreed {
             reference: name.clone(),
@@ -542,6 +563,11 @@ impl Volumes {
     /// Claims a volume and opens it. The outcome is kept for those who ask why it is not served.
     async fn serve(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
         let id = current.record.id;
+        if current.record.placement.is_replicated() {
+            let current = self.reread(id).await?;
+            self.open_replicated(current).await?;
+            return self.wait_until_served(id).await;
+        }
         let claimed = self.change(&Change::Claim { id }).await;
         let outcome = match claimed {
             Ok(Some(claimed)) => return self.open(claimed).await,
@@ -620,12 +646,24 @@ impl Volumes {
         }
     }
 
-    /// The stores for a new volume; the id decides where in the deal it begins.
-    async fn place(&self, id: VolumeId) -> Placement {
+    /// Where a new volume goes, and in how many copies; the id decides where in the deal of a single node it begins.
+    async fn place(
+        &self,
+        id: VolumeId,
+        size_bytes: u64,
+        replicas: u32,
+    ) -> Result<(u32, Placement), VolumeError> {
+        if self.is_shared {
+            return self.place_replicas(size_bytes, replicas).await;
+        }
+        if replicas > 1 {
+            return Err(VolumeError::NoCluster { replicas });
+        }
         let groups = self.host.store_groups().await;
         let all = self.catalog().all();
         let records = all.iter().map(|entry| &entry.current.record);
-        Placement::choose(&groups, records, id.0.as_u128() as u64)
+        let placement = Placement::choose(&groups, records, id.0.as_u128() as u64);
+        Ok((1, placement))
     }
 
     async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {

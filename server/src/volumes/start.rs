@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_core::records::{
-    LayerCounter, Record, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys,
+    LayerCounter, Record, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys,
     pass_over_layers,
 };
-use ashlar_core::units::{Epoch, LayerId};
+use ashlar_core::units::{Epoch, LayerId, StoreId};
 
 use super::{ATTEMPTS, OPENING, Serving, VolumeError, Volumes, lock};
 use crate::meta::{self, MetadataError, Outcome};
@@ -20,6 +20,7 @@ const CLAIMED_BYTES_AT_ONCE: usize = 1 << 20;
 
 impl Volumes {
     pub(super) async fn load(&self) -> Result<(), VolumeError> {
+        let elsewhere = self.stores_elsewhere().await?;
         let listing = self.store.list(keys::VOLUMES).await?;
         for entry in listing.entries {
             let current = entry.read::<VolumeRecord>()?;
@@ -30,9 +31,26 @@ impl Volumes {
                     problem: problem.to_owned(),
                 });
             }
+            let stores = &current.record.placement.stores;
+            let is_replicated = current.record.placement.is_replicated();
+            if !is_replicated && stores.iter().all(|store| elsewhere.contains(store)) {
+                continue;
+            }
             self.catalog().put(current, Serving::No(OPENING.to_owned()));
         }
         Ok(())
+    }
+
+    /// Stores that another node of the cluster has. A volume that lies on those alone is that node's to serve.
+    async fn stores_elsewhere(&self) -> Result<BTreeSet<StoreId>, VolumeError> {
+        let mut elsewhere = BTreeSet::new();
+        for entry in self.store.list(keys::STORES).await?.entries {
+            let record = entry.read::<StoreRecord>()?.record;
+            if record.node.is_some_and(|node| node != self.head.node) {
+                elsewhere.insert(record.id);
+            }
+        }
+        Ok(elsewhere)
     }
 
     /// Claims and opens every active volume. The claims go in batches; a batch that does not commit is claimed one by
@@ -44,6 +62,16 @@ impl Volumes {
             .map(|entry| entry.current)
             .filter(|current| current.record.state == VolumeState::Active)
             .collect();
+        let (replicated, active): (Vec<_>, Vec<_>) = active
+            .into_iter()
+            .partition(|current| current.record.placement.is_replicated());
+        for current in replicated {
+            // What this node served last it serves again; what another serves is left to it.
+            let head = current.record.head;
+            if head.is_some_and(|head| head.node == self.head.node) {
+                self.log_unserved(self.open_replicated(current).await);
+            }
+        }
         for batch in batches(&active) {
             match self.claim_batch(batch).await? {
                 Some(claimed) => {

@@ -124,6 +124,24 @@ impl VolumeHost for Host {
         Ok(())
     }
 
+    async fn open_replicated(&self, _: crate::data::ReplicatedSpec) -> Result<(), HostError> {
+        unreachable!("these volumes have one copy")
+    }
+
+    async fn replication_event(&self) -> Option<crate::replication::ReplicationEvent> {
+        std::future::pending().await
+    }
+
+    fn replication_ended(&self, _: VolumeId) {}
+
+    fn record_seen(&self, _: VolumeId, _: Option<Versioned<VolumeRecord>>) {}
+
+    async fn forget_replicas(&self, _: VolumeId) {}
+
+    async fn replication(&self, _: VolumeId) -> Option<crate::data::ReplicationStatus> {
+        None
+    }
+
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
         lock(&self.open)
             .get_mut(&id)
@@ -212,7 +230,7 @@ impl Daemon {
     async fn start_over(&self, store: Arc<dyn MetadataStore>) -> Arc<Volumes> {
         lock(&self.host.open).clear();
         let node = node_record(&*store).await.expect("node").id;
-        let service = Volumes::start(store, self.host.clone(), node)
+        let service = Volumes::start(store, self.host.clone(), node, false)
             .await
             .expect("start");
         service.catalog().check_invariants();

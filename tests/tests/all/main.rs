@@ -5,6 +5,7 @@ mod config;
 mod controls;
 mod crash;
 mod errors;
+mod etcd;
 mod faults;
 mod full;
 mod hostile;

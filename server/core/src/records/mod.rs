@@ -7,6 +7,7 @@
 mod annotations;
 mod change;
 mod client_node;
+mod fabric;
 mod filesystem;
 mod limits;
 mod name;
@@ -28,6 +29,7 @@ pub use change::{
 pub use client_node::{
     ClientNodeError, ClientNodeId, ClientNodeRecord, register_node, unregister_node,
 };
+pub use fabric::{LinkRecord, SpaceRecord};
 pub use filesystem::{
     Filesystem, FilesystemState, FilesystemType, FilesystemTypeError, FormatError, begin_format,
     end_format, mark_written,

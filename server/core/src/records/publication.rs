@@ -212,6 +212,11 @@ pub fn unpublish(
     if record.publications.len() == current.record.publications.len() {
         return Ok(None);
     }
+    if record.placement.is_replicated() {
+        // Its head alone raises the epoch; ending the connections of the token is what fences the node.
+        let transaction = super::change::rewrite(current, &record);
+        return Ok(Some((record, transaction)));
+    }
     let without = Versioned {
         record,
         changed_at: current.changed_at,

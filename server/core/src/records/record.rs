@@ -17,7 +17,7 @@ use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeI
 /// The keys of the metadata store.
 pub mod keys {
     use super::super::ClientNodeId;
-    use super::{StoreId, VolumeId, VolumeName};
+    use super::{NodeId, StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
     pub const VOLUMES: &str = "volumes/";
@@ -31,6 +31,10 @@ pub mod keys {
     pub const ANNOTATIONS: &str = "annotations/";
     /// Every [`ClientNodeRecord`](super::super::ClientNodeRecord) has this prefix.
     pub const CLIENT_NODES: &str = "client-nodes/";
+    /// Every [`LinkRecord`](super::super::LinkRecord) has this prefix.
+    pub const LINKS: &str = "links/";
+    /// Every [`SpaceRecord`](super::super::SpaceRecord) has this prefix.
+    pub const SPACES: &str = "spaces/";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
@@ -44,6 +48,26 @@ pub mod keys {
     /// The key that holds a name for one volume.
     pub fn name(name: &VolumeName) -> String {
         format!("{NAMES}{name}")
+    }
+
+    /// Node `node` has dropped what it had of a volume that is being deleted.
+    pub fn dropped(volume: VolumeId, node: NodeId) -> String {
+        format!("dropped/{}/{}", volume.0, node.0)
+    }
+
+    /// Every [`dropped`] of a volume has this prefix.
+    pub fn dropped_by(volume: VolumeId) -> String {
+        format!("dropped/{}/", volume.0)
+    }
+
+    /// Where a daemon's links are.
+    pub fn link(id: NodeId) -> String {
+        format!("{LINKS}{}", id.0)
+    }
+
+    /// The room of a store.
+    pub fn space(id: StoreId) -> String {
+        format!("{SPACES}{}", id.0)
     }
 
     /// The key of a store's record.
@@ -371,6 +395,9 @@ pub struct StoreRecord {
     pub id: StoreId,
     /// Where it was last opened.
     pub path: String,
+    /// Whose it is; in a cluster only. A single node's are its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
     /// Milliseconds since 1970-01-01 UTC.
     pub first_seen_unix_ms: u64,
 }

@@ -44,6 +44,11 @@ pub(in super::super) enum ClusterCommand {
         store: StoreId,
         serial: u64,
     },
+    /// Its replicas here are dropped.
+    Forget {
+        volume: VolumeId,
+        answer: oneshot::Sender<()>,
+    },
     LinkUp(Box<super::LinkEnds>),
     LinkAccepted(Box<super::LinkEnds>),
 }
@@ -84,6 +89,12 @@ impl DataThread {
                 if let Some(key) = key.copied() {
                     self.acceptor_event(key, AcceptorEvent::Persisted { serial });
                 }
+            }
+            ClusterCommand::Forget { volume, answer } => {
+                // Work that is under way may still name them.
+                self.cluster.replica_keys.retain(|(of, _), _| *of != volume);
+                self.cluster.seals.retain(|(of, _), _| *of != volume);
+                let _ = answer.send(());
             }
             ClusterCommand::LinkUp(ends) => {
                 if self.drain.is_none() {
