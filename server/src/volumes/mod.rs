@@ -25,7 +25,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ashlar_core::records::{
     Annotations, AnnotationsRecord, HeadClaim, NameRecord, NewVolume, Placement, Record, Revision,
     RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
-    configure, finish_delete, first_annotations, keys, round_up_to_block,
+    begin_delete, configure, finish_delete, first_annotations, keys, round_up_to_block,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
@@ -432,6 +432,8 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         if before.record.state == VolumeState::Active {
+            // One that is published stays open: its node may be on its way back to it.
+            begin_delete(&before, 0)?;
             let connections = self.close(id).await?;
             let decided = self.change(&Change::BeginDelete { id, connections }).await;
             match decided {
