@@ -30,15 +30,15 @@ impl ReplicaMask {
 }
 
 /// A change or a flush under way. Never used twice, so an answer that comes late is known as such.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OpKey(pub u64);
 
 /// A question to a member, or a `Whole` or `Flush` of the head's own; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct QueryId(pub u64);
 
 /// A copy of blocks from one member to others; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CopyId(pub u64);
 
 /// How a compare-and-swap went.

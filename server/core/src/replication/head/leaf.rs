@@ -135,28 +135,13 @@ impl LeafJob {
         let states: SmallVec<[BlockState; 3]> = (0..self.states.len())
             .map(|at| self.state(at, block))
             .collect();
-        let (best, all) = match self.what {
+        let best = match self.what {
             // The newest that can be read.
-            JobFor::Reconcile => {
-                let best = (0..states.len())
-                    .filter(|at| states[*at].content != BlockContent::Lost)
-                    .max_by_key(|at| (states[*at].version, states.len() - at))?;
-                let newest = states.iter().map(|s| s.version).max()?;
-                (
-                    best,
-                    states[best].version < newest && !states[best].reads_as_zeros(),
-                )
-            }
+            JobFor::Reconcile => (0..states.len())
+                .filter(|at| states[*at].content != BlockContent::Lost)
+                .max_by_key(|at| (states[*at].version, states.len() - at))?,
             // Whatever the replicas in sync have.
-            JobFor::Resync(_) | JobFor::Repair => {
-                if states[0].content == BlockContent::Lost {
-                    return None;
-                }
-                (
-                    0,
-                    states[1..].iter().any(|s| s.version >= states[0].version),
-                )
-            }
+            JobFor::Resync(_) | JobFor::Repair => 0,
         };
         let source = states[best];
         let lack: SmallVec<[MemberId; 3]> = (0..states.len())
