@@ -13,17 +13,18 @@ use tokio::sync::watch;
 
 use super::data_plane::Host;
 use super::lock::{DataDirError, DataDirLock};
-use super::metadata::{MetadataOpenError, OpenMetadata};
+use super::metadata::{MetadataOpenError, OpenMetadata, certificate_names};
 use super::notify::{Notice, notify};
-use super::state::{Phase, Services, State};
+use super::state::{ClusterServices, Phase, Services, State};
 use super::stores::{self, StoreSetupError};
 use super::{logging, process};
 use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
+use crate::identity::keep_renewed;
 use crate::meta::MetadataError;
 use crate::nbd::activation::{self, ActivationError, Purpose};
-use crate::nbd::socket::{self, BindError, Bound};
+use crate::nbd::socket::{self, BindError, Bound, Reach};
 use crate::nbd::{ListenerConfig, Listeners};
 use crate::plane::Plane;
 use crate::scrubs::Scrubs;
@@ -196,6 +197,11 @@ struct Sockets {
 impl Sockets {
     fn bind(state: &State, given: Vec<activation::Activated>) -> Result<Sockets, DaemonError> {
         let config = state.config();
+        let reach = if config.is_clustered() {
+            Reach::Anywhere
+        } else {
+            Reach::Loopback
+        };
         let mut sockets = Sockets {
             nbd: Vec::new(),
             admin: Vec::new(),
@@ -221,11 +227,13 @@ impl Sockets {
                 .iter()
                 .all(|bound| bound.to_string() != address.to_string())
             {
-                sockets.nbd.extend(socket::bind(address)?);
+                sockets.nbd.extend(socket::bind(address, Reach::Loopback)?);
             }
         }
         if sockets.admin.is_empty() {
-            sockets.admin.extend(socket::bind(&config.listen_admin)?);
+            for address in &config.listen_admin {
+                sockets.admin.extend(socket::bind(address, reach)?);
+            }
         }
         for bound in &sockets.nbd {
             state.add_listener(ListenerKind::Nbd, bound.to_string());
@@ -340,6 +348,15 @@ impl Daemon {
         let metadata = OpenMetadata::open(config).await?;
         let node = metadata.node;
         state.set_node(node);
+        if let Some(identity) = &metadata.identity {
+            state.set_cluster(ClusterServices {
+                identity: identity.clone(),
+                records: metadata.records.clone(),
+            });
+            let names = certificate_names(config);
+            let length = config.certificate_lifetime;
+            tokio::spawn(keep_renewed(identity.clone(), names, length));
+        }
 
         state.begin_step("the stores are being opened");
         let known = stores::recorded(&*metadata.records, node).await?;
@@ -378,7 +395,7 @@ impl Daemon {
     ) -> Result<(Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         let store = metadata.records;
-        let owner = metadata.is_shared.then_some(metadata.node);
+        let owner = metadata.identity.is_some().then_some(metadata.node);
         for missing in stores::record(&*store, known, plane.stores(), owner).await? {
             state.add_lasting_warning(format!(
                 "store {} was last at {} and is not configured any more; volumes on it are not served",

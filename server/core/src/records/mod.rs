@@ -5,6 +5,7 @@
 //! again when it meets a conflict, is the shell's part. No decision looks at a clock or draws an id: both come in.
 
 mod change;
+mod cluster;
 mod name;
 mod record;
 mod size;
@@ -14,6 +15,12 @@ pub use change::{
     ClaimError, ConfigureError, CreateError, Creation, DeleteError, NewVolume, RenameError,
     ResizeError, begin_delete, claim, configure, create, finish_delete, pass_over_layers, rename,
     resize,
+};
+pub use cluster::{
+    CLIENT_NAME_MAX_BYTES, ClientNameError, ClientRecord, ClientRole, ClusterId, ClusterRecord,
+    JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord, MemberState,
+    MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name, check_label,
+    join, label, put_member, remove,
 };
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use record::{

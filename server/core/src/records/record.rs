@@ -15,7 +15,7 @@ use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, VolumeId};
 
 /// The keys of the metadata store.
 pub mod keys {
-    use super::{StoreId, VolumeId, VolumeName};
+    use super::{NodeId, StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
     pub const VOLUMES: &str = "volumes/";
@@ -29,6 +29,16 @@ pub mod keys {
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
     pub const NODE: &str = "node";
+    /// The [`ClusterRecord`](crate::records::ClusterRecord).
+    pub const CLUSTER: &str = "cluster";
+    /// The [`MembershipRecord`](crate::records::MembershipRecord), which a node keeps for itself.
+    pub const MEMBERSHIP: &str = "membership";
+    /// Every [`MemberRecord`](crate::records::MemberRecord) has this prefix.
+    pub const MEMBERS: &str = "nodes/";
+    /// Every [`TokenRecord`](crate::records::TokenRecord) has this prefix.
+    pub const TOKENS: &str = "tokens/";
+    /// Every [`ClientRecord`](crate::records::ClientRecord) has this prefix.
+    pub const CLIENTS: &str = "clients/";
 
     /// The key of a volume's record.
     pub fn volume(id: VolumeId) -> String {
@@ -43,6 +53,21 @@ pub mod keys {
     /// The key of a store's record.
     pub fn store(id: StoreId) -> String {
         format!("{STORES}{}", id.0)
+    }
+
+    /// The key of a cluster's node.
+    pub fn member(id: NodeId) -> String {
+        format!("{MEMBERS}{}", id.0)
+    }
+
+    /// The key of a join token, by the SHA-256 of its secret in hexadecimal digits.
+    pub fn token(sha256: &str) -> String {
+        format!("{TOKENS}{sha256}")
+    }
+
+    /// The key of a client's certificate.
+    pub fn client(name: &str) -> String {
+        format!("{CLIENTS}{name}")
     }
 
     /// The key of what the last scrub of a store found.
