@@ -6,7 +6,13 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["ashlar/admin/v1/admin.proto"], ["proto"])?;
+    let descriptors = protox::compile(
+        [
+            "ashlar/admin/v1/admin.proto",
+            "ashlar/cluster/v1/cluster.proto",
+        ],
+        ["proto"],
+    )?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(
         out.join("ashlar.descriptors.bin"),

@@ -12,6 +12,12 @@ pub mod admin {
     tonic::include_proto!("ashlar.admin.v1");
 }
 
+/// `ashlar.cluster.v1`: who belongs to a cluster, from `proto/ashlar/cluster/v1/cluster.proto`.
+pub mod cluster {
+    #![allow(clippy::all, unreachable_pub)]
+    tonic::include_proto!("ashlar.cluster.v1");
+}
+
 /// The part of etcd's interface that the metadata store uses: messages and clients, from `proto/etcd/rpc.proto`.
 pub mod etcd {
     #![allow(clippy::all, unreachable_pub)]

@@ -7,6 +7,7 @@
 pub mod admin;
 pub mod campaign;
 pub mod certificate;
+pub mod cluster;
 pub mod daemon;
 pub mod etcd;
 pub mod fio;

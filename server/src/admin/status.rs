@@ -49,7 +49,7 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
     Status::new(code, error.to_string())
 }
 
-fn of_metadata_error(error: &MetadataError) -> Code {
+pub(super) fn of_metadata_error(error: &MetadataError) -> Code {
     match error {
         MetadataError::Unavailable { .. } => Code::Unavailable,
         MetadataError::Unknown { .. } | MetadataError::Compacted { .. } => Code::Aborted,

@@ -8,7 +8,7 @@ use ashlar_proto::admin::{
 };
 use serde::Serialize;
 
-use super::args::{Format, NodeCommand};
+use super::args::{ClientNodeCommand, Format};
 use super::connect::Daemon;
 use super::error::CliError;
 use super::output::{self, Answer};
@@ -187,13 +187,13 @@ impl Answer for NodeList {
     }
 }
 
-/// `ashlar node`.
+/// `ashlar client-node`.
 pub(super) async fn node(
     daemon: &mut Daemon,
     format: Format,
-    command: NodeCommand,
+    command: ClientNodeCommand,
 ) -> Result<(), CliError> {
-    let NodeCommand::List = command;
+    let ClientNodeCommand::List = command;
     let answer = daemon.client.list_nodes(ListNodesRequest {}).await?;
     let nodes = answer.into_inner().nodes.into_iter();
     let nodes = nodes.map(|node| ClientNode {

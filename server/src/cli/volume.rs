@@ -4,7 +4,8 @@ use std::io::{self, IsTerminal, Write};
 
 use ashlar_proto::admin::{
     CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, Listener,
-    ListenerKind, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest, VolumeLimits,
+    ListenerKind, OpenVolumeRequest, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
+    VolumeLimits,
 };
 use serde::Serialize;
 
@@ -32,6 +33,7 @@ pub(super) async fn run(
             size,
             write_through,
             read_only,
+            replicas,
             iops,
             bps,
         } => {
@@ -45,6 +47,7 @@ pub(super) async fn run(
                 size_bytes: size.0,
                 read_only,
                 write_through,
+                replicas: replicas.unwrap_or(0),
                 ..CreateVolumeRequest::default()
             };
             let volume = required(
@@ -89,6 +92,18 @@ pub(super) async fn run(
                 &Shown {
                     attach: attach_lines(&volume, &answer.nbd_listeners)
                         .filter(|_| volume.publications.is_empty()),
+                    volume,
+                },
+            )
+        }
+        VolumeCommand::Open { volume } => {
+            let request = OpenVolumeRequest { volume };
+            let answer = daemon.client.open_volume(request).await?;
+            let volume = required(answer.into_inner().volume)?;
+            output::print(
+                format,
+                &Changed {
+                    verb: "served here",
                     volume,
                 },
             )

@@ -1,9 +1,11 @@
 //! Where records are kept: `sqlite`, or `etcd:URL,URL…`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use ashlar_core::records::{LABELS_MAX, check_label};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -176,6 +178,24 @@ fn checked_prefix(prefix: &str) -> Result<String, ConfigError> {
         ));
     }
     Ok(format!("{}/", prefix.trim_end_matches('/')))
+}
+
+/// `KEY=VALUE` each.
+pub(super) fn labels(given: &[String]) -> Result<BTreeMap<String, String>, ConfigError> {
+    let mut labels = BTreeMap::new();
+    for label in given {
+        let (key, text) = label
+            .split_once('=')
+            .ok_or_else(|| value("label", format!("{label:?} is not KEY=VALUE")))?;
+        for part in [key, text] {
+            check_label(part).map_err(|error| value("label", error.to_string()))?;
+        }
+        labels.insert(key.to_owned(), text.to_owned());
+    }
+    if labels.len() > LABELS_MAX {
+        return Err(value("label", format!("at most {LABELS_MAX} are allowed")));
+    }
+    Ok(labels)
 }
 
 #[cfg(test)]

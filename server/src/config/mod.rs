@@ -10,6 +10,7 @@ mod metadata;
 mod settings;
 mod size;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub use settings::{HttpListen, LogFormat, Settings, StoreSetting, StoreSettingEr
 pub use size::{ByteCount, ByteCountError};
 
 use crate::engine::{EngineChoice, FaultPlan};
+use crate::identity::JoinSetting;
 
 /// Default port of HTTP. Not taken by anything in IANA's list, next to the exporters people already scrape.
 const HTTP_PORT_DEFAULT: u16 = 9460;
@@ -39,6 +41,9 @@ const LEAF_CACHE_BYTES_MIN: u64 = 4 << 20;
 /// Default of `scrub-every`: often enough to find rot while backups still have what it hit, and at the default rate a
 /// tenth of the time for a store of 4 TiB.
 const SCRUB_EVERY_DEFAULT: Every = Every::days(7);
+/// Default of `certificate-lifetime`: short enough that a certificate nobody knows of is worth nothing before long, long
+/// enough that a month without the authority does no harm.
+const CERTIFICATE_SECONDS_DEFAULT: u32 = 90 * 86400;
 /// The largest NBD request is 32 MiB; a connection must be able to hold one.
 const CONNECTION_BUFFER_BYTES_MIN: u64 = 33 << 20;
 /// More data threads than this is a slip of the keyboard.
@@ -71,7 +76,18 @@ pub struct Config {
     pub store_size_bytes: Option<u64>,
     /// At least one; all differ.
     pub listen_nbd: Vec<Address>,
-    pub listen_admin: Address,
+    /// At least one; all differ.
+    pub listen_admin: Vec<Address>,
+    /// Where other nodes reach the admin interface.
+    pub advertise: Option<HostPort>,
+    /// Where the heads of other nodes reach this one's stores.
+    pub listen_link: Option<HostPort>,
+    /// How to join a cluster, for a node without one.
+    pub join: Option<JoinSetting>,
+    /// Of this node when it joins.
+    pub labels: BTreeMap<String, String>,
+    /// Of certificates that are signed here.
+    pub certificate_lifetime: Duration,
     pub listen_http: HttpListen,
     pub metadata: Metadata,
     pub log_format: LogFormat,
@@ -181,14 +197,27 @@ impl Config {
             .into_iter()
             .map(|address| listener("listen-nbd", address))
             .collect::<Result<_, _>>()?;
-        let listen_admin = settings
-            .listen_admin
-            .unwrap_or_else(|| Address::Unix(data_dir.join("admin.sock")));
-        let listen_admin = listener("listen-admin", listen_admin)?;
+        let mut listen_admin = settings.listen_admin;
+        if listen_admin.is_empty() {
+            listen_admin.push(Address::Unix(data_dir.join("admin.sock")));
+        }
+        let is_secured = metadata != Metadata::Sqlite;
+        let listen_admin: Vec<_> = listen_admin
+            .into_iter()
+            .map(|address| match address {
+                tcp @ Address::Tcp(_) if is_secured => Ok(tcp),
+                other => listener("listen-admin", other),
+            })
+            .collect::<Result<_, _>>()?;
         let fixed = |address: &&Address| !matches!(address, Address::Tcp(HostPort { port: 0, .. }));
-        if let Some(twice) = duplicate(listen_nbd.iter().chain([&listen_admin]).filter(fixed)) {
+        if let Some(twice) = duplicate(listen_nbd.iter().chain(&listen_admin).filter(fixed)) {
             return Err(value("listen-nbd", format!("{twice} is given twice")));
         }
+        let advertise = settings.advertise.or_else(|| reachable(&listen_admin));
+        let join = settings.join.as_deref().map(str::parse::<JoinSetting>);
+        let join = join
+            .transpose()
+            .map_err(|error| value("join", error.to_string()))?;
         let listen_http = settings.listen_http.unwrap_or_else(|| {
             HttpListen::On(HostPort {
                 host: "127.0.0.1".to_owned(),
@@ -220,6 +249,18 @@ impl Config {
             store_size_bytes: settings.store_size.map(|size| size.0),
             listen_nbd,
             listen_admin,
+            advertise,
+            listen_link: settings.listen_link,
+            join,
+            labels: metadata::labels(&settings.label)?,
+            certificate_lifetime: between(
+                "certificate-lifetime",
+                settings.certificate_lifetime,
+                CERTIFICATE_SECONDS_DEFAULT,
+                30,
+                10 * 365 * 86400,
+            )
+            .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
             listen_http,
             metadata,
             log_format: settings.log_format.unwrap_or_default(),
@@ -283,6 +324,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Whether this node is one of a cluster.
+    pub fn is_clustered(&self) -> bool {
+        self.metadata != Metadata::Sqlite
+    }
+
     /// The settings as a file that means the same.
     pub fn to_toml(&self) -> String {
         let mut settings = Settings {
@@ -290,7 +336,15 @@ impl Config {
             store: self.stores.clone(),
             store_size: self.store_size_bytes.map(ByteCount),
             listen_nbd: self.listen_nbd.clone(),
-            listen_admin: Some(self.listen_admin.clone()),
+            listen_admin: self.listen_admin.clone(),
+            advertise: self.advertise.clone(),
+            listen_link: self.listen_link.clone(),
+            label: self
+                .labels
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect(),
+            certificate_lifetime: Some(self.certificate_lifetime.as_secs() as u32),
             listen_http: Some(self.listen_http.clone()),
             log_format: Some(self.log_format),
             log_level: Some(self.log_level.clone()),
@@ -349,6 +403,18 @@ fn absolute(setting: &'static str, path: &Path) -> Result<PathBuf, ConfigError> 
         .map_err(|error| value(setting, format!("{}: {error}", path.display())))
 }
 
+/// The first address that others may reach: one with a port, which is not every address of the machine.
+fn reachable(listen_admin: &[Address]) -> Option<HostPort> {
+    listen_admin.iter().find_map(|address| match address {
+        Address::Tcp(host_port) => {
+            let ip = host_port.host.parse::<std::net::IpAddr>();
+            let is_any = ip.is_ok_and(|ip| ip.is_unspecified());
+            (host_port.port != 0 && !is_any).then(|| host_port.clone())
+        }
+        Address::Unix(_) => None,
+    })
+}
+
 /// Checks what can be told of an address before it is listened on.
 fn listener(setting: &'static str, address: Address) -> Result<Address, ConfigError> {
     match address {
@@ -367,7 +433,7 @@ fn listener(setting: &'static str, address: Address) -> Result<Address, ConfigEr
         Address::Tcp(host_port) if !host_port.may_be_loopback() => Err(value(
             setting,
             format!(
-                "{host_port} can be reached from other machines, which this version does not allow because it has no TLS yet; use 127.0.0.1, or a tunnel"
+                "{host_port} can be reached from other machines, which needs TLS, and that needs a cluster (`ashlar cluster init`); use 127.0.0.1, or a tunnel"
             ),
         )),
         tcp @ Address::Tcp(_) => Ok(tcp),

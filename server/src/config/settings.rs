@@ -42,14 +42,44 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub listen_nbd: Vec<Address>,
 
-    /// Where the ashlar command connects, TCP on loopback only [default: unix:DATA_DIR/admin.sock]
+    /// Where the ashlar command and other nodes connect, TCP beyond loopback in a cluster only and with TLS; may be given
+    /// several times [default: unix:DATA_DIR/admin.sock]
+    #[arg(long, env = "ASHLAR_LISTEN_ADMIN", value_name = "unix:PATH|tcp:HOST:PORT", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listen_admin: Vec<Address>,
+
+    /// Where other nodes reach this one's TCP admin interface [default: the first address in --listen-admin that is one]
+    #[arg(long, env = "ASHLAR_ADVERTISE", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<HostPort>,
+
+    /// Where the heads of other nodes reach this one's stores, with TLS; in a cluster only [default: the host of
+    /// --advertise and a port of the system's choice, which the others are told]
+    #[arg(long, env = "ASHLAR_LISTEN_LINK", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_link: Option<HostPort>,
+
+    /// A node without a cluster joins one with this, as `ashlar cluster token` prints it; afterwards it means nothing
     #[arg(
         long,
-        env = "ASHLAR_LISTEN_ADMIN",
-        value_name = "unix:PATH|tcp:HOST:PORT"
+        env = "ASHLAR_JOIN",
+        value_name = "TOKEN@HOST:PORT",
+        hide_env_values = true
     )]
+    // Never printed: it holds a secret.
+    #[serde(skip_serializing)]
+    pub join: Option<String>,
+
+    /// What tells this node's place when it joins, such as zone=a or rack=7; may be given several times
+    #[arg(long, env = "ASHLAR_LABEL", value_name = "KEY=VALUE", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub label: Vec<String>,
+
+    /// Seconds that certificates of nodes are good for which this node signs; they renew themselves
+    /// [default: 7776000, 90 days]
+    #[arg(long, env = "ASHLAR_CERTIFICATE_LIFETIME", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub listen_admin: Option<Address>,
+    pub certificate_lifetime: Option<u32>,
 
     /// Where /metrics, /healthz and /readyz are served, or "off" [default: 127.0.0.1:9460]
     #[arg(long, env = "ASHLAR_LISTEN_HTTP", value_name = "HOST:PORT|off")]
@@ -190,7 +220,12 @@ impl Settings {
             store: list(self.store, below.store),
             store_size: self.store_size.or(below.store_size),
             listen_nbd: list(self.listen_nbd, below.listen_nbd),
-            listen_admin: self.listen_admin.or(below.listen_admin),
+            listen_admin: list(self.listen_admin, below.listen_admin),
+            advertise: self.advertise.or(below.advertise),
+            listen_link: self.listen_link.or(below.listen_link),
+            join: self.join.or(below.join),
+            label: list(self.label, below.label),
+            certificate_lifetime: self.certificate_lifetime.or(below.certificate_lifetime),
             listen_http: self.listen_http.or(below.listen_http),
             metadata: self.metadata.or(below.metadata),
             etcd_prefix: self.etcd_prefix.or(below.etcd_prefix),

@@ -37,7 +37,7 @@ fn defaults_lie_under_the_data_directory() {
     assert_eq!(config.listen_nbd, [Address::Unix("/srv/a/nbd.sock".into())]);
     assert_eq!(
         config.listen_admin,
-        Address::Unix("/srv/a/admin.sock".into())
+        [Address::Unix("/srv/a/admin.sock".into())]
     );
     assert_eq!(config.listen_http.to_string(), "127.0.0.1:9460");
     assert_eq!(
@@ -71,6 +71,10 @@ fn what_is_printed_means_the_same() {
         "--listen-nbd=tcp:127.0.0.1:10809",
         "--listen-nbd=unix:/run/n.sock",
         "--listen-admin=tcp:[::1]:9461",
+        "--listen-admin=tcp:0.0.0.0:9462",
+        "--advertise=h:9462",
+        "--label=zone=a",
+        "--certificate-lifetime=3600",
         "--listen-http=off",
         "--metadata=etcd:https://a:1,https://b:2",
         "--etcd-prefix=/x/",

@@ -10,11 +10,11 @@ use async_trait::async_trait;
 
 use crate::data::{self, DataError, DataPlane, ReplicatedSpec, ReplicationStatus};
 use crate::metrics::Metrics;
+use crate::plane::{ConnectionView, Plane, StoreView};
 use crate::replication::{ReplicationEvent, Seals};
+use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_of};
 use ashlar_core::records::{Versioned, VolumeRecord};
 use tokio::sync::mpsc::UnboundedReceiver;
-use crate::plane::{ConnectionView, Plane, StoreView};
-use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_of};
 
 /// The data plane and what does not change while it runs.
 pub(super) struct Host {

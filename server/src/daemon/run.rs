@@ -13,20 +13,21 @@ use tokio::sync::watch;
 
 use super::data_plane::Host;
 use super::lock::{DataDirError, DataDirLock};
-use super::metadata::{MetadataOpenError, OpenMetadata};
+use super::metadata::{MetadataOpenError, OpenMetadata, certificate_names};
 use super::notify::{Notice, notify};
-use super::state::{Phase, Services, State};
+use super::state::{ClusterServices, Phase, Services, State};
 use super::stores::{self, StoreSetupError};
 use super::{logging, process};
 use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
+use crate::identity::keep_renewed;
 use crate::meta::MetadataError;
 use crate::nbd::activation::{self, ActivationError, Purpose};
-use crate::nbd::socket::{self, BindError, Bound};
+use crate::nbd::socket::{self, BindError, Bound, Reach};
 use crate::nbd::{ListenerConfig, Listeners};
 use crate::plane::Plane;
-use crate::replication::{Driver, NoPeers, Seals};
+use crate::replication::{self, Dial, Driver, LinkListenError, Network, NoPeers, Seals};
 use crate::scrubs::Scrubs;
 use crate::volumes::{VolumeError, VolumeHost, Volumes};
 
@@ -58,6 +59,9 @@ pub enum DaemonError {
     /// Where the metadata is.
     #[error(transparent)]
     Metadata(#[from] MetadataOpenError),
+    /// Links of other nodes.
+    #[error(transparent)]
+    Links(#[from] LinkListenError),
     /// The metadata itself.
     #[error(transparent)]
     Records(#[from] MetadataError),
@@ -197,6 +201,11 @@ struct Sockets {
 impl Sockets {
     fn bind(state: &State, given: Vec<activation::Activated>) -> Result<Sockets, DaemonError> {
         let config = state.config();
+        let reach = if config.is_clustered() {
+            Reach::Anywhere
+        } else {
+            Reach::Loopback
+        };
         let mut sockets = Sockets {
             nbd: Vec::new(),
             admin: Vec::new(),
@@ -222,11 +231,13 @@ impl Sockets {
                 .iter()
                 .all(|bound| bound.to_string() != address.to_string())
             {
-                sockets.nbd.extend(socket::bind(address)?);
+                sockets.nbd.extend(socket::bind(address, Reach::Loopback)?);
             }
         }
         if sockets.admin.is_empty() {
-            sockets.admin.extend(socket::bind(&config.listen_admin)?);
+            for address in &config.listen_admin {
+                sockets.admin.extend(socket::bind(address, reach)?);
+            }
         }
         for bound in &sockets.nbd {
             state.add_listener(ListenerKind::Nbd, bound.to_string());
@@ -302,7 +313,7 @@ impl Daemon {
         let admin = crate::admin::serve(sockets.admin, state.clone(), stopped.clone());
         interfaces.spawn(watched("admin", admin));
 
-        let started = Daemon::start_serving(&state, sockets.nbd).await;
+        let started = Daemon::start_serving(&state, sockets.nbd, stopped.clone()).await;
         let (plane, volumes, listeners) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -335,12 +346,22 @@ impl Daemon {
     async fn start_serving(
         state: &Arc<State>,
         nbd: Vec<Bound>,
+        stop: watch::Receiver<bool>,
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         state.begin_step("the metadata is being opened");
         let metadata = OpenMetadata::open(config).await?;
         let node = metadata.node;
         state.set_node(node);
+        if let Some(identity) = &metadata.identity {
+            state.set_cluster(ClusterServices {
+                identity: identity.clone(),
+                records: metadata.records.clone(),
+            });
+            let names = certificate_names(config);
+            let length = config.certificate_lifetime;
+            tokio::spawn(keep_renewed(identity.clone(), names, length));
+        }
 
         state.begin_step("the stores are being opened");
         let known = stores::recorded(&*metadata.records, node).await?;
@@ -361,14 +382,32 @@ impl Daemon {
             );
         }
         let (tell, events) = tokio::sync::mpsc::unbounded_channel();
+        let dial: Arc<dyn Dial> = match &metadata.identity {
+            Some(identity) => Arc::new(Network::new(identity.clone(), metadata.records.clone())),
+            None => Arc::new(NoPeers),
+        };
         Driver::start(
             plane.clone(),
             metadata.records.clone(),
             seals.clone(),
-            Arc::new(NoPeers),
+            dial,
             tell,
         );
         let host = Arc::new(Host::new(plane.clone(), seals, events));
+        if let Some(identity) = &metadata.identity {
+            let listening = replication::listen(
+                identity.clone(),
+                plane.clone(),
+                metadata.records.clone(),
+                config.listen_link.clone(),
+                config.advertise.clone(),
+                stop,
+            );
+            if let Err(error) = listening.await {
+                plane.drain().await;
+                return Err(error.into());
+            }
+        }
         match Daemon::start_volumes(state, metadata, &known, host, &plane, nbd).await {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
@@ -389,7 +428,7 @@ impl Daemon {
     ) -> Result<(Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         let store = metadata.records;
-        let owner = metadata.is_shared.then_some(metadata.node);
+        let owner = metadata.identity.is_some().then_some(metadata.node);
         for missing in stores::record(&*store, known, plane.stores(), owner).await? {
             state.add_lasting_warning(format!(
                 "store {} was last at {} and is not configured any more; volumes on it are not served",
@@ -404,8 +443,13 @@ impl Daemon {
             config.scrub_bytes_per_second,
         )
         .await?;
-        let volumes =
-            Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, metadata.node, metadata.is_shared).await?;
+        let volumes = Volumes::start(
+            store,
+            host.clone() as Arc<dyn VolumeHost>,
+            metadata.node,
+            metadata.identity.is_some(),
+        )
+        .await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,

@@ -128,9 +128,12 @@ impl DataThread {
                 read_only,
                 answer,
             } => {
-                let found = self
-                    .volume_key(id)
-                    .map(|key| self.volumes[key].head.admission_mut().set_read_only(read_only));
+                let found = self.volume_key(id).map(|key| {
+                    self.volumes[key]
+                        .head
+                        .admission_mut()
+                        .set_read_only(read_only)
+                });
                 let _ = answer.send(found);
             }
             Command::RenewEpoch { id, epoch, answer } => {

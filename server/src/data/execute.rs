@@ -71,7 +71,11 @@ impl DataThread {
                 Asked::Read { .. } | Asked::Write | Asked::Trim | Asked::WriteZeroes { .. }
             )
         {
-            if let Asked::WriteZeroes { no_hole: true, fast_only: true } = parsed.command {
+            if let Asked::WriteZeroes {
+                no_hole: true,
+                fast_only: true,
+            } = parsed.command
+            {
                 // Space can only be kept by writing it.
                 self.answer_error(request, RequestError::NotFast);
                 return;

@@ -10,7 +10,7 @@ use ashlar_core::volume::{BlockRange, FlushPlan, Ticket};
 use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
-use super::cluster::{Replicated, ReplicaOperation};
+use super::cluster::{ReplicaOperation, Replicated};
 use super::connection::ConnectionRef;
 use super::landed::Landed;
 use super::pool::Buffer;

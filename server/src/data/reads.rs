@@ -24,11 +24,11 @@ impl DataThread {
             return self.answer_done(request);
         };
         let key = self.operations.vacant_key();
-        match self.volumes[request.volume]
-            .head
-            .admission_mut()
-            .begin(Access::Shared, range, key as u64)
-        {
+        match self.volumes[request.volume].head.admission_mut().begin(
+            Access::Shared,
+            range,
+            key as u64,
+        ) {
             Ok(Began::Now(started)) => {
                 request.ticket = Some(started.ticket);
                 self.start_read(key, request);

@@ -1,6 +1,6 @@
 //! The door, with real sockets, a catalogue of two exports and data threads that only keep what they get.
 
-use super::socket::{BindError, Bound, bind};
+use super::socket::{BindError, Bound, Reach, bind};
 use super::{
     Attach, AttachError, AttachedClient, CatalogError, ConnectionCount, ExportCatalog,
     ListenerConfig, ListenerStats, Listeners,
@@ -80,7 +80,7 @@ impl Door {
     fn open(config: ListenerConfig, most_connections: usize) -> Door {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("nbd.sock");
-        let bound = bind(&Address::Unix(path.clone())).unwrap();
+        let bound = bind(&Address::Unix(path.clone()), Reach::Loopback).unwrap();
         Door::with(bound, config, most_connections, directory, path)
     }
 
@@ -392,7 +392,7 @@ fn the_socket_is_for_its_owner_only() {
 }
 
 fn bind_at(path: &Path) -> Result<Vec<Bound>, BindError> {
-    bind(&Address::Unix(path.to_owned()))
+    bind(&Address::Unix(path.to_owned()), Reach::Loopback)
 }
 
 #[test]
@@ -428,10 +428,13 @@ fn a_path_that_another_server_took_is_not_removed() {
 }
 
 fn tcp(host: &str, port: u16) -> Result<Vec<Bound>, BindError> {
-    bind(&Address::Tcp(HostPort {
-        host: host.to_owned(),
-        port,
-    }))
+    bind(
+        &Address::Tcp(HostPort {
+            host: host.to_owned(),
+            port,
+        }),
+        Reach::Loopback,
+    )
 }
 
 #[test]

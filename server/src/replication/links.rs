@@ -56,7 +56,6 @@ pub enum LinkRefused {
     TooSlow,
 }
 
-
 /// Says hello over a connection to `node`, which its certificate has named, and hears its welcome.
 pub async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,

@@ -5,11 +5,13 @@
 
 mod driver;
 mod links;
+mod network;
 mod seals;
 
 pub use driver::{Driver, ReplicationEvent};
 pub use links::{Dial, GREETING_TIME, LinkRefused, NoPeers, accept, greet};
-pub use seals::{Seals, SealRecord};
+pub use network::{LinkListenError, Network, listen};
+pub use seals::{SealRecord, Seals};
 
 use crate::data::ClusterTell;
 

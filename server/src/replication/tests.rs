@@ -45,7 +45,12 @@ struct Neighbour {
 impl Dial for Neighbour {
     async fn dial(&self, node: NodeId, store: StoreId) -> Result<LinkEnds, LinkRefused> {
         let plane = self.town.planes.lock().expect("town").get(&node).cloned();
-        let is_cut = self.town.cut.lock().expect("town").contains(&(self.this, node));
+        let is_cut = self
+            .town
+            .cut
+            .lock()
+            .expect("town")
+            .contains(&(self.this, node));
         let Some(plane) = plane.filter(|_| !is_cut) else {
             return Err(LinkRefused::NoAddress(node));
         };
@@ -70,6 +75,7 @@ impl Dial for Neighbour {
                 },
                 stream: Stream::Plain(stream.into_std()?.into()),
                 leftover: Vec::new(),
+                session: None,
             })
         };
         assert_eq!(accepted?, store);
@@ -119,14 +125,12 @@ impl Cluster {
             town: self.town.clone(),
             this: node,
         });
-        Driver::start(
-            plane.clone(),
-            self.records.clone(),
-            seals,
-            dial,
-            send,
-        );
-        self.town.planes.lock().expect("town").insert(node, plane.clone());
+        Driver::start(plane.clone(), self.records.clone(), seals, dial, send);
+        self.town
+            .planes
+            .lock()
+            .expect("town")
+            .insert(node, plane.clone());
         Daemon {
             node,
             plane,
@@ -201,7 +205,9 @@ impl Cluster {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, wait).await.expect("in sync in time");
+        tokio::time::timeout(PATIENCE, wait)
+            .await
+            .expect("in sync in time");
     }
 }
 
@@ -310,7 +316,8 @@ async fn three_copies_behave_like_one_disk() {
     let mut left = blocking(move || Client::attach(&plane, ReplyStyle::Simple, SIZE)).await;
     let mut two = two;
     cluster.open(&mut two).await;
-    one.until(|event| matches!(event, ReplicationEvent::Stopped { .. })).await;
+    one.until(|event| matches!(event, ReplicationEvent::Stopped { .. }))
+        .await;
     let plane = two.plane.clone();
     blocking(move || {
         assert!(left.is_closed());

@@ -1,11 +1,11 @@
 //! Why an operation on a volume failed.
 
+use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
     AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ConfigureError, CreateError,
     DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError, PublishError,
     RenameError, ResizeError, SizeError,
 };
-use ashlar_core::placement::TooFewNodes;
 use ashlar_core::units::NodeId;
 use thiserror::Error;
 

@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
+    MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
+    VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 
 use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
 use crate::data::ReplicatedSpec;
-use crate::meta::{Batch, Outcome, Change as RecordChange, WatchEnd};
+use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
 use crate::replication::ReplicationEvent;
 
 /// Copies of a new volume, where there are as many nodes and nobody said otherwise.
@@ -74,7 +75,14 @@ impl Volumes {
 
     /// What fails together with each node.
     async fn zones(&self) -> Result<BTreeMap<NodeId, String>, VolumeError> {
-        Ok(BTreeMap::new())
+        let mut zones = BTreeMap::new();
+        for entry in self.store.list(keys::MEMBERS).await?.entries {
+            let member = entry.read::<MemberRecord>()?.record;
+            if let Some(zone) = member.labels.get("zone") {
+                zones.insert(member.id, zone.clone());
+            }
+        }
+        Ok(zones)
     }
 
     /// Whether a volume may be changed here in a way that takes its head's clients away.
@@ -401,7 +409,9 @@ impl Volumes {
         self.store.commit(mine).await?;
         let dropped = self.store.list(&keys::dropped_by(id)).await?.entries;
         let sets = record.placement.sets.iter();
-        let mut holders = sets.flat_map(|set| &set.replicas).map(|replica| replica.node);
+        let mut holders = sets
+            .flat_map(|set| &set.replicas)
+            .map(|replica| replica.node);
         let has_dropped = |node: NodeId| {
             let key = keys::dropped(id, node);
             dropped.iter().any(|entry| entry.key == key)

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_core::records::{
-    LayerCounter, Record, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys,
-    pass_over_layers,
+    LayerCounter, Record, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim,
+    keys, pass_over_layers,
 };
 use ashlar_core::units::{Epoch, LayerId, StoreId};
 

@@ -486,7 +486,11 @@ fn a_daemon_serves_through_an_outage_of_etcd() {
     let mut etcd = Etcd::start(&scratch);
     let mut daemon = Setup::default()
         .args(["--metadata", &etcd.setting(), "--etcd-prefix", "/one"])
-        .start("etcd-daemon-d");
+        .prepare("etcd-daemon-d");
+    let refusal = daemon.start_refused();
+    assert!(refusal.contains("belongs to no cluster"), "{refusal}");
+    ashlar_tests::cluster::found(&daemon, &etcd, &["--etcd-prefix", "/one"]);
+    daemon.start();
     daemon.create("disk", "64MiB");
     let mut client = daemon.open("disk", Wishes::SIMPLE);
     client.write(4096, b"before").expect("write");

@@ -1,5 +1,6 @@
 //! The integration tests, one binary with a module per topic. docs/testing.md says which promise each one checks.
 
+mod cluster;
 mod command_line;
 mod config;
 mod controls;

@@ -71,7 +71,10 @@ pub fn spread(
             let best = usable
                 .iter()
                 .copied()
-                .filter(|at| set.iter().all(|other| stores[*other].node != stores[*at].node))
+                .filter(|at| {
+                    set.iter()
+                        .all(|other| stores[*other].node != stores[*at].node)
+                })
                 .min_by_key(|at| {
                     let store = &stores[*at];
                     let is_home = set.is_empty() && store.node == home;
@@ -117,7 +120,10 @@ mod tests {
         assert_eq!(sets, [vec![1, 2]]);
         assert_eq!(
             spread(&stores, 4, 1, home),
-            Err(TooFewNodes { wanted: 4, nodes: 3 })
+            Err(TooFewNodes {
+                wanted: 4,
+                nodes: 3
+            })
         );
         assert_eq!(spread(&stores, 3, 1000, home).expect("placed").len(), 1);
     }

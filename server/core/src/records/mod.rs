@@ -7,6 +7,7 @@
 mod annotations;
 mod change;
 mod client_node;
+mod cluster;
 mod fabric;
 mod filesystem;
 mod limits;
@@ -28,6 +29,12 @@ pub use change::{
 };
 pub use client_node::{
     ClientNodeError, ClientNodeId, ClientNodeRecord, register_node, unregister_node,
+};
+pub use cluster::{
+    CLIENT_NAME_MAX_BYTES, ClientNameError, ClientRecord, ClientRole, ClusterId, ClusterRecord,
+    JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord, MemberState,
+    MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name, check_label,
+    join, label, put_member, remove,
 };
 pub use fabric::{LinkRecord, SpaceRecord};
 pub use filesystem::{

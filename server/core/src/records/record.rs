@@ -39,6 +39,16 @@ pub mod keys {
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
     pub const NODE: &str = "node";
+    /// The [`ClusterRecord`](crate::records::ClusterRecord).
+    pub const CLUSTER: &str = "cluster";
+    /// The [`MembershipRecord`](crate::records::MembershipRecord), which a node keeps for itself.
+    pub const MEMBERSHIP: &str = "membership";
+    /// Every [`MemberRecord`](crate::records::MemberRecord) has this prefix.
+    pub const MEMBERS: &str = "nodes/";
+    /// Every [`TokenRecord`](crate::records::TokenRecord) has this prefix.
+    pub const TOKENS: &str = "tokens/";
+    /// Every [`ClientRecord`](crate::records::ClientRecord) has this prefix.
+    pub const CLIENTS: &str = "clients/";
 
     /// The key of a volume's record.
     pub fn volume(id: VolumeId) -> String {
@@ -83,6 +93,21 @@ pub mod keys {
     /// The key of a client node's record.
     pub fn client_node(id: &ClientNodeId) -> String {
         format!("{CLIENT_NODES}{id}")
+    }
+
+    /// The key of a cluster's node.
+    pub fn member(id: NodeId) -> String {
+        format!("{MEMBERS}{}", id.0)
+    }
+
+    /// The key of a join token, by the SHA-256 of its secret in hexadecimal digits.
+    pub fn token(sha256: &str) -> String {
+        format!("{TOKENS}{sha256}")
+    }
+
+    /// The key of a client's certificate.
+    pub fn client(name: &str) -> String {
+        format!("{CLIENTS}{name}")
     }
 
     /// The key of what the last scrub of a store found.

@@ -110,9 +110,7 @@ impl Store {
             (Some(p), None) => p.version,
             (None, Some(m)) => m.version,
             (None, None) => match self.index.slot_of(row, leaf) {
-                Some(slot) => {
-                    self.index.leaf(slot).entries[(block % LEAF_BLOCKS) as usize].version
-                }
+                Some(slot) => self.index.leaf(slot).entries[(block % LEAF_BLOCKS) as usize].version,
                 None => {
                     let mapping = self.index.row(row).leaves[leaf as usize];
                     debug_assert!(mapping.addr() == Addr::ZERO);

@@ -40,7 +40,9 @@ impl DataThread {
         zeros: bool,
     ) {
         let asked = Asked::CopyWrite { copy, member };
-        let held = self.replication(volume).and_then(|r| r.copies.remove(&copy));
+        let held = self
+            .replication(volume)
+            .and_then(|r| r.copies.remove(&copy));
         match &held {
             // Nothing may be written that was not read.
             None if !zeros => {
@@ -91,7 +93,10 @@ impl DataThread {
     }
 
     pub(super) fn copy_end(&mut self, volume: VolumeRef, copy: CopyId) {
-        if let Some(held) = self.replication(volume).and_then(|r| r.copies.remove(&copy)) {
+        if let Some(held) = self
+            .replication(volume)
+            .and_then(|r| r.copies.remove(&copy))
+        {
             self.give_back(held);
         }
     }

@@ -56,7 +56,11 @@ pub(in super::super) struct Replication {
 }
 
 impl Replication {
-    pub(in super::super) fn new(head: ReplicatedHead, claim: HeadClaim, serial: u64) -> Replication {
+    pub(in super::super) fn new(
+        head: ReplicatedHead,
+        claim: HeadClaim,
+        serial: u64,
+    ) -> Replication {
         Replication {
             head,
             claim,
@@ -81,7 +85,11 @@ impl Replication {
         sessions.any(|session| session.tag == tag)
     }
 
-    fn set_session(&mut self, member: MemberId, session: Option<MemberSession>) -> Option<MemberSession> {
+    fn set_session(
+        &mut self,
+        member: MemberId,
+        session: Option<MemberSession>,
+    ) -> Option<MemberSession> {
         let at = usize::from(member.0);
         if self.sessions.len() <= at {
             self.sessions.resize(at + 1, None);
@@ -123,7 +131,9 @@ impl DataThread {
 
     /// Tells a head what happened; what it wants done is carried out by [`DataThread::settle`].
     pub(super) fn head_event(&mut self, volume: VolumeRef, event: Event) {
-        self.with_head(volume, |head, now_us, actions| head.on_event(now_us, event, actions));
+        self.with_head(volume, |head, now_us, actions| {
+            head.on_event(now_us, event, actions)
+        });
     }
 
     /// Calls a head with the time and room for actions.
@@ -164,7 +174,9 @@ impl DataThread {
         let mut again = self.look_at_links(now_us);
         for volume in self.replicated_volumes() {
             again = true;
-            self.with_head(volume, |head, now_us, actions| head.on_tick(now_us, actions));
+            self.with_head(volume, |head, now_us, actions| {
+                head.on_tick(now_us, actions)
+            });
         }
         if again {
             self.cluster.look_soon(now_us);
@@ -177,7 +189,10 @@ impl DataThread {
                 let volume = self.volumes[volume.key].spec.id;
                 self.cluster.tell(ClusterTell::ReadRecord { volume });
             }
-            Action::Swap { serial, transaction } => {
+            Action::Swap {
+                serial,
+                transaction,
+            } => {
                 let volume = self.volumes[volume.key].spec.id;
                 self.cluster.tell(ClusterTell::Swap {
                     volume,
@@ -324,7 +339,9 @@ impl DataThread {
         let Some(replication) = self.replication(volume) else {
             return;
         };
-        replication.connected.retain(|connected| *connected != member);
+        replication
+            .connected
+            .retain(|connected| *connected != member);
         let place = replication.head.member(member);
         self.release_link(place.node, place.store);
     }
@@ -353,7 +370,9 @@ impl DataThread {
 
     pub(super) fn link_is_up(&mut self, node: NodeId, store: StoreId) {
         for volume in self.replicated_volumes() {
-            let member = self.replication(volume).and_then(|r| r.member_at(node, store));
+            let member = self
+                .replication(volume)
+                .and_then(|r| r.member_at(node, store));
             if let Some(member) = member {
                 self.head_event(volume, Event::LinkUp { member });
             }
@@ -364,9 +383,13 @@ impl DataThread {
     pub(super) fn link_is_down(&mut self, node: NodeId, store: StoreId) {
         let mut is_wanted = false;
         for volume in self.replicated_volumes() {
-            let member = self.replication(volume).and_then(|r| r.member_at(node, store));
+            let member = self
+                .replication(volume)
+                .and_then(|r| r.member_at(node, store));
             if let Some(member) = member {
-                let session = self.replication(volume).and_then(|r| r.set_session(member, None));
+                let session = self
+                    .replication(volume)
+                    .and_then(|r| r.set_session(member, None));
                 self.head_event(volume, Event::LinkDown { member });
                 is_wanted = true;
                 if let Some(session) = session {
@@ -489,7 +512,9 @@ impl DataThread {
 
     /// A peer ended a session; nothing is to be said to it.
     pub(super) fn session_ended(&mut self, volume: VolumeRef, member: MemberId) {
-        let session = self.replication(volume).and_then(|r| r.set_session(member, None));
+        let session = self
+            .replication(volume)
+            .and_then(|r| r.set_session(member, None));
         if let Some(session) = session {
             self.reads_again(volume, session.tag);
         }
@@ -498,10 +523,14 @@ impl DataThread {
     fn member_with_tag(&mut self, tag: u32) -> Option<(VolumeRef, MemberId, MemberSession)> {
         for volume in self.replicated_volumes() {
             let replication = self.replication(volume)?;
-            let found = replication.sessions.iter().enumerate().find_map(|(at, session)| {
-                let session = (*session)?;
-                (session.tag == tag).then_some((MemberId(at as u8), session))
-            });
+            let found = replication
+                .sessions
+                .iter()
+                .enumerate()
+                .find_map(|(at, session)| {
+                    let session = (*session)?;
+                    (session.tag == tag).then_some((MemberId(at as u8), session))
+                });
             if let Some((member, session)) = found {
                 return Some((volume, member, session));
             }
@@ -640,9 +669,9 @@ impl DataThread {
 
     /// A member answered on the session with this tag.
     pub(super) fn answered(&mut self, volume: VolumeRef, tag: u32, asked: Asked, answer: Answer) {
-        let is_current = self.replication(volume).is_some_and(|replication| {
-            replication.has_session(tag)
-        });
+        let is_current = self
+            .replication(volume)
+            .is_some_and(|replication| replication.has_session(tag));
         if let Asked::Read { key, serial, piece } = asked {
             return self.piece_read(key, serial, piece, is_current, answer);
         }
@@ -736,7 +765,8 @@ impl DataThread {
         if self.volume_keys.get(&id) == Some(&volume.key) {
             self.volume_keys.remove(&id);
         }
-        self.cluster.tell(ClusterTell::Stopped { volume: id, reason });
+        self.cluster
+            .tell(ClusterTell::Stopped { volume: id, reason });
         self.volume_may_close(volume.key);
     }
 

@@ -21,7 +21,12 @@ pub(super) struct FromHead {
 }
 
 impl DataThread {
-    pub(super) fn from_head(&mut self, key: usize, header: &Header, body: Range<usize>) -> Result<(), LinkError> {
+    pub(super) fn from_head(
+        &mut self,
+        key: usize,
+        header: &Header,
+        body: Range<usize>,
+    ) -> Result<(), LinkError> {
         let link = &mut self.cluster.links[key];
         let Role::FromHead(from) = &mut link.role else {
             return Ok(());
@@ -83,12 +88,16 @@ impl DataThread {
                 let mut alive = Header::new(Kind::Alive);
                 alive.op = header.op;
                 let status = self.stores[store].store.status();
-                alive.version =
-                    Version(status.capacity_blocks.saturating_sub(status.used_blocks));
+                alive.version = Version(status.capacity_blocks.saturating_sub(status.used_blocks));
                 self.cluster.links[key].wire.push(&alive, &[]);
                 self.make_link_busy(key);
             }
-            Kind::Write | Kind::Zero | Kind::Read | Kind::Flush | Kind::ReadRows | Kind::ReadLeaf => {
+            Kind::Write
+            | Kind::Zero
+            | Kind::Read
+            | Kind::Flush
+            | Kind::ReadRows
+            | Kind::ReadLeaf => {
                 let Some(replica) = replica else {
                     self.answer(origin, Answer::Status(Status::Fenced));
                     return Ok(());
@@ -128,7 +137,13 @@ impl DataThread {
         found.map(|(key, _)| LinkRef { key, id })
     }
 
-    pub(super) fn opened(&mut self, replica: usize, session: SessionRef, epoch: Epoch, lost_power: bool) {
+    pub(super) fn opened(
+        &mut self,
+        replica: usize,
+        session: SessionRef,
+        epoch: Epoch,
+        lost_power: bool,
+    ) {
         if session.link == LinkId::LOCAL {
             return self.local_opened(session.tag, lost_power);
         }
@@ -192,7 +207,12 @@ impl DataThread {
             Origin::Head { volume, tag, asked } => {
                 return self.answered(volume, tag, asked, answer);
             }
-            Origin::Peer { link, tag, op, credit_bytes } => (link, tag, op, credit_bytes),
+            Origin::Peer {
+                link,
+                tag,
+                op,
+                credit_bytes,
+            } => (link, tag, op, credit_bytes),
         };
         let mut header = Header::new(Kind::Done);
         header.session = tag;

@@ -101,7 +101,9 @@ impl Wire {
         if !overtakes && (!self.held.is_empty() || takes > self.credit) {
             let mut message = Vec::with_capacity(HEADER_BYTES + header.body_bytes as usize);
             message.extend_from_slice(&header.encode());
-            parts.iter().for_each(|part| message.extend_from_slice(part));
+            parts
+                .iter()
+                .for_each(|part| message.extend_from_slice(part));
             self.held.push_back((takes, message));
             return;
         }

@@ -8,9 +8,8 @@ use super::super::thread::DataThread;
 use super::incoming::FromHead;
 use super::link::{LinkError, LinkPeer, Wire};
 use super::outgoing::ToStore;
-use super::{LINK_TOKEN, now_us};
+use super::{LINK_TOKEN, LinkEnds, now_us};
 use crate::engine::WatchId;
-use crate::stream::Stream;
 
 /// Messages taken from one link in a turn before the others have theirs.
 const TURN_MESSAGES: usize = 256;
@@ -31,6 +30,8 @@ pub(in super::super) struct Link {
     pub(super) peer: LinkPeer,
     pub(super) role: Role,
     is_busy: bool,
+    /// Ends the connection when the peer is shut out of the cluster.
+    _session: Option<crate::identity::Session>,
 }
 
 /// Which end this is.
@@ -45,34 +46,34 @@ impl DataThread {
     // -- beginning and end
 
     /// A link to a peer's store is up.
-    pub(in super::super) fn add_outgoing_link(&mut self, peer: LinkPeer, stream: Stream, leftover: &[u8]) {
-        let (node, store) = (peer.node, peer.store);
+    pub(in super::super) fn add_outgoing_link(&mut self, ends: LinkEnds) {
+        let (node, store) = (ends.peer.node, ends.peer.store);
         // A newer one replaces an older one: the peer may have forgotten that.
         if let Some(old) = self.link_to(node, store) {
             self.end_link(old, &LinkError::Closed);
         }
-        if self.add_link(peer, stream, leftover, Role::ToStore(ToStore::default())) {
+        if self.add_link(ends, Role::ToStore(ToStore::default())) {
             self.link_is_up(node, store);
         }
     }
 
     /// A head of a peer reaches for a store of this thread.
-    pub(in super::super) fn add_incoming_link(
-        &mut self,
-        store: usize,
-        peer: LinkPeer,
-        stream: Stream,
-        leftover: &[u8],
-    ) {
+    pub(in super::super) fn add_incoming_link(&mut self, store: usize, ends: LinkEnds) {
         let role = Role::FromHead(FromHead {
             store,
             sessions: Default::default(),
             heard_at_us: now_us(),
         });
-        self.add_link(peer, stream, leftover, role);
+        self.add_link(ends, role);
     }
 
-    fn add_link(&mut self, peer: LinkPeer, stream: Stream, leftover: &[u8], role: Role) -> bool {
+    fn add_link(&mut self, ends: LinkEnds, role: Role) -> bool {
+        let LinkEnds {
+            peer,
+            stream,
+            leftover,
+            session,
+        } = ends;
         let entry = self.cluster.links.vacant_entry();
         let key = entry.key();
         let watch = match self.engine.watch(stream.fd(), LINK_TOKEN | key as u32) {
@@ -87,7 +88,8 @@ impl DataThread {
         tracing::info!(node = %peer.node.0, store = %peer.store.0, address = peer.address, "link up");
         entry.insert(Link {
             id,
-            wire: Wire::new(stream, leftover),
+            wire: Wire::new(stream, &leftover),
+            _session: session,
             watch,
             peer,
             role,
@@ -271,6 +273,7 @@ impl DataThread {
                 // A head that is frozen may come back; its socket is kept for as long as two leases.
                 Role::FromHead(from) => now_us.saturating_sub(from.heard_at_us) > 2 * lease_us,
             };
+            link.wire.rest();
             if silent {
                 self.end_link(key, &LinkError::Silent(lease_us / 1000));
             } else {

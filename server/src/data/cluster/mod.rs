@@ -25,20 +25,18 @@ mod tells;
 use std::collections::{HashMap, VecDeque};
 
 use ashlar_core::replication::wire::{LeafStates, Rows, Status};
-use ashlar_core::replication::{
-    Action, BootId, CopyId, MemberId, OpKey, QueryId, Seal,
-};
+use ashlar_core::replication::{Action, BootId, CopyId, MemberId, OpKey, QueryId, Seal};
 use ashlar_core::units::{StoreId, VolumeId};
 use slab::Slab;
 
 pub(super) use head::Replication;
 pub use link::LinkPeer;
-pub(super) use links::{Link, LinkRef};
-pub(super) use replica::{Replica, ReplicaOperation};
-pub(super) use requests::Replicated;
 pub use links::greeting;
+pub(super) use links::{Link, LinkRef};
 pub(super) use opening::ClusterCommand;
 pub use opening::ReplicatedSpec;
+pub(super) use replica::{Replica, ReplicaOperation};
+pub(super) use requests::Replicated;
 pub use tells::{ClusterTell, LinkWish, ReplicaStatus, ReplicationStatus};
 
 use super::pool::Buffer;
@@ -56,31 +54,56 @@ pub(super) struct VolumeRef {
 /// What a head of this thread asked of a replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
-    Change { op: OpKey, place: u8 },
-    Flush { op: OpKey, member: MemberId },
+    Change {
+        op: OpKey,
+        place: u8,
+    },
+    Flush {
+        op: OpKey,
+        member: MemberId,
+    },
     /// Piece of a client's request in the table of operations.
-    Read { key: usize, serial: u64, piece: u32 },
+    Read {
+        key: usize,
+        serial: u64,
+        piece: u32,
+    },
     Query(QueryId),
     Rows(QueryId),
     Leaf(QueryId),
     CopyRead(CopyId),
-    CopyWrite { copy: CopyId, member: MemberId },
+    CopyWrite {
+        copy: CopyId,
+        member: MemberId,
+    },
 }
 
 /// Who gets the answer to a piece of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
     /// A head of this thread, on the session with this tag.
-    Head { volume: VolumeRef, tag: u32, asked: Asked },
+    Head {
+        volume: VolumeRef,
+        tag: u32,
+        asked: Asked,
+    },
     /// A head at the other end of a link.
-    Peer { link: LinkRef, tag: u32, op: u64, credit_bytes: u32 },
+    Peer {
+        link: LinkRef,
+        tag: u32,
+        op: u64,
+        credit_bytes: u32,
+    },
 }
 
 /// What came of a piece of work.
 pub(super) enum Answer {
     Status(Status),
     /// Blocks that were read; `None`: all of them are zeros.
-    Data { count: u32, buffer: Option<Buffer> },
+    Data {
+        count: u32,
+        buffer: Option<Buffer>,
+    },
     Rows(Rows),
     Leaf(LeafStates),
 }
@@ -94,6 +117,8 @@ pub struct LinkEnds {
     pub stream: crate::stream::Stream,
     /// Bytes that came behind the greeting.
     pub leftover: Vec<u8>,
+    /// Ends the connection when its peer is shut out of the cluster.
+    pub session: Option<crate::identity::Session>,
 }
 
 /// What a data thread keeps for replication. All of it is empty on a daemon of its own.

@@ -98,14 +98,14 @@ impl DataThread {
             }
             ClusterCommand::LinkUp(ends) => {
                 if self.drain.is_none() {
-                    self.add_outgoing_link(ends.peer, ends.stream, &ends.leftover);
+                    self.add_outgoing_link(*ends);
                 }
             }
             ClusterCommand::LinkAccepted(ends) => {
                 if let Some(store) = self.store_here(ends.peer.store)
                     && self.drain.is_none()
                 {
-                    self.add_incoming_link(store, ends.peer, ends.stream, &ends.leftover);
+                    self.add_incoming_link(store, *ends);
                 }
             }
         }
@@ -207,7 +207,9 @@ impl DataThread {
             // A store may still be writing to the buffers of its requests.
             return self.requests_of(volume).is_empty();
         }
-        let is_closing = self.replication(volume).is_none_or(|r| std::mem::replace(&mut r.is_closing, true));
+        let is_closing = self
+            .replication(volume)
+            .is_none_or(|r| std::mem::replace(&mut r.is_closing, true));
         if !is_closing {
             self.with_head(volume, |head, now_us, actions| head.close(now_us, actions));
         }

@@ -3,9 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
-use ashlar_core::replication::wire::{
-    Header, Kind, LeafStates, OpenBody, Rows, Status, flags,
-};
+use ashlar_core::replication::wire::{Header, Kind, LeafStates, OpenBody, Rows, Status, flags};
 use ashlar_core::replication::{Event, MemberId};
 use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, Version};
@@ -31,7 +29,6 @@ pub(super) struct ToStore {
 struct HeadSession {
     volume: VolumeRef,
     member: MemberId,
-    epoch: Epoch,
     opening: u64,
     sent_at_us: u64,
     is_open: bool,
@@ -45,7 +42,12 @@ struct AskedOfPeer {
 }
 
 impl DataThread {
-    pub(super) fn from_store(&mut self, key: usize, header: &Header, body: Range<usize>) -> Result<(), LinkError> {
+    pub(super) fn from_store(
+        &mut self,
+        key: usize,
+        header: &Header,
+        body: Range<usize>,
+    ) -> Result<(), LinkError> {
         let link = &mut self.cluster.links[key];
         let Role::ToStore(to) = &mut link.role else {
             return Ok(());
@@ -187,7 +189,6 @@ impl DataThread {
             let session = HeadSession {
                 volume,
                 member,
-                epoch,
                 opening: body.opening,
                 sent_at_us: now_us(),
                 is_open: false,
@@ -333,7 +334,11 @@ fn header_of(work: &ReplicaWork<'_>) -> Header {
             ..
         } => {
             let count = (data.len() / BLOCK_BYTES) as u32;
-            changed(at(Kind::Write, extent, first_block, count), version, durable)
+            changed(
+                at(Kind::Write, extent, first_block, count),
+                version,
+                durable,
+            )
         }
         ReplicaWork::Zero {
             extent,

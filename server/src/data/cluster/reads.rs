@@ -1,8 +1,8 @@
 //! Reads of replicated volumes: which copy is asked, what if it has none to give, and what if it is no longer asked.
 
+use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::replication::wire::Status;
 use ashlar_core::replication::{LinkId, ReadAdmission, ReplicaMask, SessionRef};
-use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::store::{ReadInfo, ReadOutcome, StoreError};
 use ashlar_core::units::BLOCK_BYTES;
 use smallvec::SmallVec;

@@ -1,8 +1,6 @@
 //! Replicas at this thread's stores: whose work they take, and the work.
 
-use ashlar_core::replication::wire::{
-    MAX_ROWS, RowVersions, Rows, RowsQuery, Status,
-};
+use ashlar_core::replication::wire::{MAX_ROWS, RowVersions, Rows, RowsQuery, Status};
 use ashlar_core::replication::{
     Acceptor, AcceptorAction, AcceptorEvent, Rules, SessionRef, StartedWith,
 };

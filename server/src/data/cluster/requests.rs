@@ -7,12 +7,12 @@ use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::nbd::reply::{Allocation, Status as BlockStatus};
 use ashlar_core::nbd::request::Command as AskedFor;
 use ashlar_core::replication::wire::{MAX_MESSAGE_BLOCKS, Status};
-use ashlar_core::replication::{
-    FlushAdmission, MemberId, ReplicaMask, StopReason, WriteAdmission,
-};
+use ashlar_core::replication::{FlushAdmission, MemberId, ReplicaMask, StopReason, WriteAdmission};
 use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
-use ashlar_core::volume::{Access, Began, BlockRange, Pieces, Started, blocks_touched, whole_blocks};
+use ashlar_core::volume::{
+    Access, Began, BlockRange, Pieces, Started, blocks_touched, whole_blocks,
+};
 use smallvec::SmallVec;
 
 use super::super::execute::refusal_text;
@@ -243,7 +243,13 @@ impl DataThread {
             let Some(range) = blocks_touched(offset, entry.request.length) else {
                 return;
             };
-            self.cut(key, range.first(), range.end() - range.first(), 0, Content::Read);
+            self.cut(
+                key,
+                range.first(),
+                range.end() - range.first(),
+                0,
+                Content::Read,
+            );
             return self.ask_pieces(key);
         }
         let (edges, middle, source) = (entry.edges, entry.middle, entry.source);
@@ -374,7 +380,14 @@ impl DataThread {
         });
         let mut stopped = false;
         match admission {
-            Some((set, WriteAdmission::Send { op, version, targets })) => {
+            Some((
+                set,
+                WriteAdmission::Send {
+                    op,
+                    version,
+                    targets,
+                },
+            )) => {
                 let data: &[u8] = match (content, &buffer) {
                     (Content::Zeros, _) => &ZEROS[..count as usize * BLOCK_BYTES],
                     // SAFETY: the payload, or an edge that was read and changed, fills the blocks of the piece.
