@@ -756,10 +756,17 @@ impl DataThread {
     /// The head will answer nothing more: what is under way fails, its clients go.
     pub(super) fn head_stopped(&mut self, volume: VolumeRef, reason: StopReason) {
         let id = self.volumes[volume.key].spec.id;
-        self.fail_requests(volume, reason);
+        // A write that was not answered may have happened all the same: an error would say that it had not. The clients of
+        // a head that was fenced see their connections end.
+        let is_orderly = reason == StopReason::Closed;
         for connection in self.volumes[volume.key].connections.clone() {
-            self.leave(connection);
+            if is_orderly {
+                self.leave(connection);
+            } else {
+                self.kill(connection);
+            }
         }
+        self.fail_requests(volume, reason);
         self.forget_volume(volume);
         self.volumes[volume.key].head_ended = true;
         if self.volume_keys.get(&id) == Some(&volume.key) {
