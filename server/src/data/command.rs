@@ -15,6 +15,7 @@ use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
 use super::thread::{DataThread, Drain, Volume};
+use super::wire::Wire;
 use crate::nbd::AttachedClient;
 
 /// The answer goes where the command says; nobody listening is no error.
@@ -380,6 +381,7 @@ impl DataThread {
             peer,
             receiver: Receiver::new(&client.leftover, &mut self.pool),
             outbox: Outbox::default(),
+            wire: Wire::new(client.tls),
             phase: Phase::Open,
             connected_at: std::time::SystemTime::now(),
             requests: 0,

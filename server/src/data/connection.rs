@@ -7,6 +7,7 @@ use ashlar_core::nbd::session::Session;
 
 use super::outbox::Outbox;
 use super::receiver::Receiver;
+use super::wire::Wire;
 use crate::engine::WatchId;
 use crate::nbd::ConnectionSlot;
 
@@ -37,6 +38,7 @@ pub(super) struct Connection {
     pub(super) peer: String,
     pub(super) receiver: Receiver,
     pub(super) outbox: Outbox,
+    pub(super) wire: Wire,
     pub(super) phase: Phase,
     pub(super) connected_at: std::time::SystemTime,
     /// Requests answered.
@@ -78,11 +80,16 @@ impl Connection {
 
     /// It makes the daemon hold memory and waits for its client: for the rest of a payload, or for replies to be read.
     pub(super) fn waits_for_client(&self) -> bool {
-        self.receiver.is_mid_payload() || !self.outbox.is_empty()
+        self.receiver.is_mid_payload() || !self.is_sent()
     }
 
     /// Everything taken has been answered and sent.
     pub(super) fn is_settled(&self) -> bool {
-        self.in_flight == 0 && self.outbox.is_empty()
+        self.in_flight == 0 && self.is_sent()
+    }
+
+    /// Nothing waits for the socket.
+    pub(super) fn is_sent(&self) -> bool {
+        self.outbox.is_empty() && !self.wire.has_pending()
     }
 }

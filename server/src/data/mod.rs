@@ -25,6 +25,7 @@ mod sockets;
 mod spin;
 mod stores;
 mod thread;
+mod wire;
 
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,

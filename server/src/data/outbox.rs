@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use smallvec::SmallVec;
 
 use super::pool::{Buffer, Pool};
+use super::wire::Wire;
 
 /// Pieces of one `sendmsg`: 64 reads of a 4 KiB block with their headers. The kernel's limit is 1024.
 const MAX_PIECES: usize = 128;
@@ -103,11 +104,16 @@ impl Outbox {
     }
 
     /// Sends until everything is gone or the socket is full.
-    pub(super) fn send(&mut self, fd: RawFd, pool: &mut Pool) -> io::Result<Sent> {
-        let mut sent = Sent::default();
+    pub(super) fn send(&mut self, wire: &mut Wire, fd: RawFd, pool: &mut Pool) -> io::Result<Sent> {
+        let mut sent = Sent {
+            blocked: !wire.flush(fd)?,
+            ..Sent::default()
+        };
+        if sent.blocked {
+            return Ok(sent);
+        }
         while !self.parts.is_empty() {
             let mut pieces: SmallVec<[libc::iovec; MAX_PIECES]> = SmallVec::new();
-            let mut offered = 0;
             for part in self.parts.iter().take(MAX_PIECES) {
                 let (start, len) = match part {
                     Part::Headers { from, len } => (
@@ -123,37 +129,25 @@ impl Outbox {
                     iov_base: start.cast(),
                     iov_len: len,
                 });
-                offered += len;
             }
-            // SAFETY: an all-zero msghdr is valid.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = pieces.as_mut_ptr();
-            message.msg_iovlen = pieces.len() as _;
             // SAFETY: each piece lies in memory owned by `self` that does not change during the call; that of an early
             // piece belongs to a payload behind it, which goes after it.
-            let result = unsafe {
-                libc::sendmsg(
-                    fd,
-                    &raw const message,
-                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-                )
-            };
+            let taken = unsafe { wire.send(fd, &mut pieces) };
             sent.calls += 1;
-            if result < 0 {
-                let error = io::Error::last_os_error();
-                match error.kind() {
+            let taken = match taken {
+                Ok(taken) => taken,
+                Err(error) => match error.kind() {
                     io::ErrorKind::Interrupted => continue,
                     io::ErrorKind::WouldBlock => {
                         sent.blocked = true;
                         return Ok(sent);
                     }
                     _ => return Err(error),
-                }
-            }
-            sent.bytes += result as u64;
-            self.advance(result as usize, pool, &mut sent.freed_bytes);
-            if (result as usize) < offered {
-                // A stream socket that took less than offered is full.
+                },
+            };
+            sent.bytes += taken.bytes as u64;
+            self.advance(taken.bytes, pool, &mut sent.freed_bytes);
+            if taken.full {
                 sent.blocked = true;
                 return Ok(sent);
             }
@@ -228,6 +222,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
         let mut pool = Pool::new(0);
         let mut outbox = Outbox::default();
+        let mut wire = Wire::new(None);
         let mut expected = Vec::new();
         for i in 0..1000u32 {
             let header = i.to_be_bytes();
@@ -257,7 +252,9 @@ mod tests {
         let mut blocked = 0;
         let mut buf = vec![0; 50_000];
         while got.len() < expected.len() {
-            let sent = outbox.send(ours.as_raw_fd(), &mut pool).expect("send");
+            let sent = outbox
+                .send(&mut wire, ours.as_raw_fd(), &mut pool)
+                .expect("send");
             freed += sent.freed_bytes;
             blocked += usize::from(sent.blocked);
             let n = theirs.read(&mut buf).expect("read");
@@ -267,7 +264,7 @@ mod tests {
         assert!(outbox.is_empty() && freed == lent && pool.lent_bytes() == 0);
         outbox.push(b"x");
         drop(theirs);
-        assert!(outbox.send(ours.as_raw_fd(), &mut pool).is_err());
+        assert!(outbox.send(&mut wire, ours.as_raw_fd(), &mut pool).is_err());
         outbox.clear(&mut pool);
     }
 }

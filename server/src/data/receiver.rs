@@ -16,6 +16,7 @@ use ashlar_core::units::BLOCK_BYTES;
 use super::landed::Landed;
 use super::pool::{Buffer, Pool};
 use super::thread::{StoreDriver, Volume};
+use super::wire::Wire;
 
 /// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
 pub(super) const RECEIVE_BYTES: usize = 256 << 10;
@@ -117,7 +118,7 @@ pub(super) struct Receiver {
 /// What one receive call brought.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Received {
-    /// So many bytes. `drained`: fewer than there was room for, so the socket is empty for now.
+    /// So many bytes. `drained`: the socket is empty for now, or was when it had fewer than there was room for.
     Bytes {
         count: usize,
         drained: bool,
@@ -179,6 +180,7 @@ impl Receiver {
     /// is a small one.
     pub(super) fn receive(
         &mut self,
+        wire: &mut Wire,
         fd: RawFd,
         pool: &mut Pool,
         stores: &mut [StoreDriver],
@@ -228,26 +230,11 @@ impl Receiver {
         };
         used += 1;
         debug_assert!(offered > 0);
-        // SAFETY: an all-zero msghdr is valid.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = pieces.as_mut_ptr();
-        message.msg_iovlen = used as _;
-        let count = loop {
-            // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
-            let result = unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT) };
-            if result >= 0 {
-                break result as usize;
-            }
-            let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::Interrupted => {}
-                io::ErrorKind::WouldBlock => return Ok(Received::WouldBlock),
-                _ => return Err(error),
-            }
+        // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
+        let received = unsafe { wire.receive(fd, &mut pieces[..used], offered)? };
+        let Received::Bytes { count, drained } = received else {
+            return Ok(received);
         };
-        if count == 0 {
-            return Ok(Received::End);
-        }
         let mut rest = count;
         if let Some(incoming) = &mut self.incoming {
             let taken = rest.min(incoming.left);
@@ -256,10 +243,7 @@ impl Receiver {
             rest -= taken;
         }
         self.end += rest;
-        Ok(Received::Bytes {
-            count,
-            drained: count < offered,
-        })
+        Ok(Received::Bytes { count, drained })
     }
 
     /// The next request that is whole. `admit` is asked once a header is there, with the bytes of memory the request

@@ -98,8 +98,10 @@ impl DataThread {
                 return;
             }
             let scarce = self.pool.lent_bytes() > self.limits.bytes;
+            let fd = connection.fd();
             let received = connection.receiver.receive(
-                connection.fd(),
+                &mut connection.wire,
+                fd,
                 &mut self.pool,
                 &mut self.stores,
                 scarce,
@@ -317,7 +319,11 @@ impl DataThread {
             if connection.phase == Phase::Dead || connection.is_blocked {
                 continue;
             }
-            match connection.outbox.send(connection.fd(), &mut self.pool) {
+            let fd = connection.fd();
+            match connection
+                .outbox
+                .send(&mut connection.wire, fd, &mut self.pool)
+            {
                 Ok(sent) => {
                     self.metrics.sends.add(sent.calls);
                     self.metrics.sent_bytes.add(sent.bytes);
@@ -326,7 +332,7 @@ impl DataThread {
                         connection.moved_at = self.now;
                     }
                     self.freed |= sent.bytes > 0;
-                    if sent.blocked && !connection.outbox.is_empty() {
+                    if sent.blocked && !connection.is_sent() {
                         connection.is_blocked = true;
                         self.engine.watch_writable(connection.watch);
                     } else if connection.phase == Phase::Leaving && connection.is_settled() {
@@ -350,6 +356,8 @@ impl DataThread {
             let mut connection = self.connections.remove(key as usize);
             connection.receiver.clear(&mut self.pool, &mut self.stores);
             connection.outbox.clear(&mut self.pool);
+            let fd = connection.fd();
+            connection.wire.say_end(fd);
             self.engine.unwatch(connection.watch);
             self.freed = true;
             self.metrics.connections.sub(1);

@@ -93,6 +93,7 @@ impl Client {
             session,
             leftover: Vec::new(),
             peer: "test".to_owned(),
+            tls: None,
             slot,
         };
         plane.attach(client).expect("attach");

@@ -355,7 +355,7 @@ impl DataThread {
             .iter()
             .all(|(_, op)| !matches!(op, Operation::Request(_)));
         let idle = idle && self.paused.is_empty() && self.ready.is_empty();
-        let sent = self.connections.iter().all(|(_, c)| c.outbox.is_empty());
+        let sent = self.connections.iter().all(|(_, c)| c.is_sent());
         let Some(drain) = &mut self.drain else { return };
         if !(idle && sent) && self.now < drain.give_up_at {
             return;

@@ -17,10 +17,22 @@ pub struct AttachedClient {
     pub session: Session,
     /// Bytes the client sent behind its last option: the start of its requests.
     pub leftover: Vec<u8>,
-    /// Who it is, for logs and listings: `unix:pid=4242,uid=0` or `tcp:127.0.0.1:50000`.
+    /// Who it is, for logs and listings: `unix:pid=4242,uid=0`, `tcp:127.0.0.1:50000` or, with the name in its
+    /// certificate, `tcp:127.0.0.1:50000 (client db)`.
     pub peer: String,
+    /// `None`: it talks in the clear.
+    pub tls: Option<Secured>,
     /// Counts against the daemon's connection limit; keep it until the connection is closed.
     pub slot: ConnectionSlot,
+}
+
+/// A connection whose TLS handshake is done. Bytes that were received and not decrypted or not read yet are in it.
+#[derive(Debug)]
+pub struct Secured {
+    /// The TLS of this connection.
+    pub connection: rustls::ServerConnection,
+    /// Cuts the connection when its peer is shut out; kept until it is closed.
+    pub session: crate::identity::Session,
 }
 
 /// Takes over connections after the handshake.

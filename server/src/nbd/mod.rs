@@ -14,9 +14,9 @@ pub mod socket;
 pub use driver::HandshakeError;
 pub use interface::{
     Attach, AttachError, AttachedClient, CatalogError, ConnectionCount, ConnectionSlot,
-    ExportCatalog,
+    ExportCatalog, Secured,
 };
-pub use listener::{ListenerConfig, ListenerStats, Listeners};
+pub use listener::{ListenerConfig, ListenerStats, Listeners, Security};
 
 #[cfg(test)]
 mod tests;

@@ -106,6 +106,7 @@ impl Door {
                 config,
                 connections.clone(),
                 Arc::clone(&stats),
+                None,
             )
             .unwrap()
         };
