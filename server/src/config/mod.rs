@@ -193,22 +193,20 @@ impl Config {
         if listen_nbd.is_empty() {
             listen_nbd.push(Address::Unix(data_dir.join("nbd.sock")));
         }
-        let listen_nbd: Vec<_> = listen_nbd
-            .into_iter()
-            .map(|address| listener("listen-nbd", address))
-            .collect::<Result<_, _>>()?;
+        let is_secured = metadata != Metadata::Sqlite;
+        let listen = |setting: &'static str, addresses: Vec<Address>| {
+            let checked = addresses.into_iter().map(|address| match address {
+                tcp @ Address::Tcp(_) if is_secured => Ok(tcp),
+                other => listener(setting, other),
+            });
+            checked.collect::<Result<Vec<_>, _>>()
+        };
+        let listen_nbd = listen("listen-nbd", listen_nbd)?;
         let mut listen_admin = settings.listen_admin;
         if listen_admin.is_empty() {
             listen_admin.push(Address::Unix(data_dir.join("admin.sock")));
         }
-        let is_secured = metadata != Metadata::Sqlite;
-        let listen_admin: Vec<_> = listen_admin
-            .into_iter()
-            .map(|address| match address {
-                tcp @ Address::Tcp(_) if is_secured => Ok(tcp),
-                other => listener("listen-admin", other),
-            })
-            .collect::<Result<_, _>>()?;
+        let listen_admin = listen("listen-admin", listen_admin)?;
         let fixed = |address: &&Address| !matches!(address, Address::Tcp(HostPort { port: 0, .. }));
         if let Some(twice) = duplicate(listen_nbd.iter().chain(&listen_admin).filter(fixed)) {
             return Err(value("listen-nbd", format!("{twice} is given twice")));

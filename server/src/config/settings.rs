@@ -37,7 +37,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store_size: Option<ByteCount>,
 
-    /// Where NBD clients connect, TCP on loopback only; may be given several times [default: unix:DATA_DIR/nbd.sock]
+    /// Where NBD clients connect, TCP beyond loopback in a cluster only and with TLS; may be given several times
+    /// [default: unix:DATA_DIR/nbd.sock]
     #[arg(long, env = "ASHLAR_LISTEN_NBD", value_name = "unix:PATH|tcp:HOST:PORT", value_delimiter = LIST_DELIMITER)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub listen_nbd: Vec<Address>,

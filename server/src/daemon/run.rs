@@ -25,7 +25,7 @@ use crate::identity::keep_renewed;
 use crate::meta::MetadataError;
 use crate::nbd::activation::{self, ActivationError, Purpose};
 use crate::nbd::socket::{self, BindError, Bound, Reach};
-use crate::nbd::{ListenerConfig, Listeners};
+use crate::nbd::{ListenerConfig, Listeners, Security};
 use crate::plane::Plane;
 use crate::replication::{self, Dial, Driver, LinkListenError, Network, NoPeers, Seals};
 use crate::scrubs::Scrubs;
@@ -231,7 +231,7 @@ impl Sockets {
                 .iter()
                 .all(|bound| bound.to_string() != address.to_string())
             {
-                sockets.nbd.extend(socket::bind(address, Reach::Loopback)?);
+                sockets.nbd.extend(socket::bind(address, reach)?);
             }
         }
         if sockets.admin.is_empty() {
@@ -460,6 +460,8 @@ impl Daemon {
             handshake_timeout: config.handshake_timeout,
             ..ListenerConfig::default()
         };
+        let security = metadata.identity.map(Security::new).transpose();
+        let security = security.map_err(MetadataOpenError::Identity)?;
         let listeners = Listeners::start(
             nbd,
             volumes.clone(),
@@ -467,6 +469,7 @@ impl Daemon {
             listener,
             state.connections().clone(),
             state.listener_stats().clone(),
+            security,
         )
         .map_err(system("the NBD sockets cannot be served"))?;
         Ok((volumes, listeners))

@@ -465,6 +465,7 @@ impl DataThread {
             was_idle: false,
             keeps_buffer: false,
             moved_at: self.now,
+            _certified: client.certified,
             _slot: client.slot,
         });
         self.next_serial += 1;

@@ -67,6 +67,8 @@ pub(super) struct Connection {
     pub(super) keeps_buffer: bool,
     /// When bytes last moved in either direction.
     pub(super) moved_at: Instant,
+    /// Ends the connection when the holder of its certificate is shut out.
+    pub(super) _certified: Option<crate::identity::Session>,
     /// Its place under the daemon's connection limit.
     pub(super) _slot: ConnectionSlot,
 }

@@ -18,7 +18,7 @@ mod fragments;
 mod random;
 mod tails;
 
-use self::random::Random;
+pub(crate) use self::random::Random;
 use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};
@@ -110,6 +110,7 @@ impl Client {
             session,
             leftover: Vec::new(),
             peer: "test".to_owned(),
+            certified: None,
             slot,
         };
         plane.attach(client).expect("attach");

@@ -18,8 +18,11 @@ pub struct AttachedClient {
     pub session: Session,
     /// Bytes the client sent behind its last option: the start of its requests.
     pub leftover: Vec<u8>,
-    /// Who it is, for logs and listings: `unix:pid=4242,uid=0` or `tcp:127.0.0.1:50000`.
+    /// Who it is, for logs and listings: `unix:pid=4242,uid=0`, `tcp:127.0.0.1:50000` or, with the name in its
+    /// certificate, `tcp:127.0.0.1:50000 (client db)`.
     pub peer: String,
+    /// Cuts the connection when the holder of its certificate is shut out; keep it until the connection is closed.
+    pub certified: Option<crate::identity::Session>,
     /// Counts against the daemon's connection limit; keep it until the connection is closed.
     pub slot: ConnectionSlot,
 }

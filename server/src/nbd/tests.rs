@@ -108,6 +108,7 @@ impl Door {
                 config,
                 connections.clone(),
                 Arc::clone(&stats),
+                None,
             )
             .unwrap()
         };

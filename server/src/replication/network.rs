@@ -77,6 +77,9 @@ impl Network {
         greet(&mut stream, cluster, self.identity.node(), node, store).await?;
         let (socket, session) = stream.into_inner();
         let guard = self.identity.sessions().enter(&Peer::Node(node), &socket)?;
+        // It may have been shut out between the handshake and the line above.
+        let trusted = self.identity.trust().check(&Peer::Node(node));
+        trusted.map_err(io::Error::other)?;
         let peer = LinkPeer {
             node,
             store,
@@ -206,6 +209,8 @@ async fn welcome(
     let store = accept(&mut stream, cluster, identity.node(), node, is_ours).await?;
     let (socket, session) = stream.into_inner();
     let guard = identity.sessions().enter(&peer, &socket)?;
+    let trusted = identity.trust().check(&peer);
+    trusted.map_err(io::Error::other)?;
     let ends = LinkEnds {
         peer: LinkPeer {
             node,

@@ -67,6 +67,8 @@ pub enum Resolution {
 pub enum TlsMode {
     /// There is no TLS here (NOTLS).
     Off,
+    /// TLS for clients that ask for it (SELECTIVETLS, with no export that needs it).
+    Offered,
     /// Nothing but STARTTLS and ABORT before TLS (FORCEDTLS).
     Required,
 }
