@@ -151,6 +151,33 @@ impl Head {
         })
     }
 
+    /// As [`Head::begin`] of a change, for copying that clients' requests may be waiting for without knowing: it goes
+    /// before those that have not started.
+    pub fn begin_ahead(&mut self, range: BlockRange, tag: u64) -> Result<Began, Refusal> {
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if range.end() > self.size_bytes / BLOCK_BYTES as u64 {
+            return Err(Refusal::PastEnd);
+        }
+        if self.read_only {
+            return Err(Refusal::ReadOnly);
+        }
+        if self.counter + u64::from(self.lock.waiting_exclusive()) >= Version::COUNTER_MAX {
+            return Err(Refusal::VersionsExhausted);
+        }
+        let (ticket, now) = self.lock.enter_ahead(range, tag);
+        Ok(if now {
+            Began::Now(self.start(Unblocked {
+                ticket,
+                tag,
+                access: Access::Exclusive,
+            }))
+        } else {
+            Began::Waiting(ticket)
+        })
+    }
+
     #[inline]
     fn start(&mut self, request: Unblocked) -> Started {
         let version = match request.access {

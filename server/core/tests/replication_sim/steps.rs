@@ -365,14 +365,10 @@ impl World {
             self.after(delay_us, Ev::StartNode { node });
             self.after(delay_us, Ev::Thaw { node });
         }
-        let cuts: Vec<((usize, usize), u32)> = self.cuts.iter().map(|(k, v)| (*k, *v)).collect();
-        for ((from, to), count) in cuts {
-            for _ in 0..count {
-                // Those that were planned come too, and find nothing left to end.
-                *self.cuts.entry((from, to)).or_default() += 1;
-                self.after(0, Ev::EndCut { from, to });
-                self.after(1, Ev::EndCut { from, to });
-            }
+        let ways: Vec<(usize, usize)> = self.cuts.keys().copied().collect();
+        for (from, to) in ways {
+            self.cuts.insert((from, to), 0);
+            self.after(0, Ev::EndCut { from, to });
         }
         self.after(0, Ev::MetaBack);
         let end_us = self.now_us + HEAL_US;
@@ -399,6 +395,7 @@ impl World {
         }
         self.quiet = true;
         self.settle();
+        self.last_reads.clear();
         let sets = self.meta.record.record.placement.sets.clone();
         for (index, set) in sets.iter().enumerate() {
             let disks: Vec<(usize, &crate::disk::Disk)> = self

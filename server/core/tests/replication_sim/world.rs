@@ -717,7 +717,7 @@ impl World {
             Ev::Thaw { node } => self.thaw(node),
             Ev::EndCut { from, to } => {
                 if let Some(count) = self.cuts.get_mut(&(from, to)) {
-                    *count -= 1;
+                    *count = count.saturating_sub(1);
                 }
                 if !self.is_cut(from, to) {
                     let (now, still): (Vec<_>, Vec<_>) = std::mem::take(&mut self.held)

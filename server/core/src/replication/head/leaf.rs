@@ -15,7 +15,7 @@ use super::{
 use crate::records::SetIndex;
 use crate::store::ExtentKey;
 use crate::units::{CHUNK_BLOCKS, ChunkIndex, LEAF_BLOCKS, Version};
-use crate::volume::{Access, Began, BlockRange, Refusal, Started, Ticket};
+use crate::volume::{Began, BlockRange, Refusal, Started, Ticket};
 
 /// Blocks that are locked at a time while they are compared and copied (512 KiB): a client's request waits no longer
 /// than that takes.
@@ -402,7 +402,7 @@ impl ReplicatedHead {
             let range = BlockRange::new(volume_first, volume_first + u64::from(count))
                 .expect("a window is not empty");
             let tag = INTERNAL_TAG | key.serial << 24 | key.place as u64;
-            match self.admission.begin(Access::Exclusive, range, tag) {
+            match self.admission.begin_ahead(range, tag) {
                 Ok(Began::Now(started)) => {
                     self.job_locked(started, actions);
                     return;
@@ -437,12 +437,10 @@ impl ReplicatedHead {
             place: (tag & 0xff_ffff) as usize,
             serial: tag >> 24,
         };
-        match self.job(key) {
-            Some(job) if job.stage == Stage::Locking => {
-                job.ticket = Some(started.ticket);
-                self.compare_window(key, actions);
-            }
-            _ => self.release(started.ticket, actions),
+        // Whoever gives a job up gives back its lock too, started or not.
+        if let Some(job) = self.job(key).filter(|job| job.stage == Stage::Locking) {
+            job.ticket = Some(started.ticket);
+            self.compare_window(key, actions);
         }
     }
 

@@ -134,9 +134,12 @@ impl ReplicatedHead {
                 if waits {
                     return;
                 }
-                let floor = self
-                    .recorded(set, member)
-                    .map_or(Version::NONE, |replica| replica.synced_below);
+                // One that lost power went back behind what it was known to have.
+                let recorded = self.recorded(set, member).map(|r| r.synced_below);
+                let floor = match recorded {
+                    Some(floor) if !self.at(member).lost => floor,
+                    _ => Version::NONE,
+                };
                 if let Some(resync) = self.resync_of(member) {
                     resync.stage = Stage::Copying;
                     resync.walk = Some(RowsWalk::new(set, &[source, member], floor));
