@@ -38,6 +38,7 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
                 inflight_requests,
             },
         ),
+        ..admin::Volume::default()
     }
 }
 

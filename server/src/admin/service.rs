@@ -136,6 +136,7 @@ impl admin::admin_server::Admin for Service {
         let views = self.services()?.volumes.list();
         Ok(Response::new(admin::ListVolumesResponse {
             volumes: views.iter().map(convert::volume).collect(),
+            next_page_token: String::new(),
         }))
     }
 
@@ -218,6 +219,76 @@ impl admin::admin_server::Admin for Service {
         Ok(Response::new(admin::SetVolumeResponse {
             volume: Some(convert::volume(&view)),
         }))
+    }
+
+    async fn set_annotations(
+        &self,
+        _: Request<admin::SetAnnotationsRequest>,
+    ) -> Answer<admin::SetAnnotationsResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn publish_volume(
+        &self,
+        _: Request<admin::PublishVolumeRequest>,
+    ) -> Answer<admin::PublishVolumeResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn unpublish_volume(
+        &self,
+        _: Request<admin::UnpublishVolumeRequest>,
+    ) -> Answer<admin::UnpublishVolumeResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn begin_format(
+        &self,
+        _: Request<admin::BeginFormatRequest>,
+    ) -> Answer<admin::BeginFormatResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn end_format(
+        &self,
+        _: Request<admin::EndFormatRequest>,
+    ) -> Answer<admin::EndFormatResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn close_connections(
+        &self,
+        _: Request<admin::CloseConnectionsRequest>,
+    ) -> Answer<admin::CloseConnectionsResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn get_capacity(
+        &self,
+        _: Request<admin::GetCapacityRequest>,
+    ) -> Answer<admin::GetCapacityResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn register_node(
+        &self,
+        _: Request<admin::RegisterNodeRequest>,
+    ) -> Answer<admin::RegisterNodeResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn unregister_node(
+        &self,
+        _: Request<admin::UnregisterNodeRequest>,
+    ) -> Answer<admin::UnregisterNodeResponse> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<admin::ListNodesRequest>,
+    ) -> Answer<admin::ListNodesResponse> {
+        Err(Status::unimplemented("not yet"))
     }
 
     async fn list_connections(

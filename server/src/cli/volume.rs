@@ -38,6 +38,7 @@ pub(super) async fn run(
                 size_bytes: size.0,
                 read_only,
                 write_through,
+                ..CreateVolumeRequest::default()
             };
             let volume = required(
                 daemon
@@ -59,7 +60,7 @@ pub(super) async fn run(
         VolumeCommand::List => {
             let answer = daemon
                 .client
-                .list_volumes(ListVolumesRequest {})
+                .list_volumes(ListVolumesRequest::default())
                 .await?
                 .into_inner();
             output::print(
@@ -113,6 +114,7 @@ pub(super) async fn run(
                 volume,
                 read_only,
                 write_through,
+                ..SetVolumeRequest::default()
             };
             let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
             output::print(
