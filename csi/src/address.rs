@@ -30,9 +30,9 @@ impl FromStr for Address {
         }
         if let Some(host) = text.strip_prefix("tcp:") {
             let host = host.strip_prefix("//").unwrap_or(host);
-            let port = host.rsplit_once(':').map(|(name, port)| (name, port.parse()));
+            let port = host.rsplit_once(':').map(|(name, port)| (name, port.parse::<u16>()));
             return match port {
-                Some((name, Ok(port))) if !name.is_empty() && port != 0u16 => {
+                Some((name, Ok(port))) if !name.is_empty() && port != 0 => {
                     Ok(Address::Tcp(host.to_owned()))
                 }
                 _ => Err(format!("{text:?}: tcp: needs HOST:PORT")),

@@ -8,14 +8,13 @@ use std::sync::OnceLock;
 static ARMED: OnceLock<String> = OnceLock::new();
 
 /// Every point, in the order in which one volume meets them.
-pub const NAMES: [&str; 25] = [
+pub const NAMES: [&str; 24] = [
     "stage-begun",
     "stage-state-written",
     "attach-half",
     "attach-done",
     "stage-device-recorded",
     "format-intended",
-    "format-half",
     "format-made",
     "format-recorded",
     "stage-checked",

@@ -184,11 +184,10 @@ impl Attach for KernelNbd {
             kind: DeviceKind::KernelNbd,
             name: format!("nbd{index}"),
         };
-        let shown = until(
-            &format!("{} has its size", device.name),
-            SETTLE_LIMIT,
-            || device.size_bytes() == info.size_bytes && device.node().exists(),
-        );
+        let what = format!("{} has its size", device.name);
+        let shown = until(&what, SETTLE_LIMIT, || {
+            device.size_bytes() == info.size_bytes && device.node().exists()
+        });
         if let Err(error) = shown.await {
             let _ = tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await;
             return Err(error);
@@ -196,10 +195,15 @@ impl Attach for KernelNbd {
         Ok(device)
     }
 
-    async fn reconnect(&self, device: &Device, export: &Export) -> Result<u32, AttachError> {
+    async fn reconnect(
+        &self,
+        device: &Device,
+        export: &Export,
+        missing: u32,
+    ) -> Result<u32, AttachError> {
         let index = index(device)?;
         let identifier = self.identifier(export.volume);
-        let connections = self.connections(export, self.settings.connections).await?;
+        let connections = self.connections(export, missing.max(1)).await?;
         let size = device.size_bytes();
         if connections[0].info.size_bytes < size {
             return Err(AttachError::Mismatch(format!(

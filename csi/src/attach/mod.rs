@@ -179,8 +179,13 @@ pub trait Attach: Send + Sync {
     /// left is cleared away first. To be called only when [`Attach::find`] finds none.
     async fn attach(&self, export: &Export) -> Result<Device, AttachError>;
 
-    /// Gives a device whose server went away new connections, as many as it lacks. Returns how many were made.
-    async fn reconnect(&self, device: &Device, export: &Export) -> Result<u32, AttachError>;
+    /// Gives a device whose server went away `missing` new connections. Returns how many were made.
+    async fn reconnect(
+        &self,
+        device: &Device,
+        export: &Export,
+        missing: u32,
+    ) -> Result<u32, AttachError>;
 
     /// Makes the device as large as its export is now, and returns that size in bytes.
     async fn grow(&self, device: &Device, export: &Export) -> Result<u64, AttachError>;
