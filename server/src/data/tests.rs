@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ashlar_core::nbd::request::{RawRequest, encode};
-use ashlar_core::nbd::session::{ReplyStyle, Session};
+use ashlar_core::nbd::session::{Admitted, ReplyStyle, Session};
 use ashlar_core::nbd::wire::{command, command_flag};
-use ashlar_core::records::Placement;
+use ashlar_core::records::{Placement, VolumeLimits};
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
@@ -59,6 +59,9 @@ fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
                 .map(|store| store.id)
                 .collect(),
         },
+        admitted: Admitted::Anyone,
+        never_written: false,
+        limits: VolumeLimits::default(),
     }
 }
 
@@ -85,6 +88,7 @@ impl Client {
             style,
             base_allocation: true,
             read_only: false,
+            token: None,
             size_bytes,
         };
         let slot = ConnectionCount::new(100).try_slot().expect("slot");

@@ -5,11 +5,15 @@
 //! * data is dropped only after a tombstone says so, and a tombstone goes only after the data;
 //! * a layer that no record names is never touched: it is reported, for a person to decide.
 
+mod annotations;
 mod catalog;
 mod epochs;
 mod error;
 mod exports;
+mod formats;
 mod host;
+mod nodes;
+mod publications;
 mod start;
 
 use std::collections::BTreeMap;
@@ -18,9 +22,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ashlar_core::records::{
-    HeadClaim, LayerCounter, NameRecord, NewVolume, Placement, Record, Revision, RoundedSize,
-    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, begin_delete, claim, configure,
-    create, finish_delete, keys, rename, resize, round_up_to_block,
+    Annotations, AnnotationsRecord, ClientNodeId, FilesystemType, HeadClaim, LayerCounter,
+    NameRecord, NewPublication, NewVolume, Placement, PublishError, Record, Revision, RoundedSize,
+    Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState, begin_delete,
+    begin_format, claim, configure, create, end_format, finish_delete, first_annotations, keys,
+    mark_written, publish, rename, resize, round_up_to_block, set_limits, unpublish,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
@@ -29,6 +35,7 @@ pub use catalog::Serving;
 use catalog::{Catalog, Entry};
 pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
+pub use publications::Unpublished;
 
 use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 
@@ -62,6 +69,43 @@ enum Change<'a> {
     Claim {
         id: VolumeId,
     },
+    Limit {
+        id: VolumeId,
+        limits: VolumeLimits,
+    },
+    Publish {
+        id: VolumeId,
+        new: &'a NewPublication,
+    },
+    Unpublish {
+        id: VolumeId,
+        node: Option<&'a ClientNodeId>,
+    },
+    BeginFormat {
+        id: VolumeId,
+        kind: &'a FilesystemType,
+        uuid: Uuid,
+    },
+    EndFormat {
+        id: VolumeId,
+        uuid: Uuid,
+    },
+    MarkWritten {
+        id: VolumeId,
+    },
+}
+
+/// How a volume is created.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VolumeSettings {
+    /// Changes are refused.
+    pub read_only: bool,
+    /// Every acknowledgement waits for durability.
+    pub write_through: bool,
+    /// Bounds on what its clients may ask of it.
+    pub limits: VolumeLimits,
+    /// What others keep with it.
+    pub annotations: Annotations,
 }
 
 /// A volume and what is going on with it.
@@ -73,6 +117,10 @@ pub struct VolumeView {
     pub serving: Serving,
     /// `None` when it is not open.
     pub runtime: Option<VolumeRuntime>,
+    /// False only when it is certain that no block of it was ever changed.
+    pub ever_written: bool,
+    /// What others keep with it.
+    pub annotations: Arc<AnnotationsRecord>,
 }
 
 /// The volume service of one daemon.
@@ -81,6 +129,8 @@ pub struct Volumes {
     host: Arc<dyn VolumeHost>,
     head: HeadClaim,
     catalog: Mutex<Catalog>,
+    /// Those of volumes that have any.
+    annotations: Mutex<BTreeMap<VolumeId, Arc<AnnotationsRecord>>>,
     /// Layers found in stores that no record names.
     unknown_layers: Mutex<Vec<LayerId>>,
     /// What the stores held at the start, and the highest epoch of each.
@@ -107,16 +157,19 @@ impl Volumes {
             host,
             head,
             catalog: Mutex::default(),
+            annotations: Mutex::default(),
             unknown_layers: Mutex::default(),
             written: Mutex::default(),
             draining: AtomicBool::new(false),
             changes: Arc::default(),
         });
         service.load().await?;
+        service.load_annotations().await?;
         service.survey_stores().await?;
         service.open_all().await?;
         service.resume_deletions();
         service.renew_epochs();
+        service.record_first_changes();
         Ok(service)
     }
 
@@ -125,17 +178,12 @@ impl Volumes {
         self: &Arc<Self>,
         name: &str,
         size_bytes: u64,
-        read_only: bool,
-        write_through: bool,
+        settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let name = VolumeName::parse(name)?;
         let size = round_up_to_block(size_bytes)?;
-        self.to_the_end(|service| async move {
-            service
-                .create_now(name, size, read_only, write_through)
-                .await
-        })
-        .await
+        self.to_the_end(|service| async move { service.create_now(name, size, settings).await })
+            .await
     }
 
     /// Gives a volume another name.
@@ -174,6 +222,34 @@ impl Volumes {
             service
                 .configure_now(&reference, read_only, write_through)
                 .await
+        })
+        .await
+    }
+
+    /// Changes the limits of a volume; `None` leaves a bound as it is, 0 removes it. Nobody has to disconnect.
+    pub async fn limit(
+        self: &Arc<Self>,
+        reference: &str,
+        iops: Option<u64>,
+        bytes_per_second: Option<u64>,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (before, _guard) = service.lock_volume(&reference).await?;
+            let (id, now) = (before.record.id, before.record.limits);
+            let limits = VolumeLimits::check(
+                iops.unwrap_or(now.iops.unwrap_or(0)),
+                bytes_per_second.unwrap_or(now.bytes_per_second.unwrap_or(0)),
+            )?;
+            if let Some(limited) = service.change(&Change::Limit { id, limits }).await? {
+                tracing::info!(volume = %limited.record.name, id = %id.0, ?limits, "volume limited");
+                service.update(limited);
+            }
+            match service.host.set_limits(id, limits).await {
+                // It gets them when it is opened.
+                Ok(()) | Err(HostError::NotOpen) => service.get(&id.0.to_string()),
+                Err(source) => Err(VolumeError::Host { reference, source }),
+            }
         })
         .await
     }
@@ -232,6 +308,8 @@ impl Volumes {
         let record = entry.current.record.clone();
         let runtime = self.host.runtime(record.id);
         VolumeView {
+            ever_written: self.ever_written(&record, &entry.serving),
+            annotations: self.annotations_of(record.id),
             record,
             serving: entry.serving.clone(),
             runtime,
@@ -282,24 +360,29 @@ impl Volumes {
         &self,
         name: VolumeName,
         size: RoundedSize,
-        read_only: bool,
-        write_through: bool,
+        settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let id = VolumeId(Uuid::new_v4());
+        let first_annotations = first_annotations(id, &settings.annotations);
         let new = NewVolume {
             id,
             name,
             size,
-            read_only,
-            write_through,
+            read_only: settings.read_only,
+            write_through: settings.write_through,
             created_at_unix_ms: unix_ms(),
             placement: self.place(id).await,
+            limits: settings.limits,
+            annotations: settings.annotations,
         };
         let created = self.change(&Change::Create(new)).await?;
         // `change` answers None only when the decision was to do nothing.
         let created = created.ok_or(VolumeError::Contended)?;
         let id = created.record.id;
         tracing::info!(volume = %created.record.name, id = %id.0, size_bytes = size.bytes, "volume created");
+        if let Some((annotations, _)) = first_annotations {
+            lock(&self.annotations).insert(id, Arc::new(annotations));
+        }
         // Locked before anybody can see it, so that nobody changes it while it is being opened.
         let _guard = {
             let mut catalog = self.catalog();
@@ -450,6 +533,7 @@ impl Volumes {
             Err(error) => return Err(not_freed(error.to_string())),
         }
         self.catalog().remove(id);
+        lock(&self.annotations).remove(&id);
         tracing::info!(volume = %name, id = %id.0, "volume deleted");
         Ok(())
     }
@@ -480,6 +564,9 @@ impl Volumes {
             write_through: record.write_through,
             read_only: record.read_only,
             placement: record.placement.clone(),
+            admitted: record.admitted(),
+            never_written: record.never_written,
+            limits: record.limits,
         };
         let open_stores = self.host.stores();
         let opened = match record
@@ -626,6 +713,26 @@ impl Volumes {
                 let written = self.written_epoch(&current.record);
                 Ok(Some(claim(&current, self.head, written)?))
             }
+            Change::Limit { id, limits } => Ok(set_limits(&self.reread(id).await?, limits)?),
+            Change::Publish { id, new } => {
+                let node = self.client_node(&new.node).await?;
+                let node = node.ok_or_else(|| PublishError::UnknownNode {
+                    node: new.node.clone(),
+                })?;
+                Ok(publish(&self.reread(id).await?, &node, new)?)
+            }
+            Change::Unpublish { id, node } => {
+                let current = self.reread(id).await?;
+                let written = self.written_epoch(&current.record);
+                Ok(unpublish(&current, node, self.head, written)?)
+            }
+            Change::BeginFormat { id, kind, uuid } => {
+                let current = self.reread(id).await?;
+                let stores_hold_blocks = self.stores_hold_blocks(&current.record);
+                Ok(begin_format(&current, kind, uuid, stores_hold_blocks)?)
+            }
+            Change::EndFormat { id, uuid } => Ok(end_format(&self.reread(id).await?, uuid)?),
+            Change::MarkWritten { id } => Ok(mark_written(&self.reread(id).await?)),
         }
     }
 }
