@@ -95,7 +95,8 @@ fn no_links(root: &Path, path: &Path) -> io::Result<()> {
         so_far.push(part);
         let strict =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Without NOFOLLOW, which would make a link at the end a thing that may be opened.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
         match openat2(&start, &so_far, flags, Mode::empty(), strict) {
             Ok(_) => {}
             Err(rustix::io::Errno::NOENT) => return Ok(()),

@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod campaign;
+pub mod csi;
 pub mod daemon;
 pub mod fio;
 pub mod history;

@@ -111,7 +111,8 @@ pub async fn answers(device: &Path) -> bool {
     matches!(is_readable(device, 4096).await, Ok(Ok(())))
 }
 
-/// Makes a filesystem with this UUID. Never forces: both programs refuse where they find something.
+/// Makes a filesystem with this UUID. Never forces, though only mkfs.xfs then refuses where it finds something: mkfs.ext4
+/// asks a person, and goes on where there is none. What protects data is the decision before ([`super::format`]).
 pub async fn make(
     filesystem: Filesystem,
     uuid: Uuid,
@@ -258,8 +259,10 @@ mod tests {
         };
         assert_eq!(look(&image, 16 << 20).await, Ok(wanted));
         check(Filesystem::Ext4, &image).await.expect("sound");
-        // mkfs finds the first one and is not forced.
-        assert!(make(Filesystem::Ext4, Uuid::nil(), &[], &image).await.is_err());
+        // mkfs.xfs finds the first one and is not forced.
+        file.set_len(Filesystem::Xfs.minimum_bytes()).expect("sized");
+        assert!(make(Filesystem::Xfs, uuid, &[], &image).await.is_err());
+        file.set_len(16 << 20).expect("sized");
         let garbage = vec![0xa5; 1 << 20];
         std::os::unix::fs::FileExt::write_all_at(&file, &garbage, 4 << 10).expect("written");
         assert!(check(Filesystem::Ext4, &image).await.is_err());
