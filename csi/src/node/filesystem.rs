@@ -192,6 +192,13 @@ pub async fn mount(
     Err(Refusal::internal(format!("{finished} ({hint})")))
 }
 
+/// Marks a device read-only, or writable.
+pub async fn set_read_only(device: &Path, read_only: bool) -> Result<(), Refusal> {
+    let mark = if read_only { "--setro" } else { "--setrw" };
+    let child = Child::new("blockdev").arg(mark).arg(device);
+    demand(child.run(PROBE_LIMIT).await?).map(drop)
+}
+
 /// Unmounts everything at `point`, one on top of the other. What is not mounted is fine.
 pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
     loop {

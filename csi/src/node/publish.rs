@@ -13,7 +13,6 @@ use super::{
 };
 use crate::attach::Device;
 use crate::capability::{Access, Capability};
-use crate::child::Child;
 use crate::failpoint;
 use crate::paths;
 use crate::refusal::{Class, Refusal};
@@ -194,15 +193,7 @@ impl Node {
         read_only: bool,
     ) -> Result<(), Refusal> {
         // A read-only bind mount does not keep a device from being written; the device itself does.
-        let flag = if read_only { "--setro" } else { "--setrw" };
-        let finished = Child::new("blockdev")
-            .arg(flag)
-            .arg(device.node())
-            .run(UNMOUNT_LIMIT)
-            .await?;
-        if !finished.succeeded() && read_only {
-            return Err(Refusal::internal(finished.to_string()));
-        }
+        filesystem::set_read_only(&device.node(), read_only).await?;
         paths::make_file(target).map_err(|error| failed("making the target", target, error))?;
         failpoint::reach("publish-target-made");
         if is_node_of(device, target) {

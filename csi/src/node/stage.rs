@@ -150,6 +150,8 @@ impl Node {
                 volume.size_bytes
             )));
         }
+        // The kernel keeps a read-only mark on a device's name, for whatever volume gets the name next.
+        filesystem::set_read_only(&device.node(), request.export.read_only).await?;
         if let Access::Mount {
             filesystem: wanted,
             options,

@@ -127,6 +127,8 @@ fn a_device_that_answers_errors_is_never_formatted() {
         moment.display()
     )));
     let mut driver = Driver::start("csi-eio", setup);
+    driver.daemon.log.expect("fault");
+    driver.daemon.log.expect("Input/output error");
     let claim = Claim::new(&driver, "eio", SMALL, mounted("ext4", Mode::SingleNodeWriter));
     claim.bring_up(&driver);
     fs::write(claim.target.join("kept"), vec![3; 1 << 20]).expect("written");
@@ -161,7 +163,8 @@ fn an_export_of_another_volume_is_refused() {
     claim
         .publish_context
         .insert("export".to_owned(), format!("{}@{secret}", claim.id));
-    assert_eq!(claim.stage(&driver).expect_err("refused").0, Code::FailedPrecondition);
+    let (refused, why) = claim.stage(&driver).expect_err("refused");
+    assert_eq!(refused, Code::FailedPrecondition, "{why}");
     claim.publish_context = own;
     claim.bring_up(&driver);
     claim.take_away(&driver);
