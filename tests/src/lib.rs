@@ -17,6 +17,7 @@ pub mod nbd;
 pub mod pattern;
 pub mod process;
 pub mod reference;
+pub mod rpc;
 pub mod scratch;
 pub mod seed;
 pub mod tool;

@@ -304,7 +304,7 @@ impl DataThread {
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
         self.after_disk = std::mem::take(&mut self.disk_answered);
-        if !self.held.is_empty() {
+        if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
             self.end_holds();
         }
         self.serve_ready();

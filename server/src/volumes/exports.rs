@@ -65,7 +65,9 @@ impl ExportCatalog for Volumes {
         let active = all
             .iter()
             .map(|entry| &entry.current.record)
-            .filter(|r| r.state == VolumeState::Active);
+            .filter(|r| r.state == VolumeState::Active)
+            // Clients go through a list and open each; a published volume is not there for them.
+            .filter(|r| r.publications.is_empty());
         Ok(active
             .map(|r| ExportName {
                 name: r.name.to_string(),

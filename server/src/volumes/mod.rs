@@ -7,6 +7,7 @@
 
 mod annotations;
 mod catalog;
+mod changes;
 mod epochs;
 mod error;
 mod exports;
@@ -22,17 +23,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ashlar_core::records::{
-    Annotations, AnnotationsRecord, ClientNodeId, FilesystemType, HeadClaim, LayerCounter,
-    NameRecord, NewPublication, NewVolume, Placement, PublishError, Record, Revision, RoundedSize,
-    Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState, begin_delete,
-    begin_format, claim, configure, create, end_format, finish_delete, first_annotations, keys,
-    mark_written, publish, rename, resize, round_up_to_block, set_limits, unpublish,
+    Annotations, AnnotationsRecord, HeadClaim, NameRecord, NewVolume, Placement, Record, Revision,
+    RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
+    begin_delete, configure, finish_delete, first_annotations, keys, round_up_to_block,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
 pub use catalog::Serving;
 use catalog::{Catalog, Entry};
+use changes::Change;
 pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
 pub use publications::Unpublished;
@@ -44,56 +44,6 @@ use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 const ATTEMPTS: usize = 64;
 /// Why a volume is not served before it was tried.
 const OPENING: &str = "it is being opened";
-
-/// A change of records, decided afresh from what is read at each attempt.
-enum Change<'a> {
-    Create(NewVolume),
-    Rename {
-        id: VolumeId,
-        name: &'a VolumeName,
-    },
-    Resize {
-        id: VolumeId,
-        size: RoundedSize,
-    },
-    Configure {
-        id: VolumeId,
-        read_only: Option<bool>,
-        write_through: Option<bool>,
-        connections: u32,
-    },
-    BeginDelete {
-        id: VolumeId,
-        connections: u32,
-    },
-    Claim {
-        id: VolumeId,
-    },
-    Limit {
-        id: VolumeId,
-        limits: VolumeLimits,
-    },
-    Publish {
-        id: VolumeId,
-        new: &'a NewPublication,
-    },
-    Unpublish {
-        id: VolumeId,
-        node: Option<&'a ClientNodeId>,
-    },
-    BeginFormat {
-        id: VolumeId,
-        kind: &'a FilesystemType,
-        uuid: Uuid,
-    },
-    EndFormat {
-        id: VolumeId,
-        uuid: Uuid,
-    },
-    MarkWritten {
-        id: VolumeId,
-    },
-}
 
 /// How a volume is created.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -482,6 +432,8 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         if before.record.state == VolumeState::Active {
+            // One that is published stays open: its node may be on its way back to it.
+            begin_delete(&before, 0)?;
             let connections = self.close(id).await?;
             let decided = self.change(&Change::BeginDelete { id, connections }).await;
             match decided {
@@ -644,95 +596,6 @@ impl Volumes {
                 reference: reference(),
                 problem: problem.to_owned(),
             }),
-        }
-    }
-
-    /// Reads, decides and commits until there is no conflict; `None` when nothing had to change. When the outcome is
-    /// unknown, the record is read again: if it is the decided one, the transaction happened (an id is drawn once, a
-    /// claim carries this run's incarnation, and the volume is locked, so nobody else writes that record).
-    async fn change(
-        &self,
-        change: &Change<'_>,
-    ) -> Result<Option<Versioned<VolumeRecord>>, VolumeError> {
-        for _ in 0..ATTEMPTS {
-            let Some((record, transaction)) = self.decide(change).await? else {
-                return Ok(None);
-            };
-            match self.store.commit(transaction).await {
-                Ok(Outcome::Committed(changed_at)) => {
-                    return Ok(Some(Versioned { record, changed_at }));
-                }
-                Ok(Outcome::Conflict) => {}
-                Err(unknown @ MetadataError::Unknown { .. }) => {
-                    let key = keys::volume(record.id);
-                    let found = meta::read::<VolumeRecord>(&*self.store, &key).await?;
-                    return match found {
-                        Some(found) if found.record == record => Ok(Some(found)),
-                        _ => Err(unknown.into()),
-                    };
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(VolumeError::Contended)
-    }
-
-    /// Reads what a change depends on and lets the pure half decide.
-    async fn decide(
-        &self,
-        change: &Change<'_>,
-    ) -> Result<Option<(VolumeRecord, Transaction)>, VolumeError> {
-        match *change {
-            Change::Create(ref new) => {
-                let holder = self.name_holder(&new.name).await?;
-                let counter = meta::read::<LayerCounter>(&*self.store, keys::NEXT_LAYER).await?;
-                let creation = create(new.clone(), holder, counter)?;
-                Ok(Some((creation.record, creation.transaction)))
-            }
-            Change::Rename { id, name } => {
-                let holder = self.name_holder(name).await?;
-                Ok(rename(&self.reread(id).await?, name, holder)?)
-            }
-            Change::Resize { id, size } => Ok(resize(&self.reread(id).await?, size)?),
-            Change::Configure {
-                id,
-                read_only,
-                write_through,
-                connections,
-            } => Ok(configure(
-                &self.reread(id).await?,
-                read_only,
-                write_through,
-                connections,
-            )?),
-            Change::BeginDelete { id, connections } => {
-                Ok(begin_delete(&self.reread(id).await?, connections)?)
-            }
-            Change::Claim { id } => {
-                let current = self.reread(id).await?;
-                let written = self.written_epoch(&current.record);
-                Ok(Some(claim(&current, self.head, written)?))
-            }
-            Change::Limit { id, limits } => Ok(set_limits(&self.reread(id).await?, limits)?),
-            Change::Publish { id, new } => {
-                let node = self.client_node(&new.node).await?;
-                let node = node.ok_or_else(|| PublishError::UnknownNode {
-                    node: new.node.clone(),
-                })?;
-                Ok(publish(&self.reread(id).await?, &node, new)?)
-            }
-            Change::Unpublish { id, node } => {
-                let current = self.reread(id).await?;
-                let written = self.written_epoch(&current.record);
-                Ok(unpublish(&current, node, self.head, written)?)
-            }
-            Change::BeginFormat { id, kind, uuid } => {
-                let current = self.reread(id).await?;
-                let stores_hold_blocks = self.stores_hold_blocks(&current.record);
-                Ok(begin_format(&current, kind, uuid, stores_hold_blocks)?)
-            }
-            Change::EndFormat { id, uuid } => Ok(end_format(&self.reread(id).await?, uuid)?),
-            Change::MarkWritten { id } => Ok(mark_written(&self.reread(id).await?)),
         }
     }
 }

@@ -6,6 +6,8 @@ use ashlar_core::placement::StoreSpace;
 use ashlar_core::units::{Epoch, StoreId};
 use async_trait::async_trait;
 
+use ashlar_core::records::create;
+
 use super::*;
 use crate::meta::{SqliteStore, Watch};
 use crate::nbd::{CatalogError, ExportCatalog};
@@ -687,3 +689,5 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         Err(CatalogError::Unavailable(_))
     ));
 }
+
+mod orchestration;

@@ -11,6 +11,7 @@ mod full;
 mod hostile;
 mod idle;
 mod interop;
+mod orchestrator;
 mod protocol;
 mod restart;
 mod rot;
