@@ -8,6 +8,7 @@ pub mod admin;
 pub mod campaign;
 pub mod certificate;
 pub mod cluster;
+pub mod csi;
 pub mod daemon;
 pub mod etcd;
 pub mod fio;

@@ -5,6 +5,7 @@ mod command_line;
 mod config;
 mod controls;
 mod crash;
+mod csi;
 mod errors;
 mod etcd;
 mod faults;
