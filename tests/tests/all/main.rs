@@ -4,6 +4,7 @@ mod command_line;
 mod config;
 mod controls;
 mod crash;
+mod deploy;
 mod errors;
 mod faults;
 mod full;
