@@ -39,6 +39,11 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
+{{/* A value as text. Numbers reach templates as floating point, and large ones would be written as 1e+06. */}}
+{{- define "ashlar.text" -}}
+{{- if kindIs "float64" . }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+
 {{/* Belongs into the securityContext of a pod. */}}
 {{- define "ashlar.seLinux" -}}
 {{- with .Values.seLinuxType -}}

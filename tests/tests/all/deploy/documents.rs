@@ -64,7 +64,9 @@ fn every_value_that_is_set_is_one_of_the_charts() {
         let word = piece.split('=').next().expect("a word");
         let top = word.split('.').next().expect("a word");
         if word.contains('.') && !values[top].is_null() && !word.contains([' ', '/']) {
-            let found = word.split('.').try_fold(values, |value, part| value.get(part));
+            let found = word
+                .split('.')
+                .try_fold(values, |value, part| value.get(part));
             assert!(found.is_some(), "{word} is no value of the chart");
         }
     }
@@ -81,7 +83,11 @@ fn every_object_that_is_named_exists() {
     let mut checked = 0;
     for piece in code() {
         for word in piece.split_whitespace() {
-            if word.split('/').next().is_some_and(|kind| kinds.contains(&kind)) {
+            if word
+                .split('/')
+                .next()
+                .is_some_and(|kind| kinds.contains(&kind))
+            {
                 assert!(titles.contains(word), "{word} of {titles:?}");
                 checked += 1;
             }
@@ -99,8 +105,15 @@ fn every_file_that_is_used_exists() {
     for flag in ["-f", "-k"] {
         used.extend(after(flag));
     }
-    used.extend(after("ashlar").into_iter().filter(|word| word.contains('/')));
-    let paths: Vec<_> = used.iter().filter(|path| path.starts_with("deploy/")).collect();
+    used.extend(
+        after("ashlar")
+            .into_iter()
+            .filter(|word| word.contains('/')),
+    );
+    let paths: Vec<_> = used
+        .iter()
+        .filter(|path| path.starts_with("deploy/"))
+        .collect();
     assert!(paths.len() >= 4, "{used:?}");
     for path in paths {
         assert!(root().join(path).exists(), "{path}");
@@ -129,7 +142,13 @@ fn the_example_is_the_one_that_the_document_walks_through() {
     let titles: Vec<_> = example.iter().map(title).collect();
     assert_eq!(titles, ["PersistentVolumeClaim notes", "Pod notes"]);
     let text = code().join("\n");
-    for word in ["pod/notes", "exec notes", "pvc notes", "pvc/notes", "delete pod notes"] {
+    for word in [
+        "pod/notes",
+        "exec notes",
+        "pvc notes",
+        "pvc/notes",
+        "delete pod notes",
+    ] {
         assert!(text.contains(word), "{word}");
     }
     let mount = &example[1]["spec"]["containers"][0]["volumeMounts"][0]["mountPath"];

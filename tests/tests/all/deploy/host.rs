@@ -21,7 +21,13 @@ fn settings(unit: &str) -> Vec<(String, String)> {
 fn services() -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(root().join("deploy/systemd"))
         .expect("units")
-        .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .into_string()
+                .expect("UTF-8")
+        })
         .filter(|name| name.ends_with(".service"))
         .collect();
     names.sort();
@@ -87,7 +93,8 @@ fn rules_for_devices_are_of_the_form_that_udev_reads() {
             .unwrap_or_else(|| panic!("{part}: no operator"));
         let (key, value) = part.split_once(operator).expect("found");
         assert!(
-            key.chars().all(|c| c.is_ascii_uppercase() || "{}_".contains(c)),
+            key.chars()
+                .all(|c| c.is_ascii_uppercase() || "{}_".contains(c)),
             "{part}"
         );
         assert!(
@@ -104,7 +111,11 @@ fn chart_and_host_load_the_driver_alike() {
     let values = &objects(&read("deploy/charts/ashlar/values.yaml"))[0];
     let devices = &values["node"]["nbdDevices"];
     let options = format!("options nbd nbds_max={devices} max_part=0");
-    assert!(read("deploy/host/modprobe-ashlar.conf").lines().any(|line| line == options));
+    assert!(
+        read("deploy/host/modprobe-ashlar.conf")
+            .lines()
+            .any(|line| line == options)
+    );
     let init = read("deploy/charts/ashlar/templates/node.yaml");
     assert!(init.contains("modprobe nbd nbds_max={{ .Values.node.nbdDevices }} max_part=0"));
 }

@@ -147,9 +147,16 @@ fn the_image_has_every_program_that_the_driver_runs() {
     let mut found = Vec::new();
     sources(&root().join("csi/src"), &mut found);
     let started: BTreeSet<_> = found.iter().flat_map(|source| started_in(source)).collect();
-    assert!(started.contains("mount") && started.contains("mkfs.ext4"), "{started:?}");
+    assert!(
+        started.contains("mount") && started.contains("mkfs.ext4"),
+        "{started:?}"
+    );
     let missing = started.iter().filter(|program| !has_program(program));
-    assert_none(&missing.map(|program| format!("the image has no {program}")).collect::<Vec<_>>());
+    assert_none(
+        &missing
+            .map(|program| format!("the image has no {program}"))
+            .collect::<Vec<_>>(),
+    );
 }
 
 #[test]
@@ -180,7 +187,9 @@ fn the_image_is_built_from_binaries_that_exist() {
             .succeed();
         assert_eq!(said.trim(), format!("{program} {VERSION}"));
     }
-    let entry = last_stage().into_iter().find(|line| line.starts_with("ENTRYPOINT "));
+    let entry = last_stage()
+        .into_iter()
+        .find(|line| line.starts_with("ENTRYPOINT "));
     assert_eq!(entry.as_deref(), Some("ENTRYPOINT [\"ashlard\"]"));
 }
 
@@ -190,9 +199,9 @@ fn the_image_is_not_root_and_the_chart_knows_its_user() {
     let user = values["daemon"]["user"].as_u64().expect("a number");
     let stage = last_stage();
     assert!(stage.contains(&format!("USER {user}:{user}")), "{stage:?}");
-    let made = stage
-        .iter()
-        .any(|line| line.contains(&format!("--uid {user}")) && line.contains(&format!("--gid {user}")));
+    let made = stage.iter().any(|line| {
+        line.contains(&format!("--uid {user}")) && line.contains(&format!("--gid {user}"))
+    });
     assert!(made, "{stage:?}");
 }
 

@@ -28,7 +28,12 @@ fn flags_in(help: &str) -> BTreeSet<String> {
                 .take(2)
                 .find(|word| word.starts_with("--"))
         })
-        .map(|word| word.split(['=', '[', ',']).next().unwrap_or(word).to_owned())
+        .map(|word| {
+            word.split(['=', '[', ','])
+                .next()
+                .unwrap_or(word)
+                .to_owned()
+        })
         .collect()
 }
 
@@ -83,7 +88,10 @@ fn expanded(container: &Value, argument: &str) -> Result<String, String> {
     while let Some(start) = argument.find("$(") {
         let end = start + argument[start..].find(')').expect("closed");
         let name = &argument[start + 2..end];
-        if !array(&container["env"]).iter().any(|env| env["name"] == name) {
+        if !array(&container["env"])
+            .iter()
+            .any(|env| env["name"] == name)
+        {
             return Err(format!("$({name}) is not in the environment"));
         }
         argument.replace_range(start..=end, "value");
@@ -196,7 +204,11 @@ fn every_container_runs_what_its_image_has_with_arguments_it_takes() {
                 programs.extend(run_of(container).map(|run| run.program));
                 let found = complaints_about(&pod, container, repository);
                 complaints.extend(found.into_iter().map(|complaint| {
-                    format!("{name}: {} {}: {complaint}", title(object), container["name"])
+                    format!(
+                        "{name}: {} {}: {complaint}",
+                        title(object),
+                        container["name"]
+                    )
                 }));
             }
         }
@@ -216,15 +228,29 @@ fn a_wrong_flag_a_wrong_value_and_a_missing_mount_are_found() {
         .expect("the daemon");
     let pod = pod_spec(daemon).expect("a pod");
     for (old, new, word) in [
-        ("--tail-dir=/run/ashlar/tail", "--tails=/run/ashlar/tail", "--tails"),
+        (
+            "--tail-dir=/run/ashlar/tail",
+            "--tails=/run/ashlar/tail",
+            "--tails",
+        ),
         ("--store-size=20GiB", "--store-size=20XB", "20XB"),
-        ("--tail-dir=/run/ashlar/tail", "--tail-dir=/run/other", "/run/other"),
+        (
+            "--tail-dir=/run/ashlar/tail",
+            "--tail-dir=/run/other",
+            "/run/other",
+        ),
         ("--log-format=json", "--log-format=$(FORMAT)", "FORMAT"),
     ] {
         let mut container = pod["containers"][0].clone();
         let arguments: Vec<_> = strings(&container["args"])
             .into_iter()
-            .map(|argument| if argument == old { new.to_owned() } else { argument })
+            .map(|argument| {
+                if argument == old {
+                    new.to_owned()
+                } else {
+                    argument
+                }
+            })
             .collect();
         container["args"] = arguments.into();
         let found = complaints_about(pod, &container, "localhost/ashlar").join("\n");
@@ -243,12 +269,19 @@ fn every_probe_reaches_something() {
                 .flat_map(|container| strings(&container["args"]))
                 .filter_map(|argument| {
                     let flags = ["--http-endpoint=", "--listen-http="];
-                    flags.iter().find_map(|flag| Some(argument.strip_prefix(flag)?.to_owned()))
+                    flags
+                        .iter()
+                        .find_map(|flag| Some(argument.strip_prefix(flag)?.to_owned()))
                 })
                 .collect();
             let ports: BTreeMap<_, _> = containers(pod)
                 .flat_map(|container| array(&container["ports"]))
-                .map(|port| (port["name"].clone().to_string(), port["containerPort"].clone()))
+                .map(|port| {
+                    (
+                        port["name"].clone().to_string(),
+                        port["containerPort"].clone(),
+                    )
+                })
                 .collect();
             for container in containers(pod) {
                 for kind in ["startupProbe", "readinessProbe", "livenessProbe"] {
@@ -263,7 +296,12 @@ fn every_probe_reaches_something() {
                     let host = get["host"].as_str().unwrap_or("");
                     let wanted = format!("{host}:{port}");
                     let reached = endpoints.iter().any(|endpoint| endpoint.ends_with(&wanted));
-                    assert!(reached, "{name}: {} {}: {wanted}", title(object), container["name"]);
+                    assert!(
+                        reached,
+                        "{name}: {} {}: {wanted}",
+                        title(object),
+                        container["name"]
+                    );
                 }
             }
         }
@@ -279,10 +317,18 @@ fn only_the_node_part_is_privileged_and_root_is_where_it_is_needed() {
                 continue;
             };
             for container in containers(pod) {
-                let who = format!("{} {}", title(object), container["name"].as_str().unwrap_or("?"));
+                let who = format!(
+                    "{} {}",
+                    title(object),
+                    container["name"].as_str().unwrap_or("?")
+                );
                 let security = &container["securityContext"];
                 let privileged = security["privileged"] == true;
-                assert_eq!(privileged, who == "DaemonSet ashlar-csi-node ashlar-csi", "{name}: {who}");
+                assert_eq!(
+                    privileged,
+                    who == "DaemonSet ashlar-csi-node ashlar-csi",
+                    "{name}: {who}"
+                );
                 assert_eq!(security["readOnlyRootFilesystem"], true, "{name}: {who}");
                 if !privileged {
                     assert_eq!(security["allowPrivilegeEscalation"], false, "{name}: {who}");

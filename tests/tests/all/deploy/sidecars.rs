@@ -118,7 +118,9 @@ const SIDECARS: [Sidecar; 5] = [
 /// What is wrong with starting `image` with `arguments`.
 pub(super) fn complaints(image: &str, arguments: &[String]) -> Vec<String> {
     let Some(sidecar) = SIDECARS.iter().find(|sidecar| sidecar.image == image) else {
-        return vec![format!("{image} is neither ours nor a sidecar that is known here")];
+        return vec![format!(
+            "{image} is neither ours nor a sidecar that is known here"
+        )];
     };
     let mut complaints = Vec::new();
     for argument in arguments {
@@ -148,8 +150,20 @@ fn unknown_flags_and_images_are_found() {
     let attacher = SIDECARS[1].image;
     let good = ["--leader-election", "--timeout=15s", "--v=2"].map(str::to_owned);
     assert!(complaints(attacher, &good).is_empty());
-    for wrong in ["--workers=2", "--timeout", "--leader-election=3", "timeout=15s"] {
-        assert_eq!(complaints(attacher, &[wrong.to_owned()]).len(), 1, "{wrong}");
+    for wrong in [
+        "--workers=2",
+        "--timeout",
+        "--leader-election=3",
+        "timeout=15s",
+    ] {
+        assert_eq!(
+            complaints(attacher, &[wrong.to_owned()]).len(),
+            1,
+            "{wrong}"
+        );
     }
-    assert_eq!(complaints("registry.example.org/csi-attacher:v4", &[]).len(), 1);
+    assert_eq!(
+        complaints("registry.example.org/csi-attacher:v4", &[]).len(),
+        1
+    );
 }
