@@ -20,14 +20,14 @@ pub(super) fn flags_of(program: &str, subcommand: &[&str]) -> BTreeSet<String> {
     flags_in(&help)
 }
 
-/// Words that begin with two dashes at the start of a line of a help.
+/// Long flags that stand at the start of a line of a help.
 fn flags_in(help: &str) -> BTreeSet<String> {
     help.lines()
-        .filter_map(|line| {
+        .flat_map(|line| {
             line.split_whitespace()
-                .take(2)
-                .find(|word| word.starts_with("--"))
+                .take_while(|word| word.starts_with('-'))
         })
+        .filter(|word| word.starts_with("--"))
         .map(|word| {
             word.split(['=', '[', ','])
                 .next()
@@ -120,13 +120,16 @@ fn complaints_about_run(run: &Run) -> Vec<String> {
                 complaints.push(finished.to_string());
             }
         }
+        // It reads its whole command line, and then refuses this log before it does anything.
         "ashlar-csi" => {
-            let known = flags_of("ashlar-csi", &[]);
-            for argument in &run.arguments {
-                let name = argument.split('=').next().expect("a word");
-                if !known.contains(name) {
-                    complaints.push(format!("ashlar-csi has no {name}"));
-                }
+            let log = |argument: &&String| argument.starts_with("--log=");
+            let finished = Tool::new(binary("ashlar-csi").to_str().expect("UTF-8"))
+                .args(run.arguments.iter().filter(|argument| !log(argument)))
+                .arg("--log=no[such[log")
+                .run();
+            let is_refused = finished.status.code() == Some(1) && finished.stderr.contains("--log");
+            if !is_refused {
+                complaints.push(finished.to_string());
             }
         }
         "sh" => {
@@ -255,6 +258,37 @@ fn a_wrong_flag_a_wrong_value_and_a_missing_mount_are_found() {
         container["args"] = arguments.into();
         let found = complaints_about(pod, &container, "localhost/ashlar").join("\n");
         assert!(found.contains(word), "{new}: {found:?}");
+    }
+}
+
+#[test]
+fn a_wrong_flag_and_a_wrong_value_of_the_driver_are_found() {
+    let good = [
+        "--mode=node",
+        "--daemon=unix:/run/ashlar/admin.sock",
+        "--log=info",
+    ];
+    let complaints = |arguments: &[&str]| {
+        complaints_about_run(&Run {
+            program: "ashlar-csi".to_owned(),
+            arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
+            through: Vec::new(),
+        })
+    };
+    assert_none(&complaints(&good));
+    for wrong in [
+        "--mod=node",
+        "--mode=nodes",
+        "--daemon=/run/admin.sock",
+        "--nbd-timeout=0",
+    ] {
+        let name = wrong.split('=').next().expect("a word");
+        let arguments: Vec<_> = good
+            .into_iter()
+            .filter(|argument| !argument.starts_with(&format!("{name}=")))
+            .chain([wrong])
+            .collect();
+        assert_eq!(complaints(&arguments).len(), 1, "{wrong}");
     }
 }
 
