@@ -7,9 +7,8 @@ use super::index::{Lookup, Pending, RowId, ZeroMark, leaf_of};
 use super::{MAX_WRITE_BLOCKS, OpId, Store, StoreError, WriteError};
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS, LayerId, Version};
 
-/// Blocks that may wait to be applied: bounds what they take in memory, and what a start replays beyond the log between
-/// two checkpoints. A table of so many never has more than 2^20 places of 33 bytes, however often it was written to;
-/// beside it stand the headers of their frames, at the most 64 bytes a block.
+/// Blocks that may wait to be applied: bounds what they take in memory. A table of so many never has more than 2^20
+/// places of 33 bytes, however often it was written to.
 pub(super) const PENDING_MAX: usize = 1 << 18;
 
 /// What writing these blocks of a chunk adds to the blocks in use at the most, their leaves included.
@@ -125,7 +124,7 @@ impl Store {
     ) -> Result<(), WriteError> {
         assert!(count > 0 && first_block + count <= CHUNK_BLOCKS);
         self.healthy()?;
-        if self.index.pending_len() > PENDING_MAX {
+        if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
         }
@@ -213,6 +212,13 @@ impl Store {
         Ok(())
     }
 
+    /// Whether clients must wait until more is applied. That bounds the memory that it takes, and the log that a start
+    /// replays: to what comes between two checkpoints, and as much again.
+    fn backlog_is_full(&self) -> bool {
+        self.index.pending_len() > PENDING_MAX
+            || self.hot.unapplied_blocks > self.params.checkpoint_log_blocks
+    }
+
     /// Whether a write may go on, and how many blocks it may add to those in use.
     pub(super) fn admit_write(
         &mut self,
@@ -222,7 +228,7 @@ impl Store {
     ) -> Result<u64, WriteError> {
         assert!(first_block + count <= CHUNK_BLOCKS);
         self.healthy()?;
-        if self.index.pending_len() > PENDING_MAX {
+        if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
         }
@@ -287,7 +293,7 @@ impl Store {
     /// Whether a writer that was told "busy" has a chance now.
     pub(super) fn could_accept(&self) -> bool {
         let leaf_is_coming = || self.loads.values().any(|load| load.awaited);
-        if self.index.pending_len() > PENDING_MAX || self.growth.wanted || leaf_is_coming() {
+        if self.backlog_is_full() || self.growth.wanted || leaf_is_coming() {
             return false;
         }
         let near_full =
