@@ -157,7 +157,7 @@ impl Store {
         let gains = self.hot.checkpoint_log_blocks - self.hot.unapplied_blocks;
         let by_log = self.hot.checkpoint_log_blocks >= self.params.checkpoint_log_blocks
             && gains >= self.params.checkpoint_log_blocks / 4;
-        let by_leaves = self.index.dirty_leaves >= self.params.leaf_cache.max(16) / 2;
+        let by_leaves = self.index.dirty_leaves as u64 >= self.changed_leaves_wanted();
         let by_space = self.wants_checkpoint_for_space();
         let applied = self.hot.applied_seq;
         let asked = self
