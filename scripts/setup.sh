@@ -189,7 +189,7 @@ install_rust_component() {
             apt_install rustfmt-web
             return 0
         fi
-        die "cargo $1 is missing; install the distribution's package of $2"
+        die "cargo $1 is missing: install the distribution's package of $2 where there is one (rustc-web has no clippy), or Rust by its own installer, https://rustup.rs"
     fi
 }
 
