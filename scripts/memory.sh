@@ -38,8 +38,13 @@ clean_up() {
         wait "$daemon_pid" 2>/dev/null || true
     fi
     if [ -n "$number" ]; then
-        echo 1 >"/sys/block/zram$number/reset" || true
-        echo "$number" >/sys/class/zram-control/hot_remove || true
+        # The kernel lets go of a killed process's files a moment later.
+        local left=100
+        until echo "$number" 2>/dev/null >/sys/class/zram-control/hot_remove || [ "$left" = 0 ]; do
+            left=$((left - 1))
+            sleep 0.1
+        done
+        [ "$left" -gt 0 ] || echo "memory: /dev/zram$number is still there" >&2
     fi
     rm -rf "$scratch" "$tails"
     exit "$status"
