@@ -51,7 +51,7 @@ fn a_start_admits_no_more_than_fits() {
         let (chunk, block) = (taken / CHUNK_BLOCKS, taken % CHUNK_BLOCKS);
         ram.write(chunk, block, &data).expect("there is room");
         taken += 1;
-        if taken % 64 == 0 {
+        if taken.is_multiple_of(64) {
             ram.run();
         }
     }
