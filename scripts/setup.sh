@@ -171,6 +171,18 @@ install_rust() {
         fi
     fi
     install_rustup && return 0
+    # Debian carries a current compiler for its browsers' sake, signed as everything else. It takes the place of the
+    # distribution's rustc, so it comes last.
+    if command -v apt-get >/dev/null 2>&1; then
+        local web
+        web=$(apt-cache policy rustc-web 2>/dev/null | sed -n 's/^ *Candidate: \([0-9.]*\).*/\1/p')
+        if [ -n "$web" ] && new_enough "$web"; then
+            say "Rust's own installer cannot be had here; taking Debian's rustc-web"
+            apt_install rustc-web cargo-web
+            hash -r
+            rust_is_there && return 0
+        fi
+    fi
     die "no Rust toolchain of at least $rust_wanted could be found or installed from the distribution. Run this once, then repeat:
     curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal && . \"\$HOME/.cargo/env\""
 }
@@ -180,7 +192,11 @@ install_rust_component() {
     if command -v rustup >/dev/null 2>&1; then
         rustup component add "$2" >&2
     else
-        die "cargo $1 is missing; install the distribution's package of $2"
+        if [ "$2" = rustfmt ] && [ -n "$(apt-cache madison rustfmt-web 2>/dev/null)" ]; then
+            apt_install rustfmt-web
+            return 0
+        fi
+        die "cargo $1 is missing: install the distribution's package of $2 where there is one (rustc-web has no clippy), or Rust by its own installer, https://rustup.rs"
     fi
 }
 

@@ -92,12 +92,20 @@ impl ConnectionCount {
 
     /// Room for one more, or `None`.
     pub fn try_slot(&self) -> Option<ConnectionSlot> {
-        self.open
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |open| {
-                (open < self.most).then_some(open + 1)
-            })
-            .ok()?;
-        Some(ConnectionSlot(Arc::clone(&self.open)))
+        let mut open = self.open.load(Ordering::Acquire);
+        while open < self.most {
+            let taken = self.open.compare_exchange_weak(
+                open,
+                open + 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match taken {
+                Ok(_) => return Some(ConnectionSlot(Arc::clone(&self.open))),
+                Err(now) => open = now,
+            }
+        }
+        None
     }
 
     /// How many there are.
