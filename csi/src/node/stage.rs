@@ -123,7 +123,9 @@ impl Node {
             && !(is_same_export && is_half_way && self.is_usable(found).await?)
         {
             // Of an earlier publication, of unknown origin, or dead.
-            let place = known.as_ref().map_or(&request.staging, |state| &state.stage.path);
+            let place = known
+                .as_ref()
+                .map_or(&request.staging, |state| &state.stage.path);
             self.take_down(id, place).await?;
             device = None;
         }
@@ -202,7 +204,8 @@ impl Node {
             Decision::Use(kind) => kind,
             Decision::Make => {
                 let kind = wish.wanted.unwrap_or(request.default_filesystem);
-                self.format(request, kind, Uuid::new_v4(), false, &node).await?;
+                self.format(request, kind, Uuid::new_v4(), false, &node)
+                    .await?;
                 kind
             }
             Decision::MakeAgain(kind, uuid) => {

@@ -18,8 +18,12 @@ fn volume() -> Versioned<VolumeRecord> {
             head: None,
             created_at_unix_ms: 0,
             state: VolumeState::Active,
+            min_in_sync: 1,
+            client_generation: 0,
+            settled: Default::default(),
             placement: Placement {
                 stores: vec![StoreId(Uuid::from_u128(7))],
+                sets: Vec::new(),
             },
             never_written: true,
             filesystem: None,
