@@ -267,6 +267,7 @@ fn certificates_of_every_wrong_kind_are_refused() {
         .as_str()
         .expect("an id")
         .to_owned();
+    let namesake = Authority::new(&format!("Ashlar cluster {cluster}"));
     let unknown = "00000000-0000-4000-8000-000000000000";
     let client_name = format!("{unknown}.db.volumes.{cluster}.ashlar.internal");
     let node_name = format!("{unknown}.node.{cluster}.ashlar.internal");
@@ -275,10 +276,16 @@ fn certificates_of_every_wrong_kind_are_refused() {
     std::fs::copy(user.join("ca-cert.pem"), none.join("ca-cert.pem")).expect("copied");
     let cases = [
         (none, "no certificate", "no certificates"),
+        // A client keeps it to itself, because its authority is not among those the server names.
         (
             with_certificate(&served, &foreign, "foreign", &[&client_name], false),
             "of another authority",
-            "UnknownIssuer",
+            "no certificates",
+        ),
+        (
+            with_certificate(&served, &namesake, "namesake", &[&client_name], false),
+            "of another authority of the same name",
+            "invalid peer certificate",
         ),
         (
             with_certificate(&served, &forger, "expired", &[&client_name], true),
