@@ -19,4 +19,5 @@ mod protocol;
 mod restart;
 mod rot;
 mod tidy;
+mod tls;
 mod volumes;
