@@ -43,7 +43,11 @@ pub struct Arguments {
     #[arg(long, env = "CSI_ENDPOINT", value_parser = server::endpoint, default_value = "unix:///run/ashlar-csi/csi.sock")]
     pub endpoint: PathBuf,
     /// The daemon's administrative interface: unix:/path or tcp:HOST:PORT
-    #[arg(long, env = "ASHLAR_CSI_DAEMON", default_value = "unix:/run/ashlar/admin.sock")]
+    #[arg(
+        long,
+        env = "ASHLAR_CSI_DAEMON",
+        default_value = "unix:/run/ashlar/admin.sock"
+    )]
     pub daemon: Address,
     /// Version of the interface to advertise
     #[arg(long, env = "ASHLAR_CSI_SPEC", value_enum, default_value_t = Spec::V1_12)]
@@ -58,10 +62,19 @@ pub struct Arguments {
     #[arg(long, env = "ASHLAR_CSI_MAX_VOLUMES", default_value_t = 128)]
     pub max_volumes: u32,
     /// Directory below which staging and target paths lie; more than once for more
-    #[arg(long = "kubelet-dir", env = "ASHLAR_CSI_KUBELET_DIR", value_delimiter = ',', default_value = "/var/lib/kubelet")]
+    #[arg(
+        long = "kubelet-dir",
+        env = "ASHLAR_CSI_KUBELET_DIR",
+        value_delimiter = ',',
+        default_value = "/var/lib/kubelet"
+    )]
     pub roots: Vec<PathBuf>,
     /// What the node plugin remembers over restarts
-    #[arg(long, env = "ASHLAR_CSI_STATE_DIR", default_value = "/var/lib/ashlar-csi")]
+    #[arg(
+        long,
+        env = "ASHLAR_CSI_STATE_DIR",
+        default_value = "/var/lib/ashlar-csi"
+    )]
     pub state_dir: PathBuf,
     /// How to make devices: the kernel's NBD driver, or nbdfuse and a loop device where there is none
     #[arg(long, env = "ASHLAR_CSI_ATTACH", value_enum, default_value_t = Way::Auto)]
@@ -157,17 +170,14 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     let controller = match arguments.mode {
         Mode::Node => None,
-        Mode::Controller | Mode::All => {
-            Some(ControllerService::new(
-                daemon.clone(),
-                arguments.max_volumes,
-                arguments.spec,
-            ))
-        }
+        Mode::Controller | Mode::All => Some(ControllerService::new(
+            daemon.clone(),
+            arguments.max_volumes,
+            arguments.spec,
+        )),
     };
     if let Some(parent) = arguments.endpoint.parent() {
-        std::fs::create_dir_all(parent)
-            .with_context(|| format!("making {}", parent.display()))?;
+        std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
     }
     let listener = server::listen(&arguments.endpoint)
         .await

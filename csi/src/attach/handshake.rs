@@ -71,7 +71,9 @@ pub enum HandshakeError {
         message: String,
     },
     /// The server wants TLS, which the kernel's client cannot do.
-    #[error("{address} wants TLS, which the kernel's client cannot speak; attach through a Unix socket")]
+    #[error(
+        "{address} wants TLS, which the kernel's client cannot speak; attach through a Unix socket"
+    )]
     WantsTls {
         /// Which server.
         address: Address,
@@ -192,7 +194,9 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     if stream.read_u64().await? != MAGIC || stream.read_u64().await? != OPTION_MAGIC {
-        return Err(Fault::Protocol("this is no NBD server of the newer style".into()));
+        return Err(Fault::Protocol(
+            "this is no NBD server of the newer style".into(),
+        ));
     }
     let offered = stream.read_u16().await?;
     if offered & FIXED_NEWSTYLE == 0 {
@@ -331,7 +335,11 @@ mod tests {
     #[tokio::test]
     async fn an_export_is_opened_by_its_whole_name() {
         let mut bytes = greeting();
-        bytes.extend(reply(OPT_GO, REP_INFO, &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0]));
+        bytes.extend(reply(
+            OPT_GO,
+            REP_INFO,
+            &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0],
+        ));
         bytes.extend(reply(OPT_GO, REP_INFO, &export(8192, 0x101)));
         bytes.extend(reply(OPT_GO, REP_ACK, &[]));
         let (result, sent) = met_with(&bytes).await;
@@ -363,7 +371,11 @@ mod tests {
             after(&reply(OPT_GO, REP_ACK, b"")),
             after(&reply(OPT_GO, REP_INFO, &[0, 0, 1])),
             after(&reply(OPT_GO, 77, b"")),
-            [greeting(), reply(OPT_GO, REP_INFO, &export(1, 1)).repeat(REPLIES_MAX)].concat(),
+            [
+                greeting(),
+                reply(OPT_GO, REP_INFO, &export(1, 1)).repeat(REPLIES_MAX),
+            ]
+            .concat(),
         ] {
             let (result, _) = met_with(&nonsense).await;
             assert!(matches!(result, Err(Fault::Protocol(_))), "{result:?}");

@@ -74,10 +74,16 @@ impl Controller {
         if self.max_volumes != 0 && !has_it && known.volumes >= self.max_volumes as usize {
             return Err(Refusal::new(
                 Class::ResourceExhausted,
-                format!("node {node} has {} volumes, as many as it takes", known.volumes),
+                format!(
+                    "node {node} has {} volumes, as many as it takes",
+                    known.volumes
+                ),
             ));
         }
-        if let Some(other) = volume.publications.iter().find(|other| other.node_id != node)
+        if let Some(other) = volume
+            .publications
+            .iter()
+            .find(|other| other.node_id != node)
             && !(mode.is_multi_node() && other.read_only)
         {
             return Err(Refusal::precondition(format!(
@@ -114,11 +120,7 @@ impl Controller {
     }
 
     /// Changes the mutable parameters of a volume; the others stay.
-    pub async fn modify(
-        &self,
-        id: Uuid,
-        given: &BTreeMap<String, String>,
-    ) -> Result<(), Refusal> {
+    pub async fn modify(&self, id: Uuid, given: &BTreeMap<String, String>) -> Result<(), Refusal> {
         let changes = parameters::Mutable::parse(given)?;
         self.volume(id).await?;
         if changes != parameters::Mutable::default() {

@@ -71,8 +71,14 @@ impl Controller {
         if let Some(volume) = self.daemon().volume_named(&name).await? {
             return found(volume, &request);
         }
-        if request.parameters.replicas.is_some_and(|replicas| replicas > 1)
-            || request.parameters.min_in_sync.is_some_and(|least| least > 1)
+        if request
+            .parameters
+            .replicas
+            .is_some_and(|replicas| replicas > 1)
+            || request
+                .parameters
+                .min_in_sync
+                .is_some_and(|least| least > 1)
         {
             // Said here and not by a volume with fewer copies than its class promises.
             return Err(Refusal::invalid(format!(
@@ -121,7 +127,10 @@ impl Controller {
     pub async fn places(&self) -> Result<Vec<Place>, Refusal> {
         let nodes = self.daemon().nodes().await?;
         let places: BTreeSet<Place> = nodes.into_iter().map(|node| node.topology).collect();
-        Ok(places.into_iter().filter(|place| !place.is_empty()).collect())
+        Ok(places
+            .into_iter()
+            .filter(|place| !place.is_empty())
+            .collect())
     }
 }
 
@@ -137,7 +146,12 @@ fn is_reachable(request: &CreateRequest, places: &[Place]) -> Result<(), Refusal
                 .all(|(key, value)| place.get(key) == Some(value))
         })
     };
-    if request.requisite.iter().chain(&request.preferred).any(is_there) {
+    if request
+        .requisite
+        .iter()
+        .chain(&request.preferred)
+        .any(is_there)
+    {
         return Ok(());
     }
     Err(Refusal::new(
@@ -216,7 +230,9 @@ pub fn context_of(volume: &Volume) -> BTreeMap<String, String> {
     [parameters::FILESYSTEM, parameters::MKFS_OPTIONS]
         .into_iter()
         .filter_map(|key| {
-            let value = volume.annotations.get(&format!("{PARAMETER_PREFIX}{key}"))?;
+            let value = volume
+                .annotations
+                .get(&format!("{PARAMETER_PREFIX}{key}"))?;
             Some((key.to_owned(), value.clone()))
         })
         .collect()

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Node;
 use super::filesystem;
 use super::state::VolumeState;
-use super::Node;
 use crate::attach::{Device, DeviceKind};
 use crate::refusal::Refusal;
 
@@ -40,7 +40,9 @@ impl Node {
     fn adopt(&self, mut state: VolumeState, device: Option<Device>) -> Result<(), Refusal> {
         let before = state.clone();
         let mounts = filesystem::mounts()?;
-        state.targets.retain(|target| mounts.at(&target.path).is_some());
+        state
+            .targets
+            .retain(|target| mounts.at(&target.path).is_some());
         if device.is_none() {
             state.stage.is_complete = false;
         }

@@ -21,7 +21,10 @@ impl Node {
         failpoint::reach("unstage-begun");
         if let Some(state) = self.known(volume)? {
             let mounts = filesystem::mounts()?;
-            let used = state.targets.iter().find(|target| mounts.at(&target.path).is_some());
+            let used = state
+                .targets
+                .iter()
+                .find(|target| mounts.at(&target.path).is_some());
             if let Some(used) = used {
                 return Err(Refusal::precondition(format!(
                     "the volume is still published at {}",
@@ -39,7 +42,9 @@ impl Node {
         let state = self.known(volume)?;
         let device = self.device_of(volume, state.as_ref()).await?;
         if let Some(device) = &device
-            && self.is_dead(state.as_ref().map(|state| &state.export), device).await
+            && self
+                .is_dead(state.as_ref().map(|state| &state.export), device)
+                .await
         {
             tracing::warn!(volume = %volume, device = device.name, "the server of a device is gone; failing its I/O");
             self.fail_device(volume, state.as_ref()).await?;

@@ -62,8 +62,7 @@ impl Controller {
 
     /// A page of the volumes this caller may see, and where to go on.
     async fn page(&self, most: i32, token: &str) -> Result<(Vec<Volume>, String), Refusal> {
-        let most = u32::try_from(most)
-            .map_err(|_| Refusal::invalid("max_entries is negative"))?;
+        let most = u32::try_from(most).map_err(|_| Refusal::invalid("max_entries is negative"))?;
         let mut token = token.to_owned();
         let mut all = Vec::new();
         loop {
@@ -157,7 +156,9 @@ impl csi::controller_server::Controller for Controller {
         let wanted = create_request(request.into_inner()).map_err(status)?;
         let key = format!("name {}", wanted.name);
         let created = self
-            .change(&key, waits, |operations| async move { operations.create(wanted).await })
+            .change(&key, waits, |operations| async move {
+                operations.create(wanted).await
+            })
             .await?;
         Ok(Response::new(csi::CreateVolumeResponse {
             volume: Some(convert::volume(
@@ -175,8 +176,10 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let given = request.into_inner().volume_id;
         if let Some(id) = convert::volume_id(&given).map_err(status)? {
-            self.change(&given, waits, |operations| async move { operations.delete(id).await })
-                .await?;
+            self.change(&given, waits, |operations| async move {
+                operations.delete(id).await
+            })
+            .await?;
         }
         Ok(Response::new(csi::DeleteVolumeResponse {}))
     }
@@ -188,13 +191,17 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let message = request.into_inner();
         convert::volume_id(&message.volume_id).map_err(status)?;
-        let node = convert::node_id(&message.node_id).map_err(status)?.to_owned();
+        let node = convert::node_id(&message.node_id)
+            .map_err(status)?
+            .to_owned();
         let capability = convert::capability(message.volume_capability).map_err(status)?;
         let id = convert::known_id(&message.volume_id).map_err(status)?;
         let read_only = message.readonly;
         let export = self
             .change(&message.volume_id, waits, |operations| async move {
-                operations.publish(id, &node, capability.mode, read_only).await
+                operations
+                    .publish(id, &node, capability.mode, read_only)
+                    .await
             })
             .await?;
         Ok(Response::new(csi::ControllerPublishVolumeResponse {
@@ -462,8 +469,8 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let message = request.into_inner();
         let id = convert::known_id(&message.volume_id).map_err(status)?;
-        let given = convert::map("mutable_parameters", message.mutable_parameters)
-            .map_err(status)?;
+        let given =
+            convert::map("mutable_parameters", message.mutable_parameters).map_err(status)?;
         self.change(&message.volume_id, waits, |operations| async move {
             operations.modify(id, &given).await
         })
@@ -477,10 +484,7 @@ fn no_snapshots() -> Status {
 }
 
 /// Whether a volume can be used in all the ways, with all the parameters.
-fn judge(
-    volume: &Volume,
-    message: &csi::ValidateVolumeCapabilitiesRequest,
-) -> Result<(), String> {
+fn judge(volume: &Volume, message: &csi::ValidateVolumeCapabilitiesRequest) -> Result<(), String> {
     let words = |refusal: Refusal| refusal.message;
     for given in &message.volume_capabilities {
         let capability: Capability = convert::capability(Some(given.clone())).map_err(words)?;

@@ -38,7 +38,10 @@ fn run(test: &str, access: &str) {
         .arg(format!("--csi.testvolumeaccesstype={access}"))
         .arg(format!("--csi.testvolumesize={}", 64 << 20))
         .arg(format!("--csi.testvolumeexpandsize={}", 96 << 20))
-        .arg(format!("--csi.testvolumemutableparameters={}", mutable(&driver)))
+        .arg(format!(
+            "--csi.testvolumemutableparameters={}",
+            mutable(&driver)
+        ))
         .arg("--csi.testnodevolumeattachlimit")
         .arg("--ginkgo.no-color")
         .arg("--ginkgo.timeout=20m")
