@@ -234,6 +234,17 @@ pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result
     demand(child.run(GROW_LIMIT).await?).map(drop)
 }
 
+/// Makes an ext4 that is not mounted as large as its device. Wants a full check before, which may take long.
+pub async fn check_and_grow(device: &Path) -> Result<(), Refusal> {
+    let child = Child::new("e2fsck").args(["-f", "-p"]).arg(device);
+    let finished = child.run(CHECK_LIMIT).await?;
+    if finished.code > 2 {
+        return Err(Refusal::internal(finished.to_string()));
+    }
+    let child = Child::new("resize2fs").arg(device);
+    demand(child.run(GROW_LIMIT).await?).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

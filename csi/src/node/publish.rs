@@ -110,7 +110,7 @@ impl Node {
                 && state.stage.is_complete
                 && let Some(device) = self.device_of(request.volume, Some(&state)).await?
                 && is_in_place(&state, &device)?
-                && self.is_healthy(&state, request)?
+                && self.is_healthy(&state, &device, request).await?
             {
                 return Ok((state, device));
             }
@@ -133,8 +133,17 @@ impl Node {
         )))
     }
 
-    /// False when the staged filesystem became read-only after an error and nobody uses it: then it is staged anew.
-    fn is_healthy(&self, state: &VolumeState, request: &PublishRequest) -> Result<bool, Refusal> {
+    /// False when the device is dead for good, or its filesystem became read-only after an error, and nobody uses it: then
+    /// it is staged anew.
+    async fn is_healthy(
+        &self,
+        state: &VolumeState,
+        device: &Device,
+        request: &PublishRequest,
+    ) -> Result<bool, Refusal> {
+        if self.is_beyond_help(state, device).await? {
+            return Ok(request.stage.is_none());
+        }
         if state.export.read_only
             || state.stage.filesystem.is_none()
             || state.stage.capability.mode.is_reader_only()
