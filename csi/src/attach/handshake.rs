@@ -23,7 +23,9 @@ const OPT_INFO: u32 = 6;
 const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const REP_ERROR: u32 = 1 << 31;
+const ERR_PLATFORM: u32 = REP_ERROR + 4;
 const ERR_UNKNOWN: u32 = REP_ERROR + 6;
+const ERR_SHUTDOWN: u32 = REP_ERROR + 7;
 const ERR_POLICY: u32 = REP_ERROR + 2;
 const ERR_TLS_REQUIRED: u32 = REP_ERROR + 5;
 const INFO_EXPORT: u16 = 0;
@@ -52,7 +54,7 @@ pub struct ExportInfo {
 /// Why there is no connection to an export.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// Nobody there, or gone half-way.
+    /// Nobody there, gone half-way, or not serving this export now.
     #[error("{address}: {source}")]
     Unreachable {
         /// Where it was tried.
@@ -250,6 +252,11 @@ async fn answer<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<Exp
                     String::from_utf8_lossy(&data).chars().take(300).collect(),
                 ));
             }
+            ERR_PLATFORM | ERR_SHUTDOWN => {
+                return Err(Fault::Io(io::Error::other(
+                    String::from_utf8_lossy(&data).into_owned(),
+                )));
+            }
             ERR_TLS_REQUIRED => return Err(Fault::WantsTls),
             kind => {
                 return Err(Fault::Protocol(format!(
@@ -343,6 +350,11 @@ mod tests {
         let after = |tail: &[u8]| [greeting(), tail.to_vec()].concat();
         let (result, _) = met_with(&after(&reply(OPT_GO, ERR_UNKNOWN, b"no such export"))).await;
         assert!(matches!(result, Err(Fault::Refused(text)) if text == "no such export"));
+        // Its store is being opened, or the daemon goes away: later it may be there.
+        for later in [ERR_PLATFORM, ERR_SHUTDOWN] {
+            let (result, _) = met_with(&after(&reply(OPT_GO, later, b"later"))).await;
+            assert!(matches!(result, Err(Fault::Io(_))), "{result:?}");
+        }
         let (result, _) = met_with(&after(&reply(OPT_GO, ERR_TLS_REQUIRED, b""))).await;
         assert!(matches!(result, Err(Fault::WantsTls)));
         for nonsense in [

@@ -87,10 +87,8 @@ impl Node {
             if missing == 0 {
                 continue;
             }
-            // Whoever has the turn is attaching or detaching it.
-            let Ok(_turn) = self.turns.begin(&volume.to_string()) else {
-                continue;
-            };
+            // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
+            // refuses connections for a device that carries another volume by now, and for one that is let go.
             match self
                 .attacher(device.kind)?
                 .reconnect(&device, &state.export, missing)

@@ -28,10 +28,10 @@ pub struct Controller {
 type Answer<T> = Result<Response<T>, Status>;
 
 impl Controller {
-    /// Over one daemon.
-    pub fn new(daemon: Daemon, spec: Spec) -> Controller {
+    /// Over one daemon. A node gets at most `max_volumes`; 0 is no bound.
+    pub fn new(daemon: Daemon, max_volumes: u32, spec: Spec) -> Controller {
         Controller {
-            operations: Arc::new(Operations::new(daemon)),
+            operations: Arc::new(Operations::new(daemon, max_volumes)),
             spec,
         }
     }
@@ -160,7 +160,11 @@ impl csi::controller_server::Controller for Controller {
             .change(&key, waits, |operations| async move { operations.create(wanted).await })
             .await?;
         Ok(Response::new(csi::CreateVolumeResponse {
-            volume: Some(convert::volume(&created.volume, created.context)),
+            volume: Some(convert::volume(
+                &created.volume,
+                created.context,
+                &created.places,
+            )),
         }))
     }
 
@@ -256,10 +260,11 @@ impl csi::controller_server::Controller for Controller {
             .page(message.max_entries, &message.starting_token)
             .await
             .map_err(status)?;
+        let places = self.operations.places().await.map_err(status)?;
         let entries = volumes
             .iter()
             .map(|volume| csi::list_volumes_response::Entry {
-                volume: Some(convert::volume(volume, context_of(volume))),
+                volume: Some(convert::volume(volume, context_of(volume), &places)),
                 status: Some(csi::list_volumes_response::VolumeStatus {
                     published_node_ids: published(volume),
                 }),
@@ -322,12 +327,12 @@ impl csi::controller_server::Controller for Controller {
             None => true,
             Some(topology) if topology.segments.is_empty() => true,
             Some(topology) => {
-                let nodes = self.operations.nodes().await.map_err(status)?;
-                nodes.iter().any(|node| {
+                let places = self.operations.places().await.map_err(status)?;
+                places.iter().any(|place| {
                     topology
                         .segments
                         .iter()
-                        .all(|(key, value)| node.topology.get(key) == Some(value))
+                        .all(|(key, value)| place.get(key) == Some(value))
                 })
             }
         };
@@ -441,8 +446,9 @@ impl csi::controller_server::Controller for Controller {
     ) -> Answer<csi::ControllerGetVolumeResponse> {
         let id = convert::known_id(&request.into_inner().volume_id).map_err(status)?;
         let volume = self.operations.volume(id).await.map_err(status)?;
+        let places = self.operations.places().await.map_err(status)?;
         Ok(Response::new(csi::ControllerGetVolumeResponse {
-            volume: Some(convert::volume(&volume, context_of(&volume))),
+            volume: Some(convert::volume(&volume, context_of(&volume), &places)),
             status: Some(csi::controller_get_volume_response::VolumeStatus {
                 published_node_ids: published(&volume),
             }),

@@ -167,15 +167,23 @@ pub fn places(given: Vec<csi::Topology>) -> Result<Vec<Place>, Refusal> {
         .collect()
 }
 
-/// What is told of a volume.
-pub fn volume(volume: &Volume, context: BTreeMap<String, String>) -> csi::Volume {
+/// What is told of a volume that can be used in `places`.
+pub fn volume(
+    volume: &Volume,
+    context: BTreeMap<String, String>,
+    places: &[Place],
+) -> csi::Volume {
     csi::Volume {
         capacity_bytes: i64::try_from(volume.size_bytes).unwrap_or(i64::MAX),
         volume_id: volume.id.to_string(),
         volume_context: context.into_iter().collect(),
         content_source: None,
-        // Every node of the driver reaches every volume.
-        accessible_topology: Vec::new(),
+        accessible_topology: places
+            .iter()
+            .map(|place| csi::Topology {
+                segments: place.clone().into_iter().collect(),
+            })
+            .collect(),
     }
 }
 

@@ -26,7 +26,9 @@ fn suite() -> PathBuf {
 }
 
 fn run(test: &str, access: &str) {
-    let driver = Driver::start(test, Setup::default().store_size("4GiB"));
+    let mut driver = Driver::prepare(test, Setup::default().store_size("4GiB"));
+    driver.set_arguments(&["--max-volumes", "10"]);
+    driver.start_driver(&[]);
     let path = |name: &str| driver.root().join(name).to_str().expect("text").to_owned();
     // Only what no capability of ours calls for is left out: snapshots, clones and groups skip themselves.
     let said = Tool::new(suite().to_str().expect("text"))
@@ -37,6 +39,7 @@ fn run(test: &str, access: &str) {
         .arg(format!("--csi.testvolumesize={}", 64 << 20))
         .arg(format!("--csi.testvolumeexpandsize={}", 96 << 20))
         .arg(format!("--csi.testvolumemutableparameters={}", mutable(&driver)))
+        .arg("--csi.testnodevolumeattachlimit")
         .arg("--ginkgo.no-color")
         .arg("--ginkgo.timeout=20m")
         .limit(Duration::from_secs(1300))
