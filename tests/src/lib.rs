@@ -19,4 +19,5 @@ pub mod reference;
 pub mod scratch;
 pub mod seed;
 pub mod tool;
+pub mod vm;
 pub mod wait;
