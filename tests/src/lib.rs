@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod campaign;
+pub mod csi;
 pub mod daemon;
 pub mod fio;
 pub mod history;
@@ -16,6 +17,7 @@ pub mod nbd;
 pub mod pattern;
 pub mod process;
 pub mod reference;
+pub mod rpc;
 pub mod scratch;
 pub mod seed;
 pub mod tool;

@@ -4,12 +4,13 @@ use ashlar_core::records::{VolumeRecord, VolumeState};
 use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::admin;
 
+use super::orchestration;
 use crate::metrics::{
     BUCKET_BOUNDS_NS, Command, CommandMetrics, Damage, DiskMetrics, VolumeMetrics,
 };
 use crate::plane::{ConnectionView, StoreView};
 use crate::scrubs::StoreScrub;
-use crate::volumes::{VolumeRuntime, VolumeView};
+use crate::volumes::{Serving, VolumeRuntime, VolumeView};
 
 pub(super) fn volume(view: &VolumeView) -> admin::Volume {
     let record = &view.record;
@@ -38,6 +39,20 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
                 inflight_requests,
             },
         ),
+        ever_written: view.ever_written,
+        filesystem: orchestration::filesystem(record),
+        publications: record
+            .publications
+            .iter()
+            .map(orchestration::publication)
+            .collect(),
+        annotations: view.annotations.entries.clone().into_iter().collect(),
+        annotations_revision: view.annotations.revision,
+        limits: Some(orchestration::limits(record.limits)),
+        not_served_reason: match &view.serving {
+            Serving::Yes => String::new(),
+            Serving::No(reason) => reason.clone(),
+        },
     }
 }
 
@@ -46,6 +61,7 @@ pub(super) fn connection(record: &VolumeRecord, view: ConnectionView) -> admin::
         id: view.id,
         volume_id: record.id.0.to_string(),
         volume_name: record.name.to_string(),
+        node_id: orchestration::node_of(record, view.token),
         peer: view.peer,
         connected_at_unix_ms: view.connected_at_unix_ms as i64,
         read_only: view.read_only,

@@ -1,6 +1,7 @@
 //! The admin interface: gRPC over a Unix socket that only its owner may use, or over TCP on the loopback.
 
 mod convert;
+mod orchestration;
 mod service;
 mod status;
 

@@ -68,6 +68,9 @@ pub(super) enum DaemonCommand {
     /// Create, list, show, change and delete volumes
     #[command(subcommand, visible_alias = "vol")]
     Volume(VolumeCommand),
+    /// Client nodes: the machines that volumes are published to
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Open NBD connections
     Connections {
         /// Only those of this volume (name or id)
@@ -75,6 +78,13 @@ pub(super) enum DaemonCommand {
     },
     /// What every volume and store is doing, live
     Top(TopArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum NodeCommand {
+    /// List the client nodes
+    #[command(visible_alias = "ls")]
+    List,
 }
 
 #[derive(Debug, Subcommand)]
@@ -92,6 +102,12 @@ pub(super) enum VolumeCommand {
         /// Refuse writes
         #[arg(long)]
         read_only: bool,
+        /// Requests a second that clients may ask of it at most, 10 or more
+        #[arg(long, value_name = "N")]
+        iops: Option<u64>,
+        /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB
+        #[arg(long, value_name = "SIZE")]
+        bps: Option<ByteCount>,
     },
     /// List all volumes
     #[command(visible_alias = "ls")]
@@ -128,6 +144,19 @@ pub(super) enum VolumeCommand {
     },
     /// Change the settings of a volume
     Set(SetArgs),
+    /// Take a volume back from a client node, gone or not: its connections end, and what it still sends is refused
+    Unpublish {
+        /// Name or id
+        volume: String,
+        /// Which client node; without it all of them
+        #[arg(long)]
+        node: Option<String>,
+    },
+    /// End the open connections of a volume once what they sent is answered; clients may connect again
+    Disconnect {
+        /// Name or id
+        volume: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -142,6 +171,12 @@ pub(super) struct SetArgs {
     /// Acknowledge a write only once it is durable on the device
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, group = "settings")]
     pub(super) write_through: Option<bool>,
+    /// Requests a second that clients may ask of it at most, 10 or more; 0: as many as they like
+    #[arg(long, value_name = "N", group = "settings")]
+    pub(super) iops: Option<u64>,
+    /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB; 0: as many as they like
+    #[arg(long, value_name = "SIZE", group = "settings")]
+    pub(super) bps: Option<ByteCount>,
 }
 
 /// What a daemon does for its stores.

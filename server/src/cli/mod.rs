@@ -7,6 +7,7 @@ mod error;
 mod offline;
 mod output;
 mod progress;
+mod publication;
 mod screen;
 mod size;
 mod status;
@@ -70,6 +71,7 @@ fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), Cl
 async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Result<(), CliError> {
     match command {
         DaemonCommand::Volume(command) => volume::run(daemon, format, command).await,
+        DaemonCommand::Node(command) => publication::node(daemon, format, command).await,
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
         DaemonCommand::Top(args) => top::run(daemon, format, args).await,
     }

@@ -86,6 +86,8 @@ pub struct Config {
     pub handshake_timeout: Duration,
     pub scrub_bytes_per_second: u64,
     pub scrub_every: Every,
+    /// At least 100.
+    pub overcommit_percent: u32,
     pub drain_timeout: Duration,
     pub io_flusher: bool,
     pub oom_score_adjust: Option<i32>,
@@ -263,6 +265,7 @@ impl Config {
                 64 << 10,
             )?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
+            overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings
@@ -297,6 +300,7 @@ impl Config {
             handshake_timeout: Some(self.handshake_timeout.as_secs() as u32),
             scrub_rate: Some(ByteCount(self.scrub_bytes_per_second)),
             scrub_every: Some(self.scrub_every),
+            overcommit: Some(self.overcommit_percent),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,

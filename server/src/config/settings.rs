@@ -121,6 +121,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_every: Option<Every>,
 
+    /// How much of the space of the stores the sizes of volumes may add up to before `GetCapacity` says that there is
+    /// no room for another: 100 promises nothing twice, 300 everything three times [default: 100]
+    #[arg(long, env = "ASHLAR_OVERCOMMIT", value_name = "PERCENT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<u32>,
+
     /// Seconds that SIGTERM waits for requests in flight before connections are cut [default: 30]
     #[arg(long, env = "ASHLAR_DRAIN_TIMEOUT", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,6 +180,7 @@ impl Settings {
             handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
             scrub_rate: self.scrub_rate.or(below.scrub_rate),
             scrub_every: self.scrub_every.or(below.scrub_every),
+            overcommit: self.overcommit.or(below.overcommit),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),
             io_flusher: self.io_flusher.or(below.io_flusher),
             oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),

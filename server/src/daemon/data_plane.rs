@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use ashlar_core::nbd::session::ReplyStyle;
+use ashlar_core::nbd::session::{Admitted, ReplyStyle};
 use ashlar_core::placement::StoreSpace;
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
@@ -58,6 +59,9 @@ impl VolumeHost for Host {
             write_through: spec.write_through,
             read_only: spec.read_only,
             placement: spec.placement,
+            admitted: spec.admitted,
+            never_written: spec.never_written,
+            limits: spec.limits,
         };
         self.plane.open_volume(spec).await.map_err(refusal)
     }
@@ -72,6 +76,27 @@ impl VolumeHost for Host {
 
     async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError> {
         self.plane.renew_epoch(id, epoch).await.map_err(refusal)
+    }
+
+    async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), HostError> {
+        self.plane.admit(id, admitted).await.map_err(refusal)
+    }
+
+    async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, HostError> {
+        self.plane.fence(id, admitted).await.map_err(refusal)
+    }
+
+    async fn first_change(&self) -> Option<VolumeId> {
+        self.plane.first_change().await
+    }
+
+    async fn first_change_recorded(&self, id: VolumeId) -> Result<(), HostError> {
+        let recorded = self.plane.first_change_recorded(id).await;
+        recorded.map_err(refusal)
+    }
+
+    async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError> {
+        self.plane.set_limits(id, limits).await.map_err(refusal)
     }
 
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
@@ -173,6 +198,7 @@ impl Plane for Host {
             peer: report.peer,
             connected_at_unix_ms: unix_ms_of(report.connected_at),
             read_only: report.read_only,
+            token: report.token,
             structured_replies: report.style != ReplyStyle::Simple,
             extended_headers: report.style == ReplyStyle::Extended,
             block_status: report.base_allocation,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ashlar_core::nbd::session::Admitted;
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
@@ -11,6 +13,7 @@ use super::config::{
     ConnectionReport, DataError, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
 };
 use super::connection::{Connection, Phase};
+use super::gate::Gate;
 use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
@@ -42,6 +45,27 @@ pub(super) enum Command {
     RenewEpoch {
         id: VolumeId,
         epoch: Epoch,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// Serves these connections from now on, and was serving no other.
+    Admit {
+        id: VolumeId,
+        admitted: Admitted,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// Ends the connections that are not admitted any more.
+    Fence {
+        id: VolumeId,
+        admitted: Option<Admitted>,
+        answer: Answer<Result<(u32, oneshot::Receiver<()>), DataError>>,
+    },
+    SetLimits {
+        id: VolumeId,
+        limits: VolumeLimits,
+        answer: Answer<Result<(), DataError>>,
+    },
+    FirstChangeRecorded {
+        id: VolumeId,
         answer: Answer<Result<(), DataError>>,
     },
     /// As if a volume's head had given so many versions.
@@ -109,6 +133,26 @@ impl DataThread {
             Command::RenewEpoch { id, epoch, answer } => {
                 let _ = answer.send(self.renew_epoch(id, epoch));
             }
+            Command::Admit {
+                id,
+                admitted,
+                answer,
+            } => {
+                let _ = answer.send(self.admit(id, admitted));
+            }
+            Command::Fence {
+                id,
+                admitted,
+                answer,
+            } => {
+                let _ = answer.send(self.fence(id, admitted));
+            }
+            Command::SetLimits { id, limits, answer } => {
+                let _ = answer.send(self.set_limits(id, limits));
+            }
+            Command::FirstChangeRecorded { id, answer } => {
+                let _ = answer.send(self.first_change_recorded(id));
+            }
             #[cfg(test)]
             Command::SetVersionsGiven {
                 id,
@@ -163,6 +207,7 @@ impl DataThread {
                     for driver in &mut self.stores {
                         driver.store.stop_scrub();
                     }
+                    self.lift_limits();
                     // What clients had sent by now is answered.
                     for key in 0..self.connections.capacity() {
                         if self.connections.get(key).is_some_and(|c| !c.is_paused) {
@@ -179,7 +224,7 @@ impl DataThread {
         }
     }
 
-    fn volume_key(&self, id: VolumeId) -> Result<usize, DataError> {
+    pub(super) fn volume_key(&self, id: VolumeId) -> Result<usize, DataError> {
         self.volume_keys
             .get(&id)
             .copied()
@@ -212,8 +257,10 @@ impl DataThread {
         });
         let metrics = self.registry.add_volume(spec.id, &spec.name);
         let id = spec.id;
+        let gate = Gate::new(spec.limits, spec.never_written);
         let key = self.volumes.insert(Volume {
             head,
+            gate,
             spec,
             stores,
             metrics,
@@ -323,6 +370,7 @@ impl DataThread {
                 style: connection.session.style,
                 base_allocation: connection.session.base_allocation,
                 read_only: connection.session.read_only,
+                token: connection.session.token,
                 in_flight: connection.in_flight,
                 requests: connection.requests,
                 read_bytes: connection.read_bytes,
@@ -346,6 +394,14 @@ impl DataThread {
             tracing::info!(peer, "the volume was closed while a client was connecting");
             return;
         };
+        let admitted = &self.volumes[volume_key].spec.admitted;
+        if !admitted.admits(client.session.token) {
+            tracing::info!(
+                peer,
+                "the volume was published or unpublished while a client was connecting"
+            );
+            return;
+        }
         if let Err(error) = rustix::fs::fcntl_setfl(&client.stream, rustix::fs::OFlags::NONBLOCK) {
             tracing::warn!(peer, %error, "cannot take over a connection");
             return;

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::records::Placement;
+use ashlar_core::nbd::session::{Admitted, ReplyStyle};
+use ashlar_core::records::{Placement, VolumeLimits};
 use ashlar_core::store::{OpenError, OpenReport, StoreError, StoreStatus};
-use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, StoreId, VolumeId};
 
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -126,6 +126,11 @@ pub struct VolumeSpec {
     pub write_through: bool,
     pub read_only: bool,
     pub placement: Placement,
+    /// Whose connections it serves.
+    pub admitted: Admitted,
+    /// The record says that nothing was ever written: the first change waits until it says so no more.
+    pub never_written: bool,
+    pub limits: VolumeLimits,
 }
 
 /// A store that was opened.
@@ -173,6 +178,8 @@ pub struct ScrubEnd {
 pub(super) struct Tells {
     /// Volumes whose heads have few versions left.
     pub(super) epochs_wanted: UnboundedSender<VolumeId>,
+    /// Volumes whose first change waits for its record.
+    pub(super) first_changes: UnboundedSender<VolumeId>,
     pub(super) scrubs_ended: UnboundedSender<ScrubEnd>,
 }
 
@@ -200,6 +207,8 @@ pub struct ConnectionReport {
     pub style: ReplyStyle,
     pub base_allocation: bool,
     pub read_only: bool,
+    /// What it was opened by.
+    pub token: Option<ExportToken>,
     pub in_flight: u32,
     pub requests: u64,
     pub read_bytes: u64,

@@ -35,7 +35,12 @@ impl DataThread {
         };
         let volume = connection.volume;
         let style = connection.session.style;
-        self.volumes[volume].metrics.in_flight.add(1);
+        let (now, born) = (self.now, self.born);
+        let of = &mut self.volumes[volume];
+        of.metrics.in_flight.add(1);
+        if let Some(gate) = &mut of.gate {
+            gate.passed(&parsed, now.duration_since(born).as_nanos() as u64);
+        }
         let mut request = Request {
             connection: ConnectionRef {
                 key,

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
+use ashlar_core::nbd::session::Admitted;
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -33,6 +35,8 @@ struct Inner {
     /// Volumes whose heads have few versions left; each is named once for each epoch, so this holds no more than there
     /// are volumes.
     epochs_wanted: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
+    /// Volumes whose first change waits, each named once for each opening.
+    first_changes: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
     scrubs_ended: tokio::sync::Mutex<UnboundedReceiver<ScrubEnd>>,
     drain_timeout: std::time::Duration,
     joins: Mutex<Vec<JoinHandle<()>>>,
@@ -93,9 +97,11 @@ impl DataPlane {
         let metrics = Metrics::new();
         let config = Arc::new(config);
         let (want_epoch, epochs_wanted) = tokio::sync::mpsc::unbounded_channel();
+        let (first_change, first_changes) = tokio::sync::mpsc::unbounded_channel();
         let (end_scrub, scrubs_ended) = tokio::sync::mpsc::unbounded_channel();
         let tells = Tells {
             epochs_wanted: want_epoch,
+            first_changes: first_change,
             scrubs_ended: end_scrub,
         };
         let mut starting = Vec::new();
@@ -155,6 +161,7 @@ impl DataPlane {
             volumes: Mutex::default(),
             metrics,
             epochs_wanted: tokio::sync::Mutex::new(epochs_wanted),
+            first_changes: tokio::sync::Mutex::new(first_changes),
             scrubs_ended: tokio::sync::Mutex::new(scrubs_ended),
             drain_timeout: config.drain_timeout,
             joins: Mutex::new(joins),
@@ -256,6 +263,52 @@ impl DataPlane {
     pub async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
         self.thread_of(id)?
             .ask(|answer| Command::RenewEpoch { id, epoch, answer })
+            .await?
+    }
+
+    /// Serves other connections from now on; [`DataError::InUse`], and nothing changed, while one is open that would
+    /// not be served.
+    pub async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::Admit {
+                id,
+                admitted,
+                answer,
+            })
+            .await?
+    }
+
+    /// Serves other connections from now on (`None`: the same, and ends all) and ends those that it does not serve.
+    /// Returns how many once everything that they had asked for is done or refused.
+    pub async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, DataError> {
+        let (ended, done) = self
+            .thread_of(id)?
+            .ask(|answer| Command::Fence {
+                id,
+                admitted,
+                answer,
+            })
+            .await??;
+        done.await.map_err(|_| DataError::Draining)?;
+        Ok(ended)
+    }
+
+    /// Changes the limits of a volume, open connections included.
+    pub async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::SetLimits { id, limits, answer })
+            .await?
+    }
+
+    /// The next volume whose first change waits until it is recorded. `None`: the threads have ended.
+    pub async fn first_change(&self) -> Option<VolumeId> {
+        self.0.first_changes.lock().await.recv().await
+    }
+
+    /// It is recorded; changes go on.
+    pub async fn first_change_recorded(&self, id: VolumeId) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::FirstChangeRecorded { id, answer })
             .await?
     }
 

@@ -3,7 +3,7 @@
 //!
 //! [`DataPlane`] is what the rest of the daemon sees. Each thread (`thread`) runs one event loop over one
 //! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply
-//! (`reads`, `changes`), `receiver` and `outbox` are
+//! (`reads`, `changes`), `gate` and `fence` keep requests and connections out of a head, `receiver` and `outbox` are
 //! the two directions of a connection, `pool` lends the buffers between them and the disk.
 
 mod changes;
@@ -12,6 +12,8 @@ mod config;
 mod connection;
 mod execute;
 mod facade;
+mod fence;
+mod gate;
 mod habit;
 mod halves;
 mod landed;

@@ -13,6 +13,7 @@ use ashlar_core::nbd::request::{CloseReason, RawRequest, Request, Verdict};
 use ashlar_core::nbd::session::Session;
 use ashlar_core::units::BLOCK_BYTES;
 
+use super::gate::Hold;
 use super::landed::Landed;
 use super::pool::{Buffer, Pool};
 use super::thread::{StoreDriver, Volume};
@@ -53,6 +54,8 @@ pub(super) enum Next {
     Incomplete,
     /// The limits do not allow the next request now; ask again when something has been given back.
     Paused,
+    /// The next request may not pass its volume's gate now.
+    Held(Hold),
     /// A request; a payload, if it has one, is bytes `from..from + len` of the receive buffer, valid until the next
     /// call of anything here.
     Request {
@@ -262,7 +265,7 @@ impl Receiver {
         })
     }
 
-    /// The next request that is whole. `admit` is asked once a header is there, with the bytes of memory the request
+    /// The next request that is whole. The volume's gate and then `admit` are asked once a header is there, with the bytes of memory the request
     /// will need; when it says no, the request stays where it is.
     pub(super) fn next(
         &mut self,
@@ -270,6 +273,7 @@ impl Receiver {
         pool: &mut Pool,
         stores: &mut [StoreDriver],
         volume: &Volume,
+        now_ns: impl Fn() -> u64,
         admit: impl Fn(usize) -> bool,
     ) -> Next {
         if let Some(incoming) = self.incoming.take_if(|incoming| incoming.left == 0) {
@@ -316,6 +320,11 @@ impl Receiver {
             Verdict::Disconnect => return Next::Disconnect,
             Verdict::Close(reason) => return Next::Close(reason),
         };
+        if let Some(gate) = &volume.gate
+            && let Some(hold) = gate.hold(&request, now_ns())
+        {
+            return Next::Held(hold);
+        }
         let payload = request.payload_bytes() as usize;
         let needs = match request.command {
             ashlar_core::nbd::request::Command::Read { .. } => request.length as usize,

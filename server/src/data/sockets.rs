@@ -145,6 +145,7 @@ impl DataThread {
                 return false;
             }
             let limits = self.limits;
+            let (now, born) = (self.now, self.born);
             let lent = self.pool.lent_bytes();
             let (held, in_flight) = (
                 connection.held_bytes + connection.outbox.header_bytes(),
@@ -163,6 +164,7 @@ impl DataThread {
                 &mut self.pool,
                 &mut self.stores,
                 &self.volumes[connection.volume],
+                || now.duration_since(born).as_nanos() as u64,
                 admit,
             );
             match next {
@@ -174,6 +176,10 @@ impl DataThread {
                         self.metrics.pauses.add(1);
                         self.next_sweep.get_or_insert(self.now + SWEEP);
                     }
+                    return false;
+                }
+                Next::Held(hold) => {
+                    self.hold_back(key, hold);
                     return false;
                 }
                 Next::Request { request, from, len } => {
@@ -361,6 +367,7 @@ impl DataThread {
             for list in [&mut self.ready, &mut self.dirty, &mut self.paused] {
                 list.retain(|k| *k != key);
             }
+            self.held.retain(|held| held.connection != key);
             if self.connections.is_empty() {
                 self.pool.trim();
             }

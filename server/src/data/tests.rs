@@ -7,16 +7,19 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ashlar_core::nbd::request::{RawRequest, encode};
-use ashlar_core::nbd::session::{ReplyStyle, Session};
+use ashlar_core::nbd::session::{Admitted, ReplyStyle, Session};
 use ashlar_core::nbd::wire::{command, command_flag};
-use ashlar_core::records::Placement;
-use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
+use ashlar_core::records::{Placement, VolumeLimits};
+use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
+mod admission;
 mod epochs;
 mod fragments;
+mod random;
 mod tails;
 
+use self::random::Random;
 use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};
@@ -59,6 +62,9 @@ fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
                 .map(|store| store.id)
                 .collect(),
         },
+        admitted: Admitted::Anyone,
+        never_written: false,
+        limits: VolumeLimits::default(),
     }
 }
 
@@ -77,6 +83,15 @@ enum Reply {
 
 impl Client {
     fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
+        Client::attach_by(plane, style, size_bytes, None)
+    }
+
+    fn attach_by(
+        plane: &DataPlane,
+        style: ReplyStyle,
+        size_bytes: u64,
+        token: Option<ExportToken>,
+    ) -> Client {
         let (ours, theirs) = UnixStream::pair().expect("pair");
         ours.set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
@@ -85,6 +100,7 @@ impl Client {
             style,
             base_allocation: true,
             read_only: false,
+            token,
             size_bytes,
         };
         let slot = ConnectionCount::new(100).try_slot().expect("slot");
@@ -249,22 +265,6 @@ impl Client {
             Ok(_) => true,
             Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
         }
-    }
-}
-
-/// Small, fast, and the same every time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
     }
 }
 

@@ -20,6 +20,8 @@ use tokio::sync::oneshot;
 use super::command::Command;
 use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
+use super::fence::Fence;
+use super::gate::{Gate, Held};
 use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -48,6 +50,8 @@ pub(super) struct StoreDriver {
 /// An open volume.
 pub(super) struct Volume {
     pub(super) head: Head,
+    /// What its requests have to pass first, if anything.
+    pub(super) gate: Option<Box<Gate>>,
     pub(super) spec: VolumeSpec,
     /// Which of the thread's stores each store of the placement is.
     pub(super) stores: Vec<usize>,
@@ -123,6 +127,9 @@ pub(super) struct DataThread {
     pub(super) dirty: Vec<u32>,
     /// Connections that wait until something was given back.
     pub(super) paused: Vec<u32>,
+    /// Connections whose next request may not pass its volume's gate.
+    pub(super) held: Vec<Held>,
+    pub(super) fences: Vec<Fence>,
     pub(super) dead: Vec<u32>,
     /// Operations that gave way to others and go on in the next turn.
     pub(super) resumable: Vec<usize>,
@@ -136,7 +143,7 @@ pub(super) struct DataThread {
     pub(super) stop: bool,
     /// The time of this turn.
     pub(super) now: Instant,
-    born: Instant,
+    pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
     /// One for answers that a disk gave, and one for those from memory, whose clients come back sooner.
@@ -188,6 +195,8 @@ impl DataThread {
             ready: Vec::new(),
             dirty: Vec::new(),
             paused: Vec::new(),
+            held: Vec::new(),
+            fences: Vec::new(),
             dead: Vec::new(),
             resumable: Vec::new(),
             started: VecDeque::new(),
@@ -295,6 +304,9 @@ impl DataThread {
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
         self.after_disk = std::mem::take(&mut self.disk_answered);
+        if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
+            self.end_holds();
+        }
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
@@ -313,6 +325,9 @@ impl DataThread {
         }
         self.sweep();
         self.bury();
+        if !self.fences.is_empty() {
+            self.go_on_fencing();
+        }
         if self.drain.is_some() {
             self.go_on_draining();
         }
@@ -346,7 +361,15 @@ impl DataThread {
             .drain
             .as_ref()
             .map(|drain| drain.give_up_at.max(self.now + Duration::from_millis(10)));
-        [stores, drain, self.next_sweep].into_iter().flatten().min()
+        let held = if self.held.is_empty() {
+            None
+        } else {
+            self.holds_end()
+        };
+        [stores, drain, held, self.next_sweep]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     pub(super) fn go_on_draining(&mut self) {

@@ -35,6 +35,7 @@ fn export(name: &str) -> Export {
         description: "for tests".to_owned(),
         size_bytes: 64 << 20,
         read_only: false,
+        token: None,
     }
 }
 

@@ -1,8 +1,9 @@
 //! Why an operation on a volume failed.
 
 use ashlar_core::records::{
-    ClaimError, ConfigureError, CreateError, DeleteError, NameError, RenameError, ResizeError,
-    SizeError,
+    AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ConfigureError, CreateError,
+    DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError, PublishError,
+    RenameError, ResizeError, SizeError,
 };
 use thiserror::Error;
 
@@ -42,6 +43,27 @@ pub enum VolumeError {
     /// A deletion was refused.
     #[error(transparent)]
     Delete(#[from] DeleteError),
+    /// A publication was refused.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The making of a filesystem was refused.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A type of filesystem that cannot be.
+    #[error(transparent)]
+    FilesystemType(#[from] FilesystemTypeError),
+    /// Annotations that cannot be.
+    #[error(transparent)]
+    Annotations(#[from] AnnotationsError),
+    /// Annotations that were changed meanwhile.
+    #[error(transparent)]
+    AnnotationsMoved(#[from] AnnotationsMoved),
+    /// Limits that cannot be.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// A client node that cannot be.
+    #[error(transparent)]
+    ClientNode(#[from] ClientNodeError),
     /// The metadata store failed.
     #[error(transparent)]
     Metadata(#[from] MetadataError),

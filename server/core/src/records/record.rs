@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::VolumeName;
+use super::publication::{self, Publication};
+use super::{Filesystem, VolumeLimits, VolumeName};
 use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, VolumeId};
 
 /// The keys of the metadata store.
 pub mod keys {
+    use super::super::ClientNodeId;
     use super::{StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
@@ -25,6 +27,10 @@ pub mod keys {
     pub const STORES: &str = "stores/";
     /// Every [`ScrubRecord`](super::ScrubRecord) has this prefix.
     pub const SCRUBS: &str = "scrubs/";
+    /// Every [`AnnotationsRecord`](super::super::AnnotationsRecord) has this prefix.
+    pub const ANNOTATIONS: &str = "annotations/";
+    /// Every [`ClientNodeRecord`](super::super::ClientNodeRecord) has this prefix.
+    pub const CLIENT_NODES: &str = "client-nodes/";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
@@ -43,6 +49,16 @@ pub mod keys {
     /// The key of a store's record.
     pub fn store(id: StoreId) -> String {
         format!("{STORES}{}", id.0)
+    }
+
+    /// The key of a volume's annotations.
+    pub fn annotations(id: VolumeId) -> String {
+        format!("{ANNOTATIONS}{}", id.0)
+    }
+
+    /// The key of a client node's record.
+    pub fn client_node(id: &ClientNodeId) -> String {
+        format!("{CLIENT_NODES}{id}")
     }
 
     /// The key of what the last scrub of a store found.
@@ -109,6 +125,19 @@ pub struct VolumeRecord {
     pub state: VolumeState,
     /// Where its chunks lie.
     pub placement: Placement,
+    /// No change of any block was ever let through to a store. False when that is not known: records of older versions
+    /// do not say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub never_written: bool,
+    /// The filesystem that was made on it, or begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem: Option<Filesystem>,
+    /// Bounds on what its clients may ask of it.
+    #[serde(default, skip_serializing_if = "VolumeLimits::is_none")]
+    pub limits: VolumeLimits,
+    /// Whom it was given to, in the order it was. While there is one, nobody else can open it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publications: Vec<Publication>,
 }
 
 impl Record for VolumeRecord {}
@@ -148,7 +177,10 @@ impl VolumeRecord {
         if self.placement.stores.is_empty() {
             return Err("no store");
         }
-        Ok(())
+        if self.state == VolumeState::Deleting && !self.publications.is_empty() {
+            return Err("published and being deleted");
+        }
+        publication::check(&self.publications)
     }
 }
 
@@ -310,6 +342,10 @@ mod tests {
             placement: Placement {
                 stores: vec![StoreId(Uuid::from_u128(7))],
             },
+            never_written: false,
+            filesystem: None,
+            limits: VolumeLimits::default(),
+            publications: vec![],
         }
     }
 

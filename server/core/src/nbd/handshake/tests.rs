@@ -13,6 +13,7 @@ fn export(id: u128, name: &str) -> Export {
         description: format!("the {name} volume"),
         size_bytes: 64 << 20,
         read_only: false,
+        token: None,
     }
 }
 
@@ -64,6 +65,7 @@ fn catalogue(name: &str) -> Resolution {
         "disk" | "00000000-0000-0000-0000-000000000001" => Resolution::Found(export(1, "disk")),
         "other" => Resolution::Found(Export {
             read_only: true,
+            token: None,
             description: String::new(),
             ..export(2, "other")
         }),

@@ -113,6 +113,8 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(1))],
         },
+        limits: VolumeLimits::default(),
+        annotations: Annotations::default(),
     }
 }
 
