@@ -80,7 +80,10 @@ impl Driver {
             .arg("--endpoint")
             .arg(self.socket())
             .arg("--daemon")
-            .arg(format!("unix:{}", self.daemon.data_dir().join("admin.sock").display()))
+            .arg(format!(
+                "unix:{}",
+                self.daemon.data_dir().join("admin.sock").display()
+            ))
             .arg("--state-dir")
             .arg(self.state_dir())
             .arg("--kubelet-dir")
@@ -111,7 +114,11 @@ impl Driver {
         self.process = Some(Group::spawn(&mut command).expect("ashlar-csi starts"));
         wait::until(READY_LIMIT, "ashlar-csi answers", || {
             if let Some(status) = self.process.as_mut().and_then(Group::exited) {
-                panic!("ashlar-csi ended with {}:\n{}", describe(status), self.log.tail());
+                panic!(
+                    "ashlar-csi ended with {}:\n{}",
+                    describe(status),
+                    self.log.tail()
+                );
             }
             self.plugin_info().map_err(|error| format!("{error:?}"))
         });
@@ -128,7 +135,9 @@ impl Driver {
 
     /// True once it has ended.
     pub fn is_dead(&mut self) -> bool {
-        self.process.as_mut().is_none_or(|process| process.exited().is_some())
+        self.process
+            .as_mut()
+            .is_none_or(|process| process.exited().is_some())
     }
 
     /// SIGKILL, and gone when this returns.
@@ -190,7 +199,11 @@ impl Driver {
             Ok(answer) => Ok(answer.into_inner()),
             Err(status) => {
                 assert!(status.details().is_empty(), "details must be empty");
-                assert!(!status.message().is_empty(), "{:?} without words", status.code());
+                assert!(
+                    !status.message().is_empty(),
+                    "{:?} without words",
+                    status.code()
+                );
                 Err((status.code(), status.message().to_owned()))
             }
         }
@@ -206,7 +219,9 @@ impl Driver {
 
     pub fn probe(&self) -> Answer<Option<bool>> {
         let answer = self.call(|channel| async move {
-            IdentityClient::new(channel).probe(csi::ProbeRequest {}).await
+            IdentityClient::new(channel)
+                .probe(csi::ProbeRequest {})
+                .await
         })?;
         Ok(answer.ready)
     }
@@ -214,9 +229,14 @@ impl Driver {
     /// Makes another node known to the daemon.
     pub fn register_node(&self, node: &str) {
         use ashlar_proto::admin;
-        let address = format!("unix:{}", self.daemon.data_dir().join("admin.sock").display());
+        let address = format!(
+            "unix:{}",
+            self.daemon.data_dir().join("admin.sock").display()
+        );
         let registered = self.runtime.block_on(async {
-            let channel = Endpoint::from_shared(address).expect("an address").connect_lazy();
+            let channel = Endpoint::from_shared(address)
+                .expect("an address")
+                .connect_lazy();
             admin::admin_client::AdminClient::new(channel)
                 .register_node(admin::RegisterNodeRequest {
                     node_id: node.to_owned(),
@@ -255,7 +275,9 @@ impl Driver {
             volume_id: id.to_owned(),
             ..Default::default()
         };
-        self.call(|channel| async move { ControllerClient::new(channel).delete_volume(request).await })
+        self.call(
+            |channel| async move { ControllerClient::new(channel).delete_volume(request).await },
+        )
     }
 
     pub fn controller_publish(
@@ -270,7 +292,11 @@ impl Driver {
         Ok(answer.publish_context)
     }
 
-    pub fn controller_unpublish(&self, id: &str, node: &str) -> Answer<csi::ControllerUnpublishVolumeResponse> {
+    pub fn controller_unpublish(
+        &self,
+        id: &str,
+        node: &str,
+    ) -> Answer<csi::ControllerUnpublishVolumeResponse> {
         let request = csi::ControllerUnpublishVolumeRequest {
             volume_id: id.to_owned(),
             node_id: node.to_owned(),
@@ -283,8 +309,13 @@ impl Driver {
         })
     }
 
-    pub fn stage(&self, request: csi::NodeStageVolumeRequest) -> Answer<csi::NodeStageVolumeResponse> {
-        self.call(|channel| async move { NodeClient::new(channel).node_stage_volume(request).await })
+    pub fn stage(
+        &self,
+        request: csi::NodeStageVolumeRequest,
+    ) -> Answer<csi::NodeStageVolumeResponse> {
+        self.call(
+            |channel| async move { NodeClient::new(channel).node_stage_volume(request).await },
+        )
     }
 
     pub fn unstage(&self, id: &str, staging: &Path) -> Answer<csi::NodeUnstageVolumeResponse> {
@@ -292,11 +323,18 @@ impl Driver {
             volume_id: id.to_owned(),
             staging_target_path: text(staging),
         };
-        self.call(|channel| async move { NodeClient::new(channel).node_unstage_volume(request).await })
+        self.call(
+            |channel| async move { NodeClient::new(channel).node_unstage_volume(request).await },
+        )
     }
 
-    pub fn publish(&self, request: csi::NodePublishVolumeRequest) -> Answer<csi::NodePublishVolumeResponse> {
-        self.call(|channel| async move { NodeClient::new(channel).node_publish_volume(request).await })
+    pub fn publish(
+        &self,
+        request: csi::NodePublishVolumeRequest,
+    ) -> Answer<csi::NodePublishVolumeResponse> {
+        self.call(
+            |channel| async move { NodeClient::new(channel).node_publish_volume(request).await },
+        )
     }
 
     pub fn unpublish(&self, id: &str, target: &Path) -> Answer<csi::NodeUnpublishVolumeResponse> {
@@ -304,7 +342,11 @@ impl Driver {
             volume_id: id.to_owned(),
             target_path: text(target),
         };
-        self.call(|channel| async move { NodeClient::new(channel).node_unpublish_volume(request).await })
+        self.call(|channel| async move {
+            NodeClient::new(channel)
+                .node_unpublish_volume(request)
+                .await
+        })
     }
 
     /// Loop devices, nbdfuse processes and mounts of this driver's, one line each. Empty when nothing is leaked.
@@ -314,7 +356,11 @@ impl Driver {
             .iter()
             .map(|point| format!("mount {}", point.display()))
             .collect();
-        all.extend(loops_below(scratch).iter().map(|name| format!("device {name}")));
+        all.extend(
+            loops_below(scratch)
+                .iter()
+                .map(|name| format!("device {name}")),
+        );
         all.extend(
             servers_below(scratch)
                 .iter()
@@ -349,7 +395,9 @@ impl Drop for Driver {
             }
         }
         for name in loops_below(&scratch) {
-            Tool::new("losetup").args(["-d", &format!("/dev/{name}")]).run();
+            Tool::new("losetup")
+                .args(["-d", &format!("/dev/{name}")])
+                .run();
         }
         for pid in servers_below(&scratch) {
             let _ = kill_process(pid, Signal::KILL);
@@ -358,7 +406,11 @@ impl Drop for Driver {
             Tool::new("umount").arg("-l").arg(point).run();
         }
         if std::thread::panicking() {
-            eprintln!("--- the end of {}\n{}", self.log.path().display(), self.log.tail());
+            eprintln!(
+                "--- the end of {}\n{}",
+                self.log.path().display(),
+                self.log.tail()
+            );
         }
     }
 }
@@ -524,7 +576,9 @@ impl Claim {
     }
 
     pub fn controller_unpublish(&self, driver: &Driver) -> Answer<()> {
-        driver.controller_unpublish(&self.id, &driver.node_id).map(drop)
+        driver
+            .controller_unpublish(&self.id, &driver.node_id)
+            .map(drop)
     }
 
     /// All the way to a workload.
@@ -537,7 +591,8 @@ impl Claim {
     pub fn take_away(&self, driver: &Driver) {
         self.unpublish(driver).expect("unpublished");
         self.unstage(driver).expect("unstaged");
-        self.controller_unpublish(driver).expect("taken from the node");
+        self.controller_unpublish(driver)
+            .expect("taken from the node");
         driver.delete(&self.id).expect("deleted");
     }
 }

@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, Weak};
 use super::archive::{Node, Tree};
 use super::kernel::Kernel;
 use crate::daemon::binary;
+use crate::suites;
 use crate::tool::Tool;
 
 /// Programs of the host that go in. `scripts/setup.sh` installs what brings them.
-const TOOLS: [&str; 71] = [
+const TOOLS: [&str; 72] = [
     // A shell and what scripts are made of.
     "bash",
     "basename",
@@ -65,6 +66,7 @@ const TOOLS: [&str; 71] = [
     "wc",
     "xargs",
     // Block devices and file systems.
+    "blkdiscard",
     "blkid",
     "blockdev",
     "dmesg",
@@ -177,7 +179,7 @@ impl Image {
         for file in SETTINGS {
             tree.put(file, Node::File(file.into()));
         }
-        // Those that may be absent: a machine without them can still do everything else.
+        put_program(&mut tree, &suites::csi_sanity(), "csi-sanity");
         for (name, path) in ours() {
             let small = scratch.path().join(name);
             Tool::new("strip")
@@ -207,6 +209,7 @@ fn ours() -> Vec<(&'static str, PathBuf)> {
     vec![
         ("ashlard", binary("ashlard")),
         ("ashlar", binary("ashlar")),
+        ("ashlar-csi", binary("ashlar-csi")),
         // Cargo builds it before the tests that use it, into the directory above theirs.
         ("vm-guest", super::target().join("release/vm-guest")),
     ]

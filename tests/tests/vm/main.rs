@@ -2,6 +2,9 @@
 //! which promise each module checks.
 
 mod by_hand;
+mod csi;
+mod explore;
+mod load;
 mod power;
 mod restarts;
 

@@ -5,7 +5,7 @@ use ashlar_tests::seed;
 use ashlar_tests::vm::{Disk, GuestDaemon, Machine, Plan};
 
 use crate::GIB;
-use crate::restarts::Load;
+use crate::load::Load;
 
 /// How often the power goes.
 const CUTS: u64 = 2;

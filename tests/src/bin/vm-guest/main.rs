@@ -2,6 +2,7 @@
 //! and the loads that tests put on a file system.
 
 mod agent;
+mod csi;
 mod init;
 mod load;
 mod netlink;
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
         ["agent"] => agent::run(),
         ["load", rest @ ..] => load::run(rest),
         ["verify", rest @ ..] => load::verify(rest),
+        ["csi", rest @ ..] => csi::run(rest),
         ["nbd", rest @ ..] => netlink::run(rest),
         _ => Err(anyhow::anyhow!(
             "not to be run by hand; see docs/testing.md"

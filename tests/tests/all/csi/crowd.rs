@@ -68,7 +68,14 @@ fn a_thousand_calls_on_a_hundred_volumes() {
     let ids = driver.together(async {
         let mut ids = Vec::new();
         for n in 0..VOLUMES {
-            ids.push(create(&channel, n).await.expect("found").volume.expect("one").volume_id);
+            ids.push(
+                create(&channel, n)
+                    .await
+                    .expect("found")
+                    .volume
+                    .expect("one")
+                    .volume_id,
+            );
         }
         for (n, id) in ids.iter().enumerate() {
             for kind in [Call::Expand, Call::Publish] {
@@ -99,7 +106,9 @@ async fn create(
         volume_capabilities: vec![mounted("ext4", Mode::SingleNodeWriter)],
         ..Default::default()
     };
-    let answer = ControllerClient::new(channel.clone()).create_volume(request).await;
+    let answer = ControllerClient::new(channel.clone())
+        .create_volume(request)
+        .await;
     answer.map(tonic::Response::into_inner)
 }
 
@@ -147,9 +156,12 @@ async fn call(
                 volume_capability: Some(mounted("ext4", Mode::SingleNodeWriter)),
                 ..Default::default()
             };
-            client.controller_publish_volume(request).await.map(|answer| {
-                assert!(answer.into_inner().publish_context["export"].starts_with(id));
-            })
+            client
+                .controller_publish_volume(request)
+                .await
+                .map(|answer| {
+                    assert!(answer.into_inner().publish_context["export"].starts_with(id));
+                })
         }
         Call::Expand => {
             let request = csi::ControllerExpandVolumeRequest {
@@ -160,9 +172,12 @@ async fn call(
                 }),
                 ..Default::default()
             };
-            client.controller_expand_volume(request).await.map(|answer| {
-                assert_eq!(answer.into_inner().capacity_bytes, 16 << 20);
-            })
+            client
+                .controller_expand_volume(request)
+                .await
+                .map(|answer| {
+                    assert_eq!(answer.into_inner().capacity_bytes, 16 << 20);
+                })
         }
         Call::Unpublish => {
             let request = csi::ControllerUnpublishVolumeRequest {

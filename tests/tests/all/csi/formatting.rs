@@ -19,7 +19,9 @@ fn beginning(driver: &Driver, claim: &Claim) -> Vec<u8> {
         "open({:?}, 'wb').write(h.pread(2 << 20, 0))",
         out.to_str().expect("text")
     );
-    Tool::new("nbdsh").args(["-u", &uri, "-c", &script]).succeed();
+    Tool::new("nbdsh")
+        .args(["-u", &uri, "-c", &script])
+        .succeed();
     fs::read(out).expect("written")
 }
 
@@ -36,7 +38,8 @@ fn write(driver: &Driver, claim: &Claim, offset: u64, byte: u8, length: usize) {
 }
 
 fn uuid_of(image: &[u8]) -> Option<Vec<u8>> {
-    (image[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef]).then(|| image[1024 + 0x68..1024 + 0x78].to_vec())
+    (image[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef])
+        .then(|| image[1024 + 0x68..1024 + 0x78].to_vec())
 }
 
 #[test]
@@ -44,7 +47,12 @@ fn a_blank_volume_is_formatted_once() {
     let driver = Driver::start("csi-blank", Setup::default());
     for (fs_type, size) in [("ext4", SMALL), ("xfs", 320 << 20), ("", SMALL)] {
         let name = format!("blank-{fs_type}x");
-        let claim = Claim::new(&driver, &name, size, mounted(fs_type, Mode::SingleNodeWriter));
+        let claim = Claim::new(
+            &driver,
+            &name,
+            size,
+            mounted(fs_type, Mode::SingleNodeWriter),
+        );
         claim.bring_up(&driver);
         fs::write(claim.target.join("kept"), b"data").expect("written");
         claim.unpublish(&driver).expect("unpublished");
@@ -77,7 +85,12 @@ fn a_blank_volume_is_formatted_once() {
 fn a_volume_that_was_written_to_is_never_formatted() {
     let driver = Driver::start("csi-written", Setup::default());
     // Written raw, then asked for with a file system: one block far behind where any signature would be.
-    let claim = Claim::new(&driver, "written", SMALL, mounted("ext4", Mode::SingleNodeWriter));
+    let claim = Claim::new(
+        &driver,
+        "written",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
     write(&driver, &claim, 20 << 20, 7, 4096);
     let (code, why) = claim.stage(&driver).expect_err("refused");
     assert_eq!(code, Code::FailedPrecondition, "{why}");
@@ -85,16 +98,30 @@ fn a_volume_that_was_written_to_is_never_formatted() {
     assert!(beginning(&driver, &claim).iter().all(|byte| *byte == 0));
     // Trimmed again it reads as zeros, and still nobody can know.
     let trim = format!("h.trim({SMALL}, 0); h.flush()");
-    Tool::new("nbdsh").args(["-u", &uri(&driver, &claim), "-c", &trim]).succeed();
-    assert_eq!(claim.stage(&driver).expect_err("refused").0, Code::FailedPrecondition);
-    assert_eq!(driver.leftovers(), Vec::<String>::new(), "a final refusal leaves nothing attached");
+    Tool::new("nbdsh")
+        .args(["-u", &uri(&driver, &claim), "-c", &trim])
+        .succeed();
+    assert_eq!(
+        claim.stage(&driver).expect_err("refused").0,
+        Code::FailedPrecondition
+    );
+    assert_eq!(
+        driver.leftovers(),
+        Vec::<String>::new(),
+        "a final refusal leaves nothing attached"
+    );
 }
 
 #[test]
 fn a_damaged_superblock_is_an_error_and_no_reason_to_format() {
     let driver = Driver::start("csi-damaged", Setup::default());
     for (name, garbage) in [("zeroed", 0), ("garbage", 0xa5)] {
-        let claim = Claim::new(&driver, name, SMALL, mounted("ext4", Mode::SingleNodeWriter));
+        let claim = Claim::new(
+            &driver,
+            name,
+            SMALL,
+            mounted("ext4", Mode::SingleNodeWriter),
+        );
         claim.bring_up(&driver);
         fs::write(claim.target.join("kept"), b"data").expect("written");
         claim.unpublish(&driver).expect("unpublished");
@@ -109,8 +136,13 @@ fn a_damaged_superblock_is_an_error_and_no_reason_to_format() {
         // Repaired by a person, it is whole again.
         let saved = driver.daemon.scratch.join("saved");
         fs::write(&saved, &before[..4096]).expect("written");
-        let script = format!("h.pwrite(open({:?}, 'rb').read(), 0); h.flush()", saved.to_str().expect("text"));
-        Tool::new("nbdsh").args(["-u", &uri(&driver, &claim), "-c", &script]).succeed();
+        let script = format!(
+            "h.pwrite(open({:?}, 'rb').read(), 0); h.flush()",
+            saved.to_str().expect("text")
+        );
+        Tool::new("nbdsh")
+            .args(["-u", &uri(&driver, &claim), "-c", &script])
+            .succeed();
         claim.bring_up(&driver);
         assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
         claim.take_away(&driver);
@@ -129,7 +161,12 @@ fn a_device_that_answers_errors_is_never_formatted() {
     let mut driver = Driver::start("csi-eio", setup);
     driver.daemon.log.expect("fault");
     driver.daemon.log.expect("Input/output error");
-    let claim = Claim::new(&driver, "eio", SMALL, mounted("ext4", Mode::SingleNodeWriter));
+    let claim = Claim::new(
+        &driver,
+        "eio",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
     claim.bring_up(&driver);
     fs::write(claim.target.join("kept"), vec![3; 1 << 20]).expect("written");
     claim.unpublish(&driver).expect("unpublished");
@@ -145,20 +182,34 @@ fn a_device_that_answers_errors_is_never_formatted() {
     fs::remove_file(&moment).expect("removed");
     assert!(beginning(&driver, &claim) == before, "nothing was touched");
     claim.bring_up(&driver);
-    assert_eq!(fs::read(claim.target.join("kept")).expect("read"), vec![3; 1 << 20]);
+    assert_eq!(
+        fs::read(claim.target.join("kept")).expect("read"),
+        vec![3; 1 << 20]
+    );
     claim.take_away(&driver);
 }
 
 #[test]
 fn an_export_of_another_volume_is_refused() {
     let driver = Driver::start("csi-wrong", Setup::default());
-    let mut claim = Claim::new(&driver, "one", SMALL, mounted("ext4", Mode::SingleNodeWriter));
+    let mut claim = Claim::new(
+        &driver,
+        "one",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
     let other = Claim::new(&driver, "other", SMALL, raw(Mode::SingleNodeWriter));
     let own = claim.publish_context.clone();
     claim.publish_context = other.publish_context.clone();
-    assert_eq!(claim.stage(&driver).expect_err("refused").0, Code::InvalidArgument);
+    assert_eq!(
+        claim.stage(&driver).expect_err("refused").0,
+        Code::InvalidArgument
+    );
     // The own id with the other's secret.
-    let secret = other.publish_context["export"].split('@').nth(1).expect("a secret");
+    let secret = other.publish_context["export"]
+        .split('@')
+        .nth(1)
+        .expect("a secret");
     claim.publish_context = own.clone();
     claim
         .publish_context

@@ -3,9 +3,9 @@
 use std::fs;
 use std::time::Duration;
 
+use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
 use ashlar_tests::csi::{Claim, Driver, mounted, raw};
 use ashlar_tests::daemon::Setup;
-use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
 use tonic::Code;
 
 use super::SMALL;
