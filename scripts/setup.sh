@@ -39,6 +39,8 @@ tools_of() {
         echo "nbdkit nbdkit"
         echo "losetup mount"
         echo "fusermount3 fuse3"
+        echo "blkid util-linux"
+        echo "setsid util-linux"
         echo "nbdfuse nbdfuse" ;;
     bench)
         echo "fio fio"
@@ -177,6 +179,56 @@ install_rust_component() {
     fi
 }
 
+# The interface's own test suite for CSI drivers, built by Go from the public module proxy into the user's cache.
+csi_sanity_version=v5.4.0
+csi_sanity_go=1.24.7
+csi_sanity_dir="${XDG_CACHE_HOME:-$HOME/.cache}/ashlar/csi-sanity-$csi_sanity_version"
+
+# Go, as `go` and what it needs in the environment. A release before 1.21 cannot fetch the newer one that a module asks
+# for; but the newer one is a module itself, which the old one can download, without the executable bits.
+csi_sanity_build() {
+    local go=go scratch version
+    command -v go >/dev/null 2>&1 || go=/usr/local/go/bin/go
+    if ! command -v "$go" >/dev/null 2>&1; then
+        command -v apt-get >/dev/null 2>&1 || die "csi-sanity needs Go; install it by hand"
+        apt_install golang-go ca-certificates
+        go=go
+    fi
+    scratch=$(mktemp -d)
+    export GOPATH="$scratch/path" GOFLAGS=-modcacherw GOBIN="$scratch/bin"
+    version=$("$go" env GOVERSION 2>/dev/null || "$go" version | awk '{print $3}')
+    if [ "$(printf '%s\n%s\n' "go1.23" "$version" | sort -V | head -n 1)" != "go1.23" ]; then
+        local host
+        case "$(uname -m)" in
+        x86_64) host=linux-amd64 ;;
+        aarch64) host=linux-arm64 ;;
+        *) die "csi-sanity needs Go 1.23 or newer; install it by hand" ;;
+        esac
+        (cd "$scratch" && "$go" mod download "golang.org/toolchain@v0.0.1-go$csi_sanity_go.$host") >&2 ||
+            die "Go $csi_sanity_go could not be fetched from the module proxy"
+        export GOROOT="$GOPATH/pkg/mod/golang.org/toolchain@v0.0.1-go$csi_sanity_go.$host" GOTOOLCHAIN=local
+        chmod -R u+w "$GOROOT"
+        chmod +x "$GOROOT"/bin/* "$GOROOT"/pkg/tool/*/*
+        go="$GOROOT/bin/go"
+    else
+        # go.mod prefers a newer Go and takes any from 1.23 on.
+        export GOTOOLCHAIN=local
+    fi
+    "$go" install "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$csi_sanity_version" >&2 ||
+        die "csi-sanity $csi_sanity_version could not be built; it comes from the Go module proxy"
+    mkdir -p "$csi_sanity_dir"
+    mv "$scratch/bin/csi-sanity" "$csi_sanity_dir/csi-sanity"
+    chmod -R u+w "$scratch"
+    rm -rf "$scratch"
+}
+
+install_csi_sanity() {
+    [ -n "${ASHLAR_TESTS_CSI_SANITY:-}" ] && return 0
+    [ -x "$csi_sanity_dir/csi-sanity" ] && return 0
+    say "building csi-sanity $csi_sanity_version into $csi_sanity_dir"
+    (csi_sanity_build)
+}
+
 [ "$#" -gt 0 ] || die "say what to set up: build, demo, test, bench, check"
 
 for set in "$@"; do
@@ -204,6 +256,7 @@ fi
 for set in "$@"; do
     case "$set" in
     build) install_rust ;;
+    test) install_csi_sanity ;;
     check)
         install_rust
         install_rust_component fmt rustfmt

@@ -30,7 +30,9 @@ impl FromStr for Address {
         }
         if let Some(host) = text.strip_prefix("tcp:") {
             let host = host.strip_prefix("//").unwrap_or(host);
-            let port = host.rsplit_once(':').map(|(name, port)| (name, port.parse::<u16>()));
+            let port = host
+                .rsplit_once(':')
+                .map(|(name, port)| (name, port.parse::<u16>()));
             return match port {
                 Some((name, Ok(port))) if !name.is_empty() && port != 0 => {
                     Ok(Address::Tcp(host.to_owned()))
@@ -80,7 +82,9 @@ mod tests {
             "unix:///run/a.sock".parse(),
             Ok(Address::Unix("/run/a.sock".into()))
         );
-        for text in ["", "/run/a", "unix:a", "tcp:host", "tcp::1", "tcp:h:0", "udp:h:1"] {
+        for text in [
+            "", "/run/a", "unix:a", "tcp:host", "tcp::1", "tcp:h:0", "udp:h:1",
+        ] {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }

@@ -46,7 +46,13 @@ impl fmt::Display for Finished {
         // The end of it is where programs say what was wrong.
         let said: Vec<&str> = said.trim().lines().rev().take(6).collect();
         let said: Vec<&str> = said.into_iter().rev().collect();
-        write!(f, "{} ended with {}: {}", self.line, self.code, said.join("; "))
+        write!(
+            f,
+            "{} ended with {}: {}",
+            self.line,
+            self.code,
+            said.join("; ")
+        )
     }
 }
 
@@ -184,7 +190,10 @@ async fn collect<R: AsyncRead + Unpin>(stream: Option<R>) -> std::io::Result<Str
         return Ok(String::new());
     };
     let mut kept = Vec::new();
-    (&mut stream).take(OUTPUT_MAX).read_to_end(&mut kept).await?;
+    (&mut stream)
+        .take(OUTPUT_MAX)
+        .read_to_end(&mut kept)
+        .await?;
     // The rest is read, so that the child does not wait for room, and dropped.
     tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
     Ok(String::from_utf8_lossy(&kept).into_owned())
@@ -204,8 +213,14 @@ mod tests {
             .await
             .expect("runs");
         assert_eq!((finished.code, finished.stdout.as_str()), (3, "out\n"));
-        assert!(finished.to_string().ends_with("ended with 3: why"), "{finished}");
-        let killed = Child::new("sh").args(["-c", "kill -9 $$"]).run(ENOUGH).await;
+        assert!(
+            finished.to_string().ends_with("ended with 3: why"),
+            "{finished}"
+        );
+        let killed = Child::new("sh")
+            .args(["-c", "kill -9 $$"])
+            .run(ENOUGH)
+            .await;
         assert_eq!(killed.expect("runs").code, 137);
     }
 
@@ -229,6 +244,11 @@ mod tests {
             .expect("runs");
         assert_eq!(finished.stdout.len(), OUTPUT_MAX as usize);
         assert!(!finished.to_string().contains("hunter2"));
-        assert!(Child::new("no-such-program-here").run(ENOUGH).await.is_err());
+        assert!(
+            Child::new("no-such-program-here")
+                .run(ENOUGH)
+                .await
+                .is_err()
+        );
     }
 }

@@ -58,7 +58,10 @@ impl Mounts {
     /// Lines that make no sense are left out: a later kernel may write kinds of lines that are not known here.
     fn parse(bytes: &[u8]) -> Mounts {
         Mounts {
-            all: bytes.split(|byte| *byte == b'\n').filter_map(line).collect(),
+            all: bytes
+                .split(|byte| *byte == b'\n')
+                .filter_map(line)
+                .collect(),
         }
     }
 

@@ -66,7 +66,9 @@ impl Operations {
             },
         };
         ended.unwrap_or_else(|error| {
-            Err(Refusal::internal(format!("the operation broke off: {error}")))
+            Err(Refusal::internal(format!(
+                "the operation broke off: {error}"
+            )))
         })
     }
 }

@@ -53,7 +53,10 @@ impl Roots {
         }
         let plain: PathBuf = Path::new(path).components().collect();
         let steps_back = plain.components().any(|part| part == Component::ParentDir);
-        if !path.starts_with('/') || steps_back || plain.as_os_str() != OsStr::new(path.trim_end_matches('/')) {
+        if !path.starts_with('/')
+            || steps_back
+            || plain.as_os_str() != OsStr::new(path.trim_end_matches('/'))
+        {
             return Err(Refusal::invalid(format!(
                 "{what} {path:?} is not an absolute path in its plain form"
             )));
@@ -188,9 +191,19 @@ mod tests {
         symlink("a", root.join("pods/near")).expect("made");
         let roots = Roots::new(vec![root.clone()]);
         let base = root.to_str().expect("text").to_owned();
-        for good in ["pods", "pods/a", "pods/a/mount", "pods/not/there/yet", "pods/file"] {
+        for good in [
+            "pods",
+            "pods/a",
+            "pods/a/mount",
+            "pods/not/there/yet",
+            "pods/file",
+        ] {
             let path = format!("{base}/{good}");
-            assert_eq!(roots.check("target", &path), Ok(PathBuf::from(&path)), "{good}");
+            assert_eq!(
+                roots.check("target", &path),
+                Ok(PathBuf::from(&path)),
+                "{good}"
+            );
         }
         assert!(roots.check("target", &format!("{base}/pods/a/")).is_ok());
         for bad in [

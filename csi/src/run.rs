@@ -1,6 +1,7 @@
 //! The program: settings, what they make, and running it.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +24,8 @@ use crate::service::identity::Identity as IdentityService;
 use crate::service::node::{Node as NodeService, Placement};
 use crate::service::server::{self, Services};
 
-/// Key of the topology that every node has.
+/// Key of the topology that every node has. Not a segment a node: a volume is bound to the segments there are when it
+/// is made, and nodes that come later shall reach it too.
 const ZONE_KEY: &str = "topology.csi.ashlar.io/zone";
 /// Between two attempts to make this node known to a daemon that does not answer, and after one that did: a daemon that
 /// lost its records learns of the node again.
@@ -41,7 +43,11 @@ pub struct Arguments {
     #[arg(long, env = "CSI_ENDPOINT", value_parser = server::endpoint, default_value = "unix:///run/ashlar-csi/csi.sock")]
     pub endpoint: PathBuf,
     /// The daemon's administrative interface: unix:/path or tcp:HOST:PORT
-    #[arg(long, env = "ASHLAR_CSI_DAEMON", default_value = "unix:/run/ashlar/admin.sock")]
+    #[arg(
+        long,
+        env = "ASHLAR_CSI_DAEMON",
+        default_value = "unix:/run/ashlar/admin.sock"
+    )]
     pub daemon: Address,
     /// Version of the interface to advertise
     #[arg(long, env = "ASHLAR_CSI_SPEC", value_enum, default_value_t = Spec::V1_12)]
@@ -49,17 +55,26 @@ pub struct Arguments {
     /// What the orchestrator calls this node [default: the host's name]
     #[arg(long, env = "ASHLAR_CSI_NODE_ID")]
     pub node_id: Option<String>,
-    /// Where this node is: KEY=VALUE, more than once for more
+    /// Where this node is: KEY=VALUE, more than once for more; topology.csi.ashlar.io/zone is `default` where not given
     #[arg(long, env = "ASHLAR_CSI_TOPOLOGY", value_parser = segment, value_delimiter = ',')]
     pub topology: Vec<(String, String)>,
-    /// Volumes this node takes at a time; 0 tells no bound
+    /// Volumes a node takes at a time, told to the scheduler and kept by the controller; 0 is no bound
     #[arg(long, env = "ASHLAR_CSI_MAX_VOLUMES", default_value_t = 128)]
     pub max_volumes: u32,
     /// Directory below which staging and target paths lie; more than once for more
-    #[arg(long = "kubelet-dir", env = "ASHLAR_CSI_KUBELET_DIR", value_delimiter = ',', default_value = "/var/lib/kubelet")]
+    #[arg(
+        long = "kubelet-dir",
+        env = "ASHLAR_CSI_KUBELET_DIR",
+        value_delimiter = ',',
+        default_value = "/var/lib/kubelet"
+    )]
     pub roots: Vec<PathBuf>,
     /// What the node plugin remembers over restarts
-    #[arg(long, env = "ASHLAR_CSI_STATE_DIR", default_value = "/var/lib/ashlar-csi")]
+    #[arg(
+        long,
+        env = "ASHLAR_CSI_STATE_DIR",
+        default_value = "/var/lib/ashlar-csi"
+    )]
     pub state_dir: PathBuf,
     /// How to make devices: the kernel's NBD driver, or nbdfuse and a loop device where there is none
     #[arg(long, env = "ASHLAR_CSI_ATTACH", value_enum, default_value_t = Way::Auto)]
@@ -79,6 +94,9 @@ pub struct Arguments {
     /// What to log, as in `info` or `ashlar_csi=debug`
     #[arg(long, env = "ASHLAR_CSI_LOG", default_value = "info")]
     pub log: String,
+    /// How to log, to standard error
+    #[arg(long, env = "ASHLAR_CSI_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
     /// Dies at a named point, for tests
     #[arg(long, hide = true)]
     pub fail_point: Option<String>,
@@ -93,6 +111,15 @@ pub enum Mode {
     Node,
     /// Both.
     All,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// How devices are made.
@@ -118,12 +145,16 @@ fn segment(text: &str) -> Result<(String, String), String> {
 }
 
 /// Starts the log, on standard error.
-pub fn start_log(filter: &str) -> anyhow::Result<()> {
+pub fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter}"))?;
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
     Ok(())
 }
 
@@ -139,13 +170,14 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     let controller = match arguments.mode {
         Mode::Node => None,
-        Mode::Controller | Mode::All => {
-            Some(ControllerService::new(daemon.clone(), arguments.spec))
-        }
+        Mode::Controller | Mode::All => Some(ControllerService::new(
+            daemon.clone(),
+            arguments.max_volumes,
+            arguments.spec,
+        )),
     };
     if let Some(parent) = arguments.endpoint.parent() {
-        std::fs::create_dir_all(parent)
-            .with_context(|| format!("making {}", parent.display()))?;
+        std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
     }
     let listener = server::listen(&arguments.endpoint)
         .await

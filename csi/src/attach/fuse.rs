@@ -18,7 +18,9 @@ use tokio::process::Command;
 use uuid::Uuid;
 
 use super::handshake::{self, ExportInfo};
-use super::{Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify};
+use super::{
+    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify,
+};
 use crate::address::Address;
 use crate::child::Child;
 use crate::failpoint;
@@ -80,7 +82,9 @@ impl FuseLoop {
             .write(true)
             .mode(0o600)
             .open(&log_path)
-            .map_err(|error| AttachError::system(format!("opening {}", log_path.display()), error))?;
+            .map_err(|error| {
+                AttachError::system(format!("opening {}", log_path.display()), error)
+            })?;
         let mut command = Command::new("setsid");
         command.arg("nbdfuse");
         command.arg("-C").arg(self.connections.to_string());
@@ -152,7 +156,10 @@ impl FuseLoop {
         }
         // One that was started by an attempt that was killed may not have come as far as its mount.
         kill_servers(&point);
-        until("nbdfuse is gone", SETTLE_LIMIT, || servers(&point).is_empty()).await?;
+        until("nbdfuse is gone", SETTLE_LIMIT, || {
+            servers(&point).is_empty()
+        })
+        .await?;
         for leftover in [point, self.directory.join(format!("{volume}.log"))] {
             let _ = crate::paths::remove(&leftover);
         }
@@ -197,8 +204,8 @@ fn is_mounted(point: &Path) -> bool {
 /// Loop devices over `file`. The kernel shows the path without resolving it again, so a file whose mount is gone is still
 /// found, with a mark behind its name.
 fn loops_of(file: &Path) -> Result<Vec<String>, AttachError> {
-    let all = sysfs::devices("loop")
-        .map_err(|error| AttachError::system("reading /sys/block", error))?;
+    let all =
+        sysfs::devices("loop").map_err(|error| AttachError::system("reading /sys/block", error))?;
     Ok(all
         .into_iter()
         .filter(|name| {
@@ -241,6 +248,10 @@ impl Attach for FuseLoop {
         DeviceKind::FuseLoop
     }
 
+    fn reconnects(&self) -> bool {
+        false
+    }
+
     async fn find(
         &self,
         volume: Uuid,
@@ -260,8 +271,9 @@ impl Attach for FuseLoop {
         self.start(export, &uri(&server, &export.name)).await?;
         failpoint::reach("attach-half");
         let file = self.file(export.volume);
-        let shown = fs::metadata(&file)
-            .map_err(|error| AttachError::system(format!("looking at {}", file.display()), error))?;
+        let shown = fs::metadata(&file).map_err(|error| {
+            AttachError::system(format!("looking at {}", file.display()), error)
+        })?;
         if shown.len() != info.size_bytes {
             return Err(AttachError::Mismatch(format!(
                 "nbdfuse shows {} bytes where the server said {}",
@@ -271,6 +283,9 @@ impl Attach for FuseLoop {
         }
         let mut losetup = Child::new("losetup").args(["--find", "--show"]);
         losetup = losetup.arg("--sector-size").arg(BLOCK_BYTES.to_string());
+        // Past the cache of the file below: what was read once must not hide that the server is gone, and nothing is
+        // kept in memory twice.
+        losetup = losetup.arg("--direct-io=on");
         if export.read_only {
             losetup = losetup.arg("--read-only");
         }

@@ -23,7 +23,9 @@ const OPT_INFO: u32 = 6;
 const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const REP_ERROR: u32 = 1 << 31;
+const ERR_PLATFORM: u32 = REP_ERROR + 4;
 const ERR_UNKNOWN: u32 = REP_ERROR + 6;
+const ERR_SHUTDOWN: u32 = REP_ERROR + 7;
 const ERR_POLICY: u32 = REP_ERROR + 2;
 const ERR_TLS_REQUIRED: u32 = REP_ERROR + 5;
 const INFO_EXPORT: u16 = 0;
@@ -52,7 +54,7 @@ pub struct ExportInfo {
 /// Why there is no connection to an export.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// Nobody there, or gone half-way.
+    /// Nobody there, gone half-way, or not serving this export now.
     #[error("{address}: {source}")]
     Unreachable {
         /// Where it was tried.
@@ -69,7 +71,9 @@ pub enum HandshakeError {
         message: String,
     },
     /// The server wants TLS, which the kernel's client cannot do.
-    #[error("{address} wants TLS, which the kernel's client cannot speak; attach through a Unix socket")]
+    #[error(
+        "{address} wants TLS, which the kernel's client cannot speak; attach through a Unix socket"
+    )]
     WantsTls {
         /// Which server.
         address: Address,
@@ -190,7 +194,9 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     if stream.read_u64().await? != MAGIC || stream.read_u64().await? != OPTION_MAGIC {
-        return Err(Fault::Protocol("this is no NBD server of the newer style".into()));
+        return Err(Fault::Protocol(
+            "this is no NBD server of the newer style".into(),
+        ));
     }
     let offered = stream.read_u16().await?;
     if offered & FIXED_NEWSTYLE == 0 {
@@ -249,6 +255,11 @@ async fn answer<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<Exp
                 return Err(Fault::Refused(
                     String::from_utf8_lossy(&data).chars().take(300).collect(),
                 ));
+            }
+            ERR_PLATFORM | ERR_SHUTDOWN => {
+                return Err(Fault::Io(io::Error::other(
+                    String::from_utf8_lossy(&data).into_owned(),
+                )));
             }
             ERR_TLS_REQUIRED => return Err(Fault::WantsTls),
             kind => {
@@ -324,7 +335,11 @@ mod tests {
     #[tokio::test]
     async fn an_export_is_opened_by_its_whole_name() {
         let mut bytes = greeting();
-        bytes.extend(reply(OPT_GO, REP_INFO, &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0]));
+        bytes.extend(reply(
+            OPT_GO,
+            REP_INFO,
+            &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0],
+        ));
         bytes.extend(reply(OPT_GO, REP_INFO, &export(8192, 0x101)));
         bytes.extend(reply(OPT_GO, REP_ACK, &[]));
         let (result, sent) = met_with(&bytes).await;
@@ -343,6 +358,11 @@ mod tests {
         let after = |tail: &[u8]| [greeting(), tail.to_vec()].concat();
         let (result, _) = met_with(&after(&reply(OPT_GO, ERR_UNKNOWN, b"no such export"))).await;
         assert!(matches!(result, Err(Fault::Refused(text)) if text == "no such export"));
+        // Its store is being opened, or the daemon goes away: later it may be there.
+        for later in [ERR_PLATFORM, ERR_SHUTDOWN] {
+            let (result, _) = met_with(&after(&reply(OPT_GO, later, b"later"))).await;
+            assert!(matches!(result, Err(Fault::Io(_))), "{result:?}");
+        }
         let (result, _) = met_with(&after(&reply(OPT_GO, ERR_TLS_REQUIRED, b""))).await;
         assert!(matches!(result, Err(Fault::WantsTls)));
         for nonsense in [
@@ -351,7 +371,11 @@ mod tests {
             after(&reply(OPT_GO, REP_ACK, b"")),
             after(&reply(OPT_GO, REP_INFO, &[0, 0, 1])),
             after(&reply(OPT_GO, 77, b"")),
-            [greeting(), reply(OPT_GO, REP_INFO, &export(1, 1)).repeat(REPLIES_MAX)].concat(),
+            [
+                greeting(),
+                reply(OPT_GO, REP_INFO, &export(1, 1)).repeat(REPLIES_MAX),
+            ]
+            .concat(),
         ] {
             let (result, _) = met_with(&nonsense).await;
             assert!(matches!(result, Err(Fault::Protocol(_))), "{result:?}");

@@ -11,7 +11,9 @@ use uuid::Uuid;
 
 use super::handshake::{self, Connection};
 use super::netlink::{Nbd, Setup};
-use super::{Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify};
+use super::{
+    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify,
+};
 use crate::child::Child;
 use crate::failpoint;
 use crate::sysfs;
@@ -68,7 +70,11 @@ impl KernelNbd {
     }
 
     /// `count` connections to the first server that serves the export as published.
-    async fn connections(&self, export: &Export, count: u32) -> Result<Vec<Connection>, AttachError> {
+    async fn connections(
+        &self,
+        export: &Export,
+        count: u32,
+    ) -> Result<Vec<Connection>, AttachError> {
         let mut last = AttachError::NoServer;
         for server in in_order(export)? {
             let first = match handshake::connect(server, &export.name).await {
@@ -134,6 +140,10 @@ fn is_connected(device: &str) -> bool {
 impl Attach for KernelNbd {
     fn kind(&self) -> DeviceKind {
         DeviceKind::KernelNbd
+    }
+
+    fn reconnects(&self) -> bool {
+        true
     }
 
     async fn find(

@@ -167,6 +167,9 @@ pub trait Attach: Send + Sync {
     /// Which.
     fn kind(&self) -> DeviceKind;
 
+    /// Whether a device whose server went away can be used again once the server is back.
+    fn reconnects(&self) -> bool;
+
     /// The device that carries `volume`, from the kernel's tables. `remembered` is what this program wrote down; it is
     /// only believed where the kernel cannot say what a device carries.
     async fn find(
@@ -213,10 +216,7 @@ pub(crate) fn in_order(export: &Export) -> Result<Vec<&Address>, AttachError> {
 }
 
 /// Checks what a server says of an export against what was published.
-pub(crate) fn verify(
-    export: &Export,
-    info: &handshake::ExportInfo,
-) -> Result<(), AttachError> {
+pub(crate) fn verify(export: &Export, info: &handshake::ExportInfo) -> Result<(), AttachError> {
     let read_only = info.flags & handshake::READ_ONLY != 0;
     if read_only != export.read_only {
         return Err(AttachError::Mismatch(format!(
@@ -295,7 +295,10 @@ mod tests {
         let export = export(&["tcp:h:1"]);
         assert!(verify(&export, &info(8192, 1)).is_ok());
         for wrong in [info(8192, 3), info(0, 1), info(4095, 1)] {
-            assert!(matches!(verify(&export, &wrong), Err(AttachError::Mismatch(_))));
+            assert!(matches!(
+                verify(&export, &wrong),
+                Err(AttachError::Mismatch(_))
+            ));
         }
     }
 }

@@ -210,7 +210,12 @@ fn message(family: u16, command: u8, version: u8, attributes: &[u8]) -> Vec<u8> 
 
 /// Sends a request and collects the attributes of the answer up to the acknowledgement.
 fn exchange(socket: BorrowedFd<'_>, request: &[u8]) -> io::Result<Vec<u8>> {
-    sendto(socket, request, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+    sendto(
+        socket,
+        request,
+        SendFlags::empty(),
+        &SocketAddrNetlink::new(0, 0),
+    )?;
     let mut attributes = Vec::new();
     let mut buffer = vec![0u8; 64 << 10];
     loop {
@@ -298,8 +303,14 @@ mod tests {
         assert_eq!(attributes, wanted);
         let message = message(0x1c, CONNECT, 1, &attributes);
         assert_eq!(message[..4], (message.len() as u32).to_le_bytes());
-        assert_eq!(message[4..20], [0x1c, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0]);
-        assert_eq!(find(&attributes, SIZE_BYTES), Some(&(1u64 << 30).to_le_bytes()[..]));
+        assert_eq!(
+            message[4..20],
+            [0x1c, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0]
+        );
+        assert_eq!(
+            find(&attributes, SIZE_BYTES),
+            Some(&(1u64 << 30).to_le_bytes()[..])
+        );
         assert_eq!(find(&attributes, 9), None);
     }
 
@@ -311,7 +322,10 @@ mod tests {
         datagram.extend([0x1c, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         datagram.extend(&body);
         let mut attributes = Vec::new();
-        assert_eq!(take(&datagram, &mut attributes).expect("read"), Progress::More);
+        assert_eq!(
+            take(&datagram, &mut attributes).expect("read"),
+            Progress::More
+        );
         assert_eq!(find(&attributes, INDEX), Some(&[7, 0, 0, 0][..]));
         let error = |code: i32| {
             let mut bytes = 36u32.to_le_bytes().to_vec();
@@ -320,11 +334,17 @@ mod tests {
             bytes.extend([0; 16]);
             bytes
         };
-        assert_eq!(take(&error(0), &mut attributes).expect("ack"), Progress::Done);
+        assert_eq!(
+            take(&error(0), &mut attributes).expect("ack"),
+            Progress::Done
+        );
         let refused = take(&error(-16), &mut attributes).expect_err("refused");
         assert_eq!(refused.raw_os_error(), Some(16));
         for length in 1..datagram.len() {
-            assert!(take(&datagram[..length], &mut Vec::new()).is_err(), "{length}");
+            assert!(
+                take(&datagram[..length], &mut Vec::new()).is_err(),
+                "{length}"
+            );
         }
         let mut endless = datagram.clone();
         endless[0] = 3;

@@ -7,7 +7,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let outcome = start_log(&arguments.log).and_then(|()| {
+    let outcome = start_log(&arguments.log, arguments.log_format).and_then(|()| {
         // Two threads: the work is waiting for children and for the daemon.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

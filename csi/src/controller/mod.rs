@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::attach::Export;
 use crate::capability::{AccessMode, Capability};
-use crate::daemon::{Daemon, NodeInfo, Space, Volume};
+use crate::daemon::{Daemon, Space, Volume};
 use crate::operations::Operations;
 use crate::refusal::{Class, Refusal};
 
@@ -22,14 +22,16 @@ pub use provision::{CreateRequest, Created, Place, context_of};
 pub struct Controller {
     daemon: Daemon,
     turns: Operations,
+    max_volumes: u32,
 }
 
 impl Controller {
-    /// Over one daemon.
-    pub fn new(daemon: Daemon) -> Controller {
+    /// Over one daemon. A node gets at most `max_volumes`; 0 is no bound.
+    pub fn new(daemon: Daemon, max_volumes: u32) -> Controller {
         Controller {
             daemon,
             turns: Operations::default(),
+            max_volumes,
         }
     }
 
@@ -63,10 +65,25 @@ impl Controller {
         // Which of the two is missing decides what the caller does; the daemon says NOT_FOUND for both.
         let volume = self.volume(id).await?;
         let nodes = self.daemon.nodes().await?;
-        if !nodes.iter().any(|known| known.id == node) {
+        let Some(known) = nodes.iter().find(|known| known.id == node) else {
             return Err(Refusal::not_found(format!("there is no node {node}")));
+        };
+        let has_it = volume.publications.iter().any(|one| one.node_id == node);
+        // Two calls at once may both find room for the last one: the bound is for the scheduler's sake, and one more
+        // harms nothing.
+        if self.max_volumes != 0 && !has_it && known.volumes >= self.max_volumes as usize {
+            return Err(Refusal::new(
+                Class::ResourceExhausted,
+                format!(
+                    "node {node} has {} volumes, as many as it takes",
+                    known.volumes
+                ),
+            ));
         }
-        if let Some(other) = volume.publications.iter().find(|other| other.node_id != node)
+        if let Some(other) = volume
+            .publications
+            .iter()
+            .find(|other| other.node_id != node)
             && !(mode.is_multi_node() && other.read_only)
         {
             return Err(Refusal::precondition(format!(
@@ -103,11 +120,7 @@ impl Controller {
     }
 
     /// Changes the mutable parameters of a volume; the others stay.
-    pub async fn modify(
-        &self,
-        id: Uuid,
-        given: &BTreeMap<String, String>,
-    ) -> Result<(), Refusal> {
+    pub async fn modify(&self, id: Uuid, given: &BTreeMap<String, String>) -> Result<(), Refusal> {
         let changes = parameters::Mutable::parse(given)?;
         self.volume(id).await?;
         if changes != parameters::Mutable::default() {
@@ -121,11 +134,6 @@ impl Controller {
     /// What new volumes may take.
     pub async fn space(&self) -> Result<Space, Refusal> {
         self.daemon.space().await
-    }
-
-    /// Every node there is.
-    pub async fn nodes(&self) -> Result<Vec<NodeInfo>, Refusal> {
-        self.daemon.nodes().await
     }
 
     /// Deletes a volume; one that is not there is fine. Refused while it is published.

@@ -66,7 +66,10 @@ mod tests {
         let mut seen = HashSet::new();
         for name in odd {
             let given = volume_name(name);
-            assert!(is_plain(&given) && given.starts_with(HASHED), "{name}: {given}");
+            assert!(
+                is_plain(&given) && given.starts_with(HASHED),
+                "{name}: {given}"
+            );
             assert!(seen.insert(given.clone()), "{name} meets another");
             // Nobody can take another's place by calling a volume what its hash is.
             assert_ne!(volume_name(&given), given);

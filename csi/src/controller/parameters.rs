@@ -141,7 +141,9 @@ fn within(key: &str, value: &str, range: std::ops::RangeInclusive<u32>) -> Resul
     if range.contains(&number) {
         Ok(number)
     } else {
-        Err(Refusal::invalid(format!("{key}: {number} is not in {range:?}")))
+        Err(Refusal::invalid(format!(
+            "{key}: {number} is not in {range:?}"
+        )))
     }
 }
 
@@ -158,7 +160,9 @@ fn bound(key: &str, value: &str, least: u64) -> Result<u64, Refusal> {
 }
 
 /// Options that shape a filesystem, and none that forces mkfs, writes elsewhere or reads a file. Each takes a value.
-const EXT4_OPTIONS: [&str; 11] = ["-b", "-C", "-g", "-G", "-i", "-I", "-J", "-m", "-N", "-O", "-T"];
+const EXT4_OPTIONS: [&str; 11] = [
+    "-b", "-C", "-g", "-G", "-i", "-I", "-J", "-m", "-N", "-O", "-T",
+];
 const XFS_OPTIONS: [&str; 6] = ["-b", "-d", "-i", "-l", "-n", "-s"];
 /// Parts of values that name another device or file.
 const ELSEWHERE: [&str; 6] = ["file", "name=", "logdev", "rtdev", "device=", "/"];
@@ -222,7 +226,10 @@ mod tests {
         assert_eq!(parameters.filesystem, Some(Filesystem::Xfs));
         assert_eq!(parameters.mkfs_options, ["-i", "size=512", "-n", "ftype=1"]);
         assert!(parameters.write_through);
-        assert_eq!((parameters.replicas, parameters.min_in_sync), (Some(3), Some(2)));
+        assert_eq!(
+            (parameters.replicas, parameters.min_in_sync),
+            (Some(3), Some(2))
+        );
         assert_eq!(parameters.mutable.iops, Some(1000));
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
@@ -246,7 +253,10 @@ mod tests {
             &[("filesystem", "ext4"), ("mkfsOptions", "-b 4096 -F")],
             &[("filesystem", "ext4"), ("mkfsOptions", "-b -F")],
             &[("filesystem", "ext4"), ("mkfsOptions", "-U random")],
-            &[("filesystem", "ext4"), ("mkfsOptions", "-J device=/dev/sda")],
+            &[
+                ("filesystem", "ext4"),
+                ("mkfsOptions", "-J device=/dev/sda"),
+            ],
             &[("filesystem", "ext4"), ("mkfsOptions", "-b")],
             &[("filesystem", "xfs"), ("mkfsOptions", "-f")],
             &[("filesystem", "xfs"), ("mkfsOptions", "-l logdev=/dev/sda")],

@@ -1,6 +1,6 @@
 //! Creating a volume: the same name gets the same volume, however often it is asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::parameters::{self, Parameters};
 use super::sizing::{self, Range};
@@ -45,18 +45,40 @@ pub struct Created {
     pub volume: Volume,
     /// What the node needs to know of it.
     pub context: BTreeMap<String, String>,
+    /// Where it can be used.
+    pub places: Vec<Place>,
 }
 
 impl Controller {
     /// Creates a volume, or finds the one that was created by an earlier attempt. [`Class::AlreadyExists`] when the name
     /// has a volume that is not as asked for.
     pub async fn create(&self, request: CreateRequest) -> Result<Created, Refusal> {
+        let places = self.places().await?;
+        let volume = self.make_or_find(request, &places).await?;
+        Ok(Created {
+            context: context_of(&volume),
+            volume,
+            places,
+        })
+    }
+
+    async fn make_or_find(
+        &self,
+        request: CreateRequest,
+        places: &[Place],
+    ) -> Result<Volume, Refusal> {
         let name = naming::volume_name(&request.name);
         if let Some(volume) = self.daemon().volume_named(&name).await? {
             return found(volume, &request);
         }
-        if request.parameters.replicas.is_some_and(|replicas| replicas > 1)
-            || request.parameters.min_in_sync.is_some_and(|least| least > 1)
+        if request
+            .parameters
+            .replicas
+            .is_some_and(|replicas| replicas > 1)
+            || request
+                .parameters
+                .min_in_sync
+                .is_some_and(|least| least > 1)
         {
             // Said here and not by a volume with fewer copies than its class promises.
             return Err(Refusal::invalid(format!(
@@ -64,7 +86,7 @@ impl Controller {
                 parameters::REPLICAS
             )));
         }
-        self.is_reachable(&request).await?;
+        is_reachable(&request, places)?;
         let space = self.daemon().space().await?;
         let minimum = smallest(&request);
         let size_bytes = sizing::chosen(request.range, minimum, space.volume_max_bytes)?;
@@ -88,10 +110,7 @@ impl Controller {
             annotations: annotations(&request),
         };
         match self.daemon().create(new).await {
-            Ok(volume) => Ok(Created {
-                context: context_of(&volume),
-                volume,
-            }),
+            Ok(volume) => Ok(volume),
             // Somebody was faster: another replica of the controller, or the caller's own attempt before.
             Err(refusal) if refusal.class == Class::AlreadyExists => {
                 match self.daemon().volume_named(&name).await? {
@@ -103,27 +122,42 @@ impl Controller {
         }
     }
 
-    /// Whether some node is where the volume must be reachable from. Every node of the daemon's can reach every volume.
-    async fn is_reachable(&self, request: &CreateRequest) -> Result<(), Refusal> {
-        if request.requisite.is_empty() && request.preferred.is_empty() {
-            return Ok(());
-        }
+    /// The places of the nodes that are known, each once. Every one of them reaches every volume of the daemon's; a node
+    /// without this driver reaches none.
+    pub async fn places(&self) -> Result<Vec<Place>, Refusal> {
         let nodes = self.daemon().nodes().await?;
-        let is_there = |place: &Place| {
-            nodes.iter().any(|node| {
-                place
-                    .iter()
-                    .all(|(key, value)| node.topology.get(key) == Some(value))
-            })
-        };
-        if request.requisite.iter().chain(&request.preferred).any(is_there) {
-            return Ok(());
-        }
-        Err(Refusal::new(
-            Class::ResourceExhausted,
-            "no node of this driver is in any of the places asked for",
-        ))
+        let places: BTreeSet<Place> = nodes.into_iter().map(|node| node.topology).collect();
+        Ok(places
+            .into_iter()
+            .filter(|place| !place.is_empty())
+            .collect())
     }
+}
+
+/// Whether some node is where the volume must be reachable from.
+fn is_reachable(request: &CreateRequest, places: &[Place]) -> Result<(), Refusal> {
+    if request.requisite.is_empty() && request.preferred.is_empty() {
+        return Ok(());
+    }
+    let is_there = |wanted: &Place| {
+        places.iter().any(|place| {
+            wanted
+                .iter()
+                .all(|(key, value)| place.get(key) == Some(value))
+        })
+    };
+    if request
+        .requisite
+        .iter()
+        .chain(&request.preferred)
+        .any(is_there)
+    {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Class::ResourceExhausted,
+        "no node of this driver is in any of the places asked for",
+    ))
 }
 
 /// The smallest volume that all its filesystems fit on.
@@ -153,7 +187,7 @@ fn annotations(request: &CreateRequest) -> BTreeMap<String, String> {
 }
 
 /// A volume of the wanted name: is it the one?
-fn found(volume: Volume, request: &CreateRequest) -> Result<Created, Refusal> {
+fn found(volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
     if volume.is_deleting {
         return Err(Refusal::busy(&format!("volume {}", request.name)));
     }
@@ -188,10 +222,7 @@ fn found(volume: Volume, request: &CreateRequest) -> Result<Created, Refusal> {
     if let Some(mismatch) = mismatch {
         return differs(&mismatch);
     }
-    Ok(Created {
-        context: context_of(&volume),
-        volume,
-    })
+    Ok(volume)
 }
 
 /// What the node needs to know of a volume beside what is published to it.
@@ -199,7 +230,9 @@ pub fn context_of(volume: &Volume) -> BTreeMap<String, String> {
     [parameters::FILESYSTEM, parameters::MKFS_OPTIONS]
         .into_iter()
         .filter_map(|key| {
-            let value = volume.annotations.get(&format!("{PARAMETER_PREFIX}{key}"))?;
+            let value = volume
+                .annotations
+                .get(&format!("{PARAMETER_PREFIX}{key}"))?;
             Some((key.to_owned(), value.clone()))
         })
         .collect()

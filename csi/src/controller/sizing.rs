@@ -118,7 +118,10 @@ mod tests {
         assert_eq!(chosen(range(0, 0), 0, MAX), Ok(DEFAULT_BYTES));
         assert_eq!(chosen(range(1, 0), 0, MAX), Ok(MINIMUM_BYTES));
         assert_eq!(chosen(range(1, 0), 300 << 20, MAX), Ok(300 << 20));
-        assert_eq!(chosen(range((1 << 30) + 1, 0), 0, MAX), Ok((1 << 30) + 4096));
+        assert_eq!(
+            chosen(range((1 << 30) + 1, 0), 0, MAX),
+            Ok((1 << 30) + 4096)
+        );
         assert_eq!(chosen(range(0, (2 << 20) + 17), 0, MAX), Ok(2 << 20));
         for impossible in [
             chosen(range(0, 4096), 0, MAX),
@@ -136,9 +139,21 @@ mod tests {
         assert_eq!(grown(8192, range(4096, 0)), Ok(8192));
         assert_eq!(grown(8192, range(8193, 0)), Ok(12288));
         assert_eq!(grown(8192, range(0, 8192)), Ok(8192));
-        assert_eq!(grown(8192, range(0, 4096)).expect_err("small").class, Class::OutOfRange);
-        assert_eq!(grown(4096, range(4097, 5000)).expect_err("odd").class, Class::OutOfRange);
-        assert_eq!(grown(4096, range(u64::MAX, 0)).expect_err("vast").class, Class::OutOfRange);
-        assert_eq!(grown(1, range(0, 0)).expect_err("none").class, Class::InvalidArgument);
+        assert_eq!(
+            grown(8192, range(0, 4096)).expect_err("small").class,
+            Class::OutOfRange
+        );
+        assert_eq!(
+            grown(4096, range(4097, 5000)).expect_err("odd").class,
+            Class::OutOfRange
+        );
+        assert_eq!(
+            grown(4096, range(u64::MAX, 0)).expect_err("vast").class,
+            Class::OutOfRange
+        );
+        assert_eq!(
+            grown(1, range(0, 0)).expect_err("none").class,
+            Class::InvalidArgument
+        );
     }
 }

@@ -90,11 +90,7 @@ impl Daemon {
     }
 
     /// A page of volumes and where to go on; an empty token begins, and an empty one is answered at the end.
-    pub async fn volumes(
-        &self,
-        most: u32,
-        token: &str,
-    ) -> Result<(Vec<Volume>, String), Refusal> {
+    pub async fn volumes(&self, most: u32, token: &str) -> Result<(Vec<Volume>, String), Refusal> {
         let request = asking(
             admin::ListVolumesRequest {
                 max_volumes: most,

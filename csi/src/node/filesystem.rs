@@ -90,7 +90,12 @@ async fn is_readable(device: &Path, size_bytes: u64) -> Result<Result<(), String
     for (skip, count) in [(0, blocks.min(256)), (blocks.saturating_sub(1), 1)] {
         let finished = Child::new("dd")
             .arg(format!("if={}", device.display()))
-            .args(["of=/dev/null", "bs=4096", "iflag=direct,fullblock", "status=noxfer"])
+            .args([
+                "of=/dev/null",
+                "bs=4096",
+                "iflag=direct,fullblock",
+                "status=noxfer",
+            ])
             .arg(format!("skip={skip}"))
             .arg(format!("count={count}"))
             .run(PROBE_LIMIT)
@@ -214,6 +219,22 @@ pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
     }
 }
 
+/// As [`unmount`], for a point whose users are about to go: what they waited for has just ended with an error.
+pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    const RETRY: Duration = Duration::from_millis(200);
+    let begun = tokio::time::Instant::now();
+    loop {
+        match unmount(point, limit).await {
+            Err(refusal)
+                if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit =>
+            {
+                tokio::time::sleep(RETRY).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 /// What is mounted now.
 pub fn mounts() -> Result<Mounts, Refusal> {
     Mounts::read()
@@ -226,6 +247,17 @@ pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result
         Filesystem::Ext4 => Child::new("resize2fs").arg(device),
         Filesystem::Xfs => Child::new("xfs_growfs").arg("-d").arg(point),
     };
+    demand(child.run(GROW_LIMIT).await?).map(drop)
+}
+
+/// Makes an ext4 that is not mounted as large as its device. Wants a full check before, which may take long.
+pub async fn check_and_grow(device: &Path) -> Result<(), Refusal> {
+    let child = Child::new("e2fsck").args(["-f", "-p"]).arg(device);
+    let finished = child.run(CHECK_LIMIT).await?;
+    if finished.code > 2 {
+        return Err(Refusal::internal(finished.to_string()));
+    }
+    let child = Child::new("resize2fs").arg(device);
     demand(child.run(GROW_LIMIT).await?).map(drop)
 }
 
@@ -255,11 +287,16 @@ mod tests {
         let file = std::fs::File::create_new(&image).expect("made");
         file.set_len(16 << 20).expect("sized");
         assert_eq!(look(&image, 16 << 20).await, Ok(Found::Nothing));
-        assert!(matches!(look(&image, 17 << 20).await, Ok(Found::Unreadable(_))));
+        assert!(matches!(
+            look(&image, 17 << 20).await,
+            Ok(Found::Unreadable(_))
+        ));
         let missing = look(&scratch.path().join("none"), 16 << 20).await;
         assert!(matches!(missing, Ok(Found::Unreadable(_))), "{missing:?}");
         let uuid = Uuid::from_u128(0x1234_5678_9abc_4def_8123_4567_89ab_cdef);
-        make(Filesystem::Ext4, uuid, &[], &image).await.expect("made");
+        make(Filesystem::Ext4, uuid, &[], &image)
+            .await
+            .expect("made");
         let wanted = Found::Signature {
             kind: "ext4".into(),
             uuid: uuid.to_string(),
@@ -267,7 +304,8 @@ mod tests {
         assert_eq!(look(&image, 16 << 20).await, Ok(wanted));
         check(Filesystem::Ext4, &image).await.expect("sound");
         // mkfs.xfs finds the first one and is not forced.
-        file.set_len(Filesystem::Xfs.minimum_bytes()).expect("sized");
+        file.set_len(Filesystem::Xfs.minimum_bytes())
+            .expect("sized");
         assert!(make(Filesystem::Xfs, uuid, &[], &image).await.is_err());
         file.set_len(16 << 20).expect("sized");
         let garbage = vec![0xa5; 1 << 20];

@@ -103,7 +103,9 @@ pub enum Problem {
     #[error("the volume has no filesystem yet and is attached read-only; stage it writable once")]
     ReadOnly,
     /// The store says that nothing was written, and yet there is something.
-    #[error("the device has {0} although nothing was ever written to the volume: it is the wrong device")]
+    #[error(
+        "the device has {0} although nothing was ever written to the volume: it is the wrong device"
+    )]
     WrongDevice(String),
 }
 
@@ -246,9 +248,18 @@ mod tests {
         let filesystem = || "ext4".to_owned();
         vec![
             Recorded::Nothing,
-            Recorded::Begun { filesystem: filesystem(), uuid: uuid() },
-            Recorded::Made { filesystem: filesystem(), uuid: uuid() },
-            Recorded::Made { filesystem: "btrfs".into(), uuid: uuid() },
+            Recorded::Begun {
+                filesystem: filesystem(),
+                uuid: uuid(),
+            },
+            Recorded::Made {
+                filesystem: filesystem(),
+                uuid: uuid(),
+            },
+            Recorded::Made {
+                filesystem: "btrfs".into(),
+                uuid: uuid(),
+            },
         ]
     }
 
@@ -278,7 +289,10 @@ mod tests {
                                     "{case}"
                                 ),
                                 Decision::Use(kind) => {
-                                    assert!(matches!(&found, Found::Signature { kind: seen, .. } if seen == kind.name()), "{case}");
+                                    assert!(
+                                        matches!(&found, Found::Signature { kind: seen, .. } if seen == kind.name()),
+                                        "{case}"
+                                    );
                                     assert!(wanted.is_none_or(|wanted| wanted == kind), "{case}");
                                 }
                                 Decision::Refuse(_) => {}
@@ -292,25 +306,58 @@ mod tests {
 
     #[test]
     fn a_blank_volume_is_formatted_and_a_damaged_one_is_not() {
-        let made = Recorded::Made { filesystem: "ext4".into(), uuid: uuid() };
-        let begun = Recorded::Begun { filesystem: "ext4".into(), uuid: uuid() };
+        let made = Recorded::Made {
+            filesystem: "ext4".into(),
+            uuid: uuid(),
+        };
+        let begun = Recorded::Begun {
+            filesystem: "ext4".into(),
+            uuid: uuid(),
+        };
         let whole = signature("ext4", &uuid().to_string());
         let decide = |recorded: &Recorded, found: &Found, written: bool| {
             decide(recorded, found, written, None, Ext4, false)
         };
-        assert_eq!(decide(&Recorded::Nothing, &Found::Nothing, false), Decision::Make);
+        assert_eq!(
+            decide(&Recorded::Nothing, &Found::Nothing, false),
+            Decision::Make
+        );
         assert_eq!(decide(&made, &whole, true), Decision::Use(Ext4));
-        assert_eq!(decide(&begun, &whole, true), Decision::MakeAgain(Ext4, uuid()));
-        assert_eq!(decide(&begun, &Found::Nothing, false), Decision::MakeAgain(Ext4, uuid()));
+        assert_eq!(
+            decide(&begun, &whole, true),
+            Decision::MakeAgain(Ext4, uuid())
+        );
+        assert_eq!(
+            decide(&begun, &Found::Nothing, false),
+            Decision::MakeAgain(Ext4, uuid())
+        );
         for damaged in [Found::Nothing, Found::Unreadable("EIO".into())] {
-            assert!(matches!(decide(&made, &damaged, true), Decision::Refuse(Problem::Damaged { .. })));
+            assert!(matches!(
+                decide(&made, &damaged, true),
+                Decision::Refuse(Problem::Damaged { .. })
+            ));
             // Even when the store claimed that nothing was written.
-            assert!(matches!(decide(&made, &damaged, false), Decision::Refuse(Problem::Damaged { .. })));
-            assert!(matches!(decide(&Recorded::Nothing, &damaged, true), Decision::Refuse(Problem::Occupied { .. })));
+            assert!(matches!(
+                decide(&made, &damaged, false),
+                Decision::Refuse(Problem::Damaged { .. })
+            ));
+            assert!(matches!(
+                decide(&Recorded::Nothing, &damaged, true),
+                Decision::Refuse(Problem::Occupied { .. })
+            ));
         }
         let other = signature("ext4", &Uuid::nil().to_string());
-        assert!(matches!(decide(&made, &other, true), Decision::Refuse(Problem::Other { .. })));
-        assert!(matches!(decide(&Recorded::Nothing, &whole, false), Decision::Refuse(Problem::WrongDevice(_))));
-        assert_eq!(decide(&Recorded::Nothing, &whole, true), Decision::Use(Ext4));
+        assert!(matches!(
+            decide(&made, &other, true),
+            Decision::Refuse(Problem::Other { .. })
+        ));
+        assert!(matches!(
+            decide(&Recorded::Nothing, &whole, false),
+            Decision::Refuse(Problem::WrongDevice(_))
+        ));
+        assert_eq!(
+            decide(&Recorded::Nothing, &whole, true),
+            Decision::Use(Ext4)
+        );
     }
 }

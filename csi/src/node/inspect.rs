@@ -114,7 +114,9 @@ impl Node {
         if size < required_bytes {
             return Err(Refusal::new(
                 Class::OutOfRange,
-                format!("the volume has {size} bytes, and {required_bytes} were asked for: it has to be expanded first"),
+                format!(
+                    "the volume has {size} bytes, and {required_bytes} were asked for: it has to be expanded first"
+                ),
             ));
         }
         if let Some(kind) = state.stage.filesystem
@@ -183,11 +185,13 @@ impl Node {
 
     /// The state and device of a volume that is staged or published at `path`.
     async fn at(&self, volume: Uuid, path: &Path) -> Result<(VolumeState, Device), Refusal> {
-        let not_there = || {
-            Refusal::not_found(format!("volume {volume} is not at {}", path.display()))
-        };
+        let not_there =
+            || Refusal::not_found(format!("volume {volume} is not at {}", path.display()));
         let state = self.known(volume)?.ok_or_else(not_there)?;
-        let device = self.device_of(volume, Some(&state)).await?.ok_or_else(not_there)?;
+        let device = self
+            .device_of(volume, Some(&state))
+            .await?
+            .ok_or_else(not_there)?;
         if is_seen_at(&state, &device, path)? {
             Ok((state, device))
         } else {

@@ -89,8 +89,8 @@ impl Node {
         attachers: Vec<Arc<dyn Attach>>,
     ) -> Result<Node, Refusal> {
         let states = States::open(&settings.state_directory)?;
-        let boot_id = sysfs::boot_id()
-            .map_err(|error| Refusal::internal(format!("no boot id: {error}")))?;
+        let boot_id =
+            sysfs::boot_id().map_err(|error| Refusal::internal(format!("no boot id: {error}")))?;
         Ok(Node {
             roots: Roots::new(settings.roots.clone()),
             settings,
@@ -173,8 +173,7 @@ fn is_node_of(device: &Device, point: &Path) -> bool {
     std::fs::symlink_metadata(point).is_ok_and(|found| {
         let number = found.rdev();
         found.file_type().is_block_device()
-            && device.number()
-                == Some((rustix::fs::major(number), rustix::fs::minor(number)))
+            && device.number() == Some((rustix::fs::major(number), rustix::fs::minor(number)))
     })
 }
 

@@ -36,9 +36,8 @@ impl Node {
     /// Publishes a volume at a target path. OK when it is published there in the same way.
     pub async fn publish(&self, request: &PublishRequest) -> Result<(), Refusal> {
         let (mut state, device) = self.staged(request).await?;
-        let read_only = request.read_only
-            || request.capability.mode.is_reader_only()
-            || state.export.read_only;
+        let read_only =
+            request.read_only || request.capability.mode.is_reader_only() || state.export.read_only;
         if !is_same_use(&state.stage.capability, &request.capability) {
             return Err(Refusal::precondition(
                 "the volume is staged with another capability",
@@ -47,10 +46,13 @@ impl Node {
         failpoint::reach("publish-begun");
         let block = state.stage.capability.access == Access::Block;
         // What a crash left planned and not done does not count.
-        state
+        state.targets.retain(|target| {
+            is_bound(&device, block, &target.path) || target.path == request.target
+        });
+        let present = state
             .targets
-            .retain(|target| is_bound(&device, block, &target.path) || target.path == request.target);
-        let present = state.targets.iter().find(|target| target.path == request.target);
+            .iter()
+            .find(|target| target.path == request.target);
         if let Some(present) = present
             && is_bound(&device, block, &request.target)
         {
@@ -108,7 +110,7 @@ impl Node {
                 && state.stage.is_complete
                 && let Some(device) = self.device_of(request.volume, Some(&state)).await?
                 && is_in_place(&state, &device)?
-                && self.is_healthy(&state, request)?
+                && self.is_healthy(&state, &device, request).await?
             {
                 return Ok((state, device));
             }
@@ -131,8 +133,17 @@ impl Node {
         )))
     }
 
-    /// False when the staged filesystem became read-only after an error and nobody uses it: then it is staged anew.
-    fn is_healthy(&self, state: &VolumeState, request: &PublishRequest) -> Result<bool, Refusal> {
+    /// False when the device is dead for good, or its filesystem became read-only after an error, and nobody uses it: then
+    /// it is staged anew.
+    async fn is_healthy(
+        &self,
+        state: &VolumeState,
+        device: &Device,
+        request: &PublishRequest,
+    ) -> Result<bool, Refusal> {
+        if self.is_beyond_help(state, device).await? {
+            return Ok(request.stage.is_none());
+        }
         if state.export.read_only
             || state.stage.filesystem.is_none()
             || state.stage.capability.mode.is_reader_only()
@@ -146,7 +157,11 @@ impl Node {
         if !is_broken {
             return Ok(true);
         }
-        if state.targets.iter().any(|target| mounts.at(&target.path).is_some()) {
+        if state
+            .targets
+            .iter()
+            .any(|target| mounts.at(&target.path).is_some())
+        {
             return Err(Refusal::internal(
                 "the filesystem became read-only after an error, and another workload still has it; when it ends, the \
                  filesystem is checked and mounted again",
@@ -163,7 +178,10 @@ impl Node {
         read_only: bool,
         block: bool,
     ) -> Result<(), Refusal> {
-        let other = state.targets.iter().find(|target| target.path != request.target);
+        let other = state
+            .targets
+            .iter()
+            .find(|target| target.path != request.target);
         let Some(other) = other else {
             return Ok(());
         };
@@ -179,7 +197,11 @@ impl Node {
         if block && other.read_only != read_only {
             return Err(Refusal::precondition(format!(
                 "the device is published {} at {}",
-                if other.read_only { "read-only" } else { "writable" },
+                if other.read_only {
+                    "read-only"
+                } else {
+                    "writable"
+                },
                 other.path.display()
             )));
         }
@@ -209,12 +231,14 @@ impl Node {
         if is_ours(&filesystem::mounts()?, target)? {
             let unmounted = filesystem::unmount(target, UNMOUNT_LIMIT).await;
             if let Err(refusal) = unmounted {
-                if refusal.class != Class::DeadlineExceeded {
+                if refusal.class != Class::DeadlineExceeded
+                    && !self.is_held_by_the_dead(volume, state.as_ref(), target).await?
+                {
                     return Err(refusal);
                 }
                 // Only a dead device can keep a bind mount from going.
                 self.fail_device(volume, state.as_ref()).await?;
-                filesystem::unmount(target, UNMOUNT_FAILED_LIMIT).await?;
+                filesystem::unmount_once_free(target, UNMOUNT_FAILED_LIMIT).await?;
             }
         }
         failpoint::reach("unpublish-unmounted");
@@ -225,6 +249,24 @@ impl Node {
             self.states.save(&state)?;
         }
         Ok(())
+    }
+
+    /// Whether a target that is busy stays so because its user waits for a server that is gone: a killed process cannot
+    /// die while the kernel holds its I/O. Where the volume has another target, somebody else still counts on it.
+    async fn is_held_by_the_dead(
+        &self,
+        volume: Uuid,
+        state: Option<&VolumeState>,
+        target: &Path,
+    ) -> Result<bool, Refusal> {
+        let others = state.is_some_and(|state| state.targets.iter().any(|other| other.path != target));
+        if others {
+            return Ok(false);
+        }
+        match self.device_of(volume, state).await? {
+            Some(device) => Ok(self.is_dead(state.map(|state| &state.export), &device).await),
+            None => Ok(false),
+        }
     }
 }
 
@@ -272,13 +314,20 @@ async fn bind_directory(staging: &Path, target: &Path, read_only: bool) -> Resul
 
 /// Binding reads and writes no device, so it runs here and not in a child.
 async fn bind(from: PathBuf, to: PathBuf, read_only: bool) -> Result<(), Refusal> {
-    let (at, done) = (to.clone(), tokio::task::spawn_blocking(move || mount_bind(&from, &to)));
+    let (at, done) = (
+        to.clone(),
+        tokio::task::spawn_blocking(move || mount_bind(&from, &to)),
+    );
     match done.await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => return Err(failed("binding", &at, std::io::Error::from(error))),
         Err(error) => return Err(failed("binding", &at, error)),
     }
-    if read_only { remount(at, true).await } else { Ok(()) }
+    if read_only {
+        remount(at, true).await
+    } else {
+        Ok(())
+    }
 }
 
 async fn remount(at: PathBuf, read_only: bool) -> Result<(), Refusal> {

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Node;
 use super::filesystem;
 use super::state::VolumeState;
-use super::Node;
 use crate::attach::{Device, DeviceKind};
 use crate::refusal::Refusal;
 
@@ -40,7 +40,9 @@ impl Node {
     fn adopt(&self, mut state: VolumeState, device: Option<Device>) -> Result<(), Refusal> {
         let before = state.clone();
         let mounts = filesystem::mounts()?;
-        state.targets.retain(|target| mounts.at(&target.path).is_some());
+        state
+            .targets
+            .retain(|target| mounts.at(&target.path).is_some());
         if device.is_none() {
             state.stage.is_complete = false;
         }
@@ -87,10 +89,8 @@ impl Node {
             if missing == 0 {
                 continue;
             }
-            // Whoever has the turn is attaching or detaching it.
-            let Ok(_turn) = self.turns.begin(&volume.to_string()) else {
-                continue;
-            };
+            // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
+            // refuses connections for a device that carries another volume by now, and for one that is let go.
             match self
                 .attacher(device.kind)?
                 .reconnect(&device, &state.export, missing)

@@ -93,7 +93,11 @@ impl States {
             .create(directory)
             .map_err(failed)?;
         for entry in fs::read_dir(directory).map_err(failed)?.flatten() {
-            if entry.path().extension().is_some_and(|ending| ending == "new") {
+            if entry
+                .path()
+                .extension()
+                .is_some_and(|ending| ending == "new")
+            {
                 fs::remove_file(entry.path()).map_err(failed)?;
             }
         }
@@ -167,14 +171,15 @@ impl States {
 
     /// Every volume something is known of.
     pub fn all(&self) -> Result<Vec<VolumeState>, Refusal> {
-        let entries = fs::read_dir(&self.directory).map_err(|error| {
-            Refusal::internal(format!("{}: {error}", self.directory.display()))
-        })?;
+        let entries = fs::read_dir(&self.directory)
+            .map_err(|error| Refusal::internal(format!("{}: {error}", self.directory.display())))?;
         let mut states = Vec::new();
         for entry in entries.flatten() {
             let path = entry.path();
             let is_state = path.extension().is_some_and(|ending| ending == "json");
-            let volume = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
+            let volume = path
+                .file_stem()
+                .and_then(|stem| stem.to_str()?.parse().ok());
             if let (true, Some(volume)) = (is_state, volume)
                 && let Some(state) = self.load(volume)?
             {

@@ -21,7 +21,10 @@ impl Node {
         failpoint::reach("unstage-begun");
         if let Some(state) = self.known(volume)? {
             let mounts = filesystem::mounts()?;
-            let used = state.targets.iter().find(|target| mounts.at(&target.path).is_some());
+            let used = state
+                .targets
+                .iter()
+                .find(|target| mounts.at(&target.path).is_some());
             if let Some(used) = used {
                 return Err(Refusal::precondition(format!(
                     "the volume is still published at {}",
@@ -39,7 +42,9 @@ impl Node {
         let state = self.known(volume)?;
         let device = self.device_of(volume, state.as_ref()).await?;
         if let Some(device) = &device
-            && self.is_dead(state.as_ref().map(|state| &state.export), device).await
+            && self
+                .is_dead(state.as_ref().map(|state| &state.export), device)
+                .await
         {
             tracing::warn!(volume = %volume, device = device.name, "the server of a device is gone; failing its I/O");
             self.fail_device(volume, state.as_ref()).await?;
@@ -100,7 +105,7 @@ impl Node {
 
     /// Whether the server behind a device is gone for good, as far as anybody can wait: fenced at once, silent for as long
     /// as the patience lasts.
-    async fn is_dead(&self, export: Option<&Export>, device: &Device) -> bool {
+    pub(super) async fn is_dead(&self, export: Option<&Export>, device: &Device) -> bool {
         let Some(export) = export else {
             return !filesystem::answers(&device.node()).await;
         };

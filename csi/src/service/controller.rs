@@ -28,10 +28,10 @@ pub struct Controller {
 type Answer<T> = Result<Response<T>, Status>;
 
 impl Controller {
-    /// Over one daemon.
-    pub fn new(daemon: Daemon, spec: Spec) -> Controller {
+    /// Over one daemon. A node gets at most `max_volumes`; 0 is no bound.
+    pub fn new(daemon: Daemon, max_volumes: u32, spec: Spec) -> Controller {
         Controller {
-            operations: Arc::new(Operations::new(daemon)),
+            operations: Arc::new(Operations::new(daemon, max_volumes)),
             spec,
         }
     }
@@ -62,8 +62,7 @@ impl Controller {
 
     /// A page of the volumes this caller may see, and where to go on.
     async fn page(&self, most: i32, token: &str) -> Result<(Vec<Volume>, String), Refusal> {
-        let most = u32::try_from(most)
-            .map_err(|_| Refusal::invalid("max_entries is negative"))?;
+        let most = u32::try_from(most).map_err(|_| Refusal::invalid("max_entries is negative"))?;
         let mut token = token.to_owned();
         let mut all = Vec::new();
         loop {
@@ -157,10 +156,16 @@ impl csi::controller_server::Controller for Controller {
         let wanted = create_request(request.into_inner()).map_err(status)?;
         let key = format!("name {}", wanted.name);
         let created = self
-            .change(&key, waits, |operations| async move { operations.create(wanted).await })
+            .change(&key, waits, |operations| async move {
+                operations.create(wanted).await
+            })
             .await?;
         Ok(Response::new(csi::CreateVolumeResponse {
-            volume: Some(convert::volume(&created.volume, created.context)),
+            volume: Some(convert::volume(
+                &created.volume,
+                created.context,
+                &created.places,
+            )),
         }))
     }
 
@@ -171,8 +176,10 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let given = request.into_inner().volume_id;
         if let Some(id) = convert::volume_id(&given).map_err(status)? {
-            self.change(&given, waits, |operations| async move { operations.delete(id).await })
-                .await?;
+            self.change(&given, waits, |operations| async move {
+                operations.delete(id).await
+            })
+            .await?;
         }
         Ok(Response::new(csi::DeleteVolumeResponse {}))
     }
@@ -184,13 +191,17 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let message = request.into_inner();
         convert::volume_id(&message.volume_id).map_err(status)?;
-        let node = convert::node_id(&message.node_id).map_err(status)?.to_owned();
+        let node = convert::node_id(&message.node_id)
+            .map_err(status)?
+            .to_owned();
         let capability = convert::capability(message.volume_capability).map_err(status)?;
         let id = convert::known_id(&message.volume_id).map_err(status)?;
         let read_only = message.readonly;
         let export = self
             .change(&message.volume_id, waits, |operations| async move {
-                operations.publish(id, &node, capability.mode, read_only).await
+                operations
+                    .publish(id, &node, capability.mode, read_only)
+                    .await
             })
             .await?;
         Ok(Response::new(csi::ControllerPublishVolumeResponse {
@@ -256,10 +267,11 @@ impl csi::controller_server::Controller for Controller {
             .page(message.max_entries, &message.starting_token)
             .await
             .map_err(status)?;
+        let places = self.operations.places().await.map_err(status)?;
         let entries = volumes
             .iter()
             .map(|volume| csi::list_volumes_response::Entry {
-                volume: Some(convert::volume(volume, context_of(volume))),
+                volume: Some(convert::volume(volume, context_of(volume), &places)),
                 status: Some(csi::list_volumes_response::VolumeStatus {
                     published_node_ids: published(volume),
                 }),
@@ -322,12 +334,12 @@ impl csi::controller_server::Controller for Controller {
             None => true,
             Some(topology) if topology.segments.is_empty() => true,
             Some(topology) => {
-                let nodes = self.operations.nodes().await.map_err(status)?;
-                nodes.iter().any(|node| {
+                let places = self.operations.places().await.map_err(status)?;
+                places.iter().any(|place| {
                     topology
                         .segments
                         .iter()
-                        .all(|(key, value)| node.topology.get(key) == Some(value))
+                        .all(|(key, value)| place.get(key) == Some(value))
                 })
             }
         };
@@ -441,8 +453,9 @@ impl csi::controller_server::Controller for Controller {
     ) -> Answer<csi::ControllerGetVolumeResponse> {
         let id = convert::known_id(&request.into_inner().volume_id).map_err(status)?;
         let volume = self.operations.volume(id).await.map_err(status)?;
+        let places = self.operations.places().await.map_err(status)?;
         Ok(Response::new(csi::ControllerGetVolumeResponse {
-            volume: Some(convert::volume(&volume, context_of(&volume))),
+            volume: Some(convert::volume(&volume, context_of(&volume), &places)),
             status: Some(csi::controller_get_volume_response::VolumeStatus {
                 published_node_ids: published(&volume),
             }),
@@ -456,8 +469,8 @@ impl csi::controller_server::Controller for Controller {
         let waits = patience(request.metadata());
         let message = request.into_inner();
         let id = convert::known_id(&message.volume_id).map_err(status)?;
-        let given = convert::map("mutable_parameters", message.mutable_parameters)
-            .map_err(status)?;
+        let given =
+            convert::map("mutable_parameters", message.mutable_parameters).map_err(status)?;
         self.change(&message.volume_id, waits, |operations| async move {
             operations.modify(id, &given).await
         })
@@ -471,10 +484,7 @@ fn no_snapshots() -> Status {
 }
 
 /// Whether a volume can be used in all the ways, with all the parameters.
-fn judge(
-    volume: &Volume,
-    message: &csi::ValidateVolumeCapabilitiesRequest,
-) -> Result<(), String> {
+fn judge(volume: &Volume, message: &csi::ValidateVolumeCapabilitiesRequest) -> Result<(), String> {
     let words = |refusal: Refusal| refusal.message;
     for given in &message.volume_capabilities {
         let capability: Capability = convert::capability(Some(given.clone())).map_err(words)?;

@@ -20,7 +20,16 @@ const MAP_BYTES_MAX: usize = 4096;
 const FLAGS_BYTES_MAX: usize = 4096;
 /// Mount flags that would not mount what is asked for, or somewhere else.
 const FLAGS_REFUSED: [&str; 10] = [
-    "bind", "rbind", "move", "remount", "loop", "offset", "sizelimit", "helper", "uhelper", "defaults.",
+    "bind",
+    "rbind",
+    "move",
+    "remount",
+    "loop",
+    "offset",
+    "sizelimit",
+    "helper",
+    "uhelper",
+    "defaults.",
 ];
 
 const EXPORT_KEY: &str = "export";
@@ -70,8 +79,14 @@ pub fn node_id(value: &str) -> Result<&str, Refusal> {
 }
 
 /// A map of strings.
-pub fn map(what: &str, given: HashMap<String, String>) -> Result<BTreeMap<String, String>, Refusal> {
-    let bytes: usize = given.iter().map(|(key, value)| key.len() + value.len()).sum();
+pub fn map(
+    what: &str,
+    given: HashMap<String, String>,
+) -> Result<BTreeMap<String, String>, Refusal> {
+    let bytes: usize = given
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
     if bytes > MAP_BYTES_MAX {
         return Err(Refusal::invalid(format!(
             "{what} is larger than {MAP_BYTES_MAX} bytes"
@@ -115,7 +130,10 @@ pub fn capabilities(given: Vec<csi::VolumeCapability>) -> Result<Vec<Capability>
     if given.is_empty() {
         return Err(Refusal::invalid("volume_capabilities are missing"));
     }
-    given.into_iter().map(|each| capability(Some(each))).collect()
+    given
+        .into_iter()
+        .map(|each| capability(Some(each)))
+        .collect()
 }
 
 fn access_mode(mode: csi::volume_capability::access_mode::Mode) -> Result<AccessMode, Refusal> {
@@ -167,15 +185,19 @@ pub fn places(given: Vec<csi::Topology>) -> Result<Vec<Place>, Refusal> {
         .collect()
 }
 
-/// What is told of a volume.
-pub fn volume(volume: &Volume, context: BTreeMap<String, String>) -> csi::Volume {
+/// What is told of a volume that can be used in `places`.
+pub fn volume(volume: &Volume, context: BTreeMap<String, String>, places: &[Place]) -> csi::Volume {
     csi::Volume {
         capacity_bytes: i64::try_from(volume.size_bytes).unwrap_or(i64::MAX),
         volume_id: volume.id.to_string(),
         volume_context: context.into_iter().collect(),
         content_source: None,
-        // Every node of the driver reaches every volume.
-        accessible_topology: Vec::new(),
+        accessible_topology: places
+            .iter()
+            .map(|place| csi::Topology {
+                segments: place.clone().into_iter().collect(),
+            })
+            .collect(),
     }
 }
 
@@ -248,26 +270,52 @@ mod tests {
 
     #[test]
     fn capabilities_are_read_and_the_unsupported_refused() {
-        let read = capability(Some(wire(Mode::SingleNodeWriter, mount("xfs", &["noatime"]))));
-        let Ok(Capability { access: Access::Mount { filesystem, options }, mode }) = read else {
+        let read = capability(Some(wire(
+            Mode::SingleNodeWriter,
+            mount("xfs", &["noatime"]),
+        )));
+        let Ok(Capability {
+            access:
+                Access::Mount {
+                    filesystem,
+                    options,
+                },
+            mode,
+        }) = read
+        else {
             panic!("{read:?}");
         };
         assert_eq!(filesystem.map(|f| f.name()), Some("xfs"));
-        assert_eq!((options, mode), (vec!["noatime".to_owned()], AccessMode::SingleNodeWriter));
+        assert_eq!(
+            (options, mode),
+            (vec!["noatime".to_owned()], AccessMode::SingleNodeWriter)
+        );
         let block = || Some(AccessType::Block(BlockVolume {}));
         assert!(capability(Some(wire(Mode::MultiNodeReaderOnly, block()))).is_ok());
         let many = "x".repeat(4096);
         for refused in [
             None,
-            Some(csi::VolumeCapability { access_mode: None, access_type: block() }),
+            Some(csi::VolumeCapability {
+                access_mode: None,
+                access_type: block(),
+            }),
             Some(wire(Mode::SingleNodeWriter, None)),
             Some(wire(Mode::Unknown, block())),
             Some(wire(Mode::MultiNodeMultiWriter, block())),
             Some(wire(Mode::MultiNodeSingleWriter, block())),
             Some(wire(Mode::SingleNodeWriter, mount("btrfs", &[]))),
-            Some(wire(Mode::SingleNodeWriter, mount("ext4", &["noatime,bind"]))),
-            Some(wire(Mode::SingleNodeWriter, mount("ext4", &["loop=/dev/loop0"]))),
-            Some(wire(Mode::SingleNodeWriter, mount("ext4", &["X-mount.mkdir"]))),
+            Some(wire(
+                Mode::SingleNodeWriter,
+                mount("ext4", &["noatime,bind"]),
+            )),
+            Some(wire(
+                Mode::SingleNodeWriter,
+                mount("ext4", &["loop=/dev/loop0"]),
+            )),
+            Some(wire(
+                Mode::SingleNodeWriter,
+                mount("ext4", &["X-mount.mkdir"]),
+            )),
             Some(wire(Mode::SingleNodeWriter, mount("ext4", &[""]))),
             Some(wire(Mode::SingleNodeWriter, mount("ext4", &["a\nb"]))),
             Some(wire(Mode::SingleNodeWriter, mount("ext4", &[&many]))),
@@ -295,7 +343,10 @@ mod tests {
             assert_eq!(known_id(none).expect_err(none).class, Class::NotFound);
         }
         for wrong in ["", "a\0b", &"v".repeat(129)] {
-            assert_eq!(volume_id(wrong).expect_err(wrong).class, Class::InvalidArgument);
+            assert_eq!(
+                volume_id(wrong).expect_err(wrong).class,
+                Class::InvalidArgument
+            );
         }
         assert!(name(&"n".repeat(128)).is_ok() && name(&"n".repeat(129)).is_err());
         assert!(node_id(&"n".repeat(256)).is_ok() && node_id(&"n".repeat(257)).is_err());
@@ -308,7 +359,10 @@ mod tests {
         let given = Export {
             volume: id,
             name: format!("{id}@secret"),
-            servers: vec!["unix:/run/nbd.sock".parse().expect("one"), "tcp:h:1".parse().expect("one")],
+            servers: vec![
+                "unix:/run/nbd.sock".parse().expect("one"),
+                "tcp:h:1".parse().expect("one"),
+            ],
             read_only: true,
             epoch: 12,
         };

@@ -6,7 +6,9 @@ use tonic::{Request, Response, Status};
 
 use super::{NAME, Spec, status};
 use crate::csi;
-use crate::csi::plugin_capability::{Service as Offer, Type, VolumeExpansion, service, volume_expansion};
+use crate::csi::plugin_capability::{
+    Service as Offer, Type, VolumeExpansion, service, volume_expansion,
+};
 use crate::daemon::Daemon;
 use crate::refusal::{Class, Refusal};
 

@@ -113,7 +113,10 @@ mod tests {
             patience(&metadata)
         };
         assert_eq!(of("2M"), Some(Duration::from_secs(120) - MARGIN));
-        assert_eq!(of("99999999u"), Some(Duration::from_micros(99_999_999) - MARGIN));
+        assert_eq!(
+            of("99999999u"),
+            Some(Duration::from_micros(99_999_999) - MARGIN)
+        );
         assert_eq!(of("1n"), Some(Duration::ZERO));
         for odd in ["", "S", "1", "5x", "123456789S", "-1S"] {
             assert_eq!(of(odd), None, "{odd}");

@@ -96,7 +96,12 @@ fn stage_request(
     };
     let mkfs_options: Vec<String> = context
         .get(parameters::MKFS_OPTIONS)
-        .map(|options| options.split_ascii_whitespace().map(str::to_owned).collect())
+        .map(|options| {
+            options
+                .split_ascii_whitespace()
+                .map(str::to_owned)
+                .collect()
+        })
         .unwrap_or_default();
     // They come back through the orchestrator: checked again before they reach a command line.
     check_mkfs_options(default_filesystem, &mkfs_options)?;
@@ -175,7 +180,13 @@ impl csi::node_server::Node for Node {
         let stage = convert::export(id, message.publish_context)
             .map_err(status)?
             .map(|export| {
-                stage_request(id, export, staging, capability.clone(), message.volume_context)
+                stage_request(
+                    id,
+                    export,
+                    staging,
+                    capability.clone(),
+                    message.volume_context,
+                )
             })
             .transpose()
             .map_err(status)?;

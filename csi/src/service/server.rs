@@ -33,12 +33,16 @@ pub struct Services {
 
 /// `unix:///path`, `unix:/path` or `/path` of a socket.
 pub fn endpoint(text: &str) -> Result<PathBuf, String> {
-    let path = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:"));
+    let path = text
+        .strip_prefix("unix://")
+        .or_else(|| text.strip_prefix("unix:"));
     let path = Path::new(path.unwrap_or(text));
     if path.is_absolute() {
         Ok(path.to_owned())
     } else {
-        Err(format!("{text:?}: an endpoint is unix:///absolute/path.sock"))
+        Err(format!(
+            "{text:?}: an endpoint is unix:///absolute/path.sock"
+        ))
     }
 }
 
@@ -103,7 +107,11 @@ mod tests {
 
     #[test]
     fn endpoints_are_read() {
-        for text in ["unix:///run/csi.sock", "unix:/run/csi.sock", "/run/csi.sock"] {
+        for text in [
+            "unix:///run/csi.sock",
+            "unix:/run/csi.sock",
+            "/run/csi.sock",
+        ] {
             assert_eq!(endpoint(text), Ok(PathBuf::from("/run/csi.sock")), "{text}");
         }
         for text in ["", "tcp://h:1", "csi.sock", "unix:csi.sock"] {

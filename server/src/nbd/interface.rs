@@ -65,6 +65,9 @@ pub enum CatalogError {
     /// The volume exists and cannot be used now; the reason, for people.
     #[error("{0}")]
     Unavailable(String),
+    /// The volume exists and this client may not have it; the reason, for people.
+    #[error("{0}")]
+    Forbidden(String),
 }
 
 /// Connections of the daemon, in whatever phase.

@@ -24,7 +24,7 @@ impl ExportCatalog for Volumes {
         let token = published.map(|(_, token)| token);
         let publication = token.and_then(|token| record.publication_with(token));
         if token.is_some() && publication.is_none() {
-            return Err(CatalogError::Unavailable(format!(
+            return Err(CatalogError::Forbidden(format!(
                 "volume {} is not published under this name; it was unpublished, or the name is wrong",
                 record.name
             )));
@@ -32,7 +32,7 @@ impl ExportCatalog for Volumes {
         if token.is_none()
             && let Some(holder) = record.publications.first()
         {
-            return Err(CatalogError::Unavailable(format!(
+            return Err(CatalogError::Forbidden(format!(
                 "volume {} is published to node {} and opened by nobody else; to use it by hand, run `ashlar volume unpublish {}` first",
                 record.name, holder.node, record.name
             )));

@@ -264,6 +264,12 @@ fn raw_blocks_and_a_dead_daemon() {
         &["bash", "-c", &format!("exec sync -f {}", pod("dead"))],
         "/run/stuck.log",
     );
+    // The pod's process is killed, as the kubelet does first; it cannot die.
+    wait::until(LIMIT, "a process is held", || match machine.held() {
+        held if held.is_empty() => Err(format!("{:?}", machine.processes())),
+        _ => Ok(()),
+    });
+    machine.signal(stuck, Signal::KILL);
     for name in ["dead", "raw"] {
         for call in ["unpublish", "unstage"] {
             let argv = line(call, name, "");
@@ -272,7 +278,7 @@ fn raw_blocks_and_a_dead_daemon() {
             assert!(outcome.ok(), "{outcome}\n{}", plugin.log());
         }
     }
-    assert!(matches!(machine.wait(stuck, LIMIT), End::Code(_)));
+    assert_eq!(machine.wait(stuck, LIMIT), End::Signal(9));
     no_leftovers(&machine);
 
     // What was synced is there when the daemon is back.

@@ -58,6 +58,8 @@ pub enum Resolution {
     Unknown,
     /// It cannot be served now; the text goes to the client.
     Unavailable(String),
+    /// This client may not have it, now or later; the text goes to the client.
+    Forbidden(String),
     /// The daemon is going away.
     ShuttingDown,
 }

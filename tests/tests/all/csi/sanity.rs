@@ -8,7 +8,9 @@ use ashlar_tests::suites;
 use ashlar_tests::tool::Tool;
 
 fn run(test: &str, access: &str) {
-    let driver = Driver::start(test, Setup::default().store_size("4GiB"));
+    let mut driver = Driver::prepare(test, Setup::default().store_size("4GiB"));
+    driver.set_arguments(&["--max-volumes", "10"]);
+    driver.start_driver(&[]);
     let path = |name: &str| driver.root().join(name).to_str().expect("text").to_owned();
     // Only what no capability of ours calls for is left out: snapshots, clones and groups skip themselves.
     let said = Tool::new(suites::csi_sanity().to_str().expect("text"))
@@ -22,6 +24,7 @@ fn run(test: &str, access: &str) {
             "--csi.testvolumemutableparameters={}",
             mutable(&driver)
         ))
+        .arg("--csi.testnodevolumeattachlimit")
         .arg("--ginkgo.no-color")
         .arg("--ginkgo.timeout=20m")
         .limit(Duration::from_secs(1300))

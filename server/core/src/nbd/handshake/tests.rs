@@ -70,6 +70,7 @@ fn catalogue(name: &str) -> Resolution {
             ..export(2, "other")
         }),
         "broken" => Resolution::Unavailable("its store is poisoned".to_owned()),
+        "held" => Resolution::Forbidden("somebody else has it".to_owned()),
         "late" => Resolution::ShuttingDown,
         _ => Resolution::Unknown,
     }
@@ -310,6 +311,7 @@ fn an_export_that_cannot_be_served_is_an_error_and_the_talk_goes_on() {
         ("nowhere", option_reply::ERR_UNKNOWN),
         ("", option_reply::ERR_UNKNOWN),
         ("broken", option_reply::ERR_PLATFORM),
+        ("held", option_reply::ERR_POLICY),
         ("late", option_reply::ERR_SHUTDOWN),
     ] {
         for option in [option::INFO, option::GO] {
