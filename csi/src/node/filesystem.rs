@@ -219,6 +219,22 @@ pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
     }
 }
 
+/// As [`unmount`], for a point whose users are about to go: what they waited for has just ended with an error.
+pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    const RETRY: Duration = Duration::from_millis(200);
+    let begun = tokio::time::Instant::now();
+    loop {
+        match unmount(point, limit).await {
+            Err(refusal)
+                if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit =>
+            {
+                tokio::time::sleep(RETRY).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 /// What is mounted now.
 pub fn mounts() -> Result<Mounts, Refusal> {
     Mounts::read()

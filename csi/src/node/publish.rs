@@ -231,12 +231,14 @@ impl Node {
         if is_ours(&filesystem::mounts()?, target)? {
             let unmounted = filesystem::unmount(target, UNMOUNT_LIMIT).await;
             if let Err(refusal) = unmounted {
-                if refusal.class != Class::DeadlineExceeded {
+                if refusal.class != Class::DeadlineExceeded
+                    && !self.is_held_by_the_dead(volume, state.as_ref(), target).await?
+                {
                     return Err(refusal);
                 }
                 // Only a dead device can keep a bind mount from going.
                 self.fail_device(volume, state.as_ref()).await?;
-                filesystem::unmount(target, UNMOUNT_FAILED_LIMIT).await?;
+                filesystem::unmount_once_free(target, UNMOUNT_FAILED_LIMIT).await?;
             }
         }
         failpoint::reach("unpublish-unmounted");
@@ -247,6 +249,24 @@ impl Node {
             self.states.save(&state)?;
         }
         Ok(())
+    }
+
+    /// Whether a target that is busy stays so because its user waits for a server that is gone: a killed process cannot
+    /// die while the kernel holds its I/O. Where the volume has another target, somebody else still counts on it.
+    async fn is_held_by_the_dead(
+        &self,
+        volume: Uuid,
+        state: Option<&VolumeState>,
+        target: &Path,
+    ) -> Result<bool, Refusal> {
+        let others = state.is_some_and(|state| state.targets.iter().any(|other| other.path != target));
+        if others {
+            return Ok(false);
+        }
+        match self.device_of(volume, state).await? {
+            Some(device) => Ok(self.is_dead(state.map(|state| &state.export), &device).await),
+            None => Ok(false),
+        }
     }
 }
 
