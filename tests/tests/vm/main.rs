@@ -3,7 +3,6 @@
 
 mod by_hand;
 mod csi;
-mod explore;
 mod load;
 mod power;
 mod restarts;
