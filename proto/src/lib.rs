@@ -12,6 +12,18 @@ pub mod admin {
     tonic::include_proto!("ashlar.admin.v1");
 }
 
+/// `ashlar.cluster.v1`: who belongs to a cluster, from `proto/ashlar/cluster/v1/cluster.proto`.
+pub mod cluster {
+    #![allow(clippy::all, unreachable_pub)]
+    tonic::include_proto!("ashlar.cluster.v1");
+}
+
+/// The part of etcd's interface that the metadata store uses: messages and clients, from `proto/etcd/rpc.proto`.
+pub mod etcd {
+    #![allow(clippy::all, unreachable_pub)]
+    tonic::include_proto!("etcdserverpb");
+}
+
 /// The compiled descriptors of every interface, a serialised `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/ashlar.descriptors.bin"));

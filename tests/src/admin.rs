@@ -1,7 +1,7 @@
 //! The `ashlar` command line, as a person or a script uses it.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -12,17 +12,32 @@ use crate::tool::{Finished, Tool};
 /// `ashlar`, pointed at one daemon.
 pub struct Admin {
     address: String,
+    certificates: Option<PathBuf>,
 }
 
 impl Admin {
     pub fn new(socket: &Path) -> Admin {
         Admin {
             address: format!("unix:{}", socket.display()),
+            certificates: None,
         }
     }
 
-    fn tool<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Tool {
+    /// Over TCP, and with TLS when there are certificates to show.
+    pub fn tcp(port: u16, certificates: Option<&Path>) -> Admin {
+        Admin {
+            address: format!("tcp:127.0.0.1:{port}"),
+            certificates: certificates.map(Path::to_owned),
+        }
+    }
+
+    /// The program with these arguments, to be run.
+    pub fn tool<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Tool {
         let tool = Tool::new(binary("ashlar").to_str().expect("a UTF-8 path"));
+        let tool = match &self.certificates {
+            Some(directory) => tool.arg("--certificates").arg(directory),
+            None => tool,
+        };
         tool.args(["--admin", &self.address])
             .args(arguments)
             .limit(Duration::from_secs(60))

@@ -6,7 +6,11 @@
 
 pub mod admin;
 pub mod campaign;
+pub mod certificate;
+pub mod cluster;
+pub mod csi;
 pub mod daemon;
+pub mod etcd;
 pub mod fio;
 pub mod history;
 pub mod http;
@@ -16,7 +20,10 @@ pub mod nbd;
 pub mod pattern;
 pub mod process;
 pub mod reference;
+pub mod rpc;
 pub mod scratch;
 pub mod seed;
+pub mod suites;
 pub mod tool;
+pub mod vm;
 pub mod wait;

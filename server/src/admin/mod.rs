@@ -1,6 +1,10 @@
-//! The admin interface: gRPC over a Unix socket that only its owner may use, or over TCP on the loopback.
+//! The admin interface: gRPC over a Unix socket that only its owner may use, or over TCP: plain on the loopback of a
+//! single node, with mutual TLS in a cluster.
 
+mod cluster;
 mod convert;
+mod orchestration;
+mod secure;
 mod service;
 mod status;
 
@@ -8,12 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_proto::admin::admin_server::AdminServer;
+use ashlar_proto::cluster::cluster_server::ClusterServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_stream::{Stream, StreamExt};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+use tonic::{Request, Status};
 
 pub(crate) use convert::poison_reason;
 
@@ -41,6 +48,9 @@ pub(crate) async fn serve(
         .await;
     let admin = AdminServer::new(service::Service::new(state.clone()))
         .max_decoding_message_size(REQUEST_MAX_BYTES);
+    // Its calls say for themselves who may make them: one is for everybody.
+    let cluster = ClusterServer::new(cluster::Service::new(state.clone()))
+        .max_decoding_message_size(REQUEST_MAX_BYTES);
     let describe = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(ashlar_proto::FILE_DESCRIPTOR_SET)
@@ -51,14 +61,20 @@ pub(crate) async fn serve(
     let reflection_alpha = describe().build_v1alpha().map_err(std::io::Error::other)?;
     let router = Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
-        .add_service(admin)
-        .add_service(health_service)
-        .add_service(reflection)
-        .add_service(reflection_alpha);
+        .add_service(cluster)
+        .add_service(InterceptedService::new(admin, admitted))
+        .add_service(InterceptedService::new(health_service, admitted))
+        .add_service(InterceptedService::new(reflection, admitted))
+        .add_service(InterceptedService::new(reflection_alpha, admitted));
 
     let mut tasks = tokio::task::JoinSet::new();
     for bound in sockets {
-        tasks.spawn(serve_socket(router.clone(), bound, stop.clone()));
+        tasks.spawn(serve_socket(
+            router.clone(),
+            bound,
+            state.clone(),
+            stop.clone(),
+        ));
     }
     let mut phases = state.phases();
     let report = async move {
@@ -92,24 +108,41 @@ pub(crate) async fn serve(
 async fn serve_socket(
     router: Router,
     bound: Bound,
+    state: Arc<State>,
     stop: watch::Receiver<bool>,
 ) -> std::io::Result<()> {
     let stopped = stop_said(stop.clone());
-    let stop = stop_said(stop);
     // The second value of a Unix socket removes its path when it is dropped.
     let (served, _path) = match bound.socket {
         BoundSocket::Unix(listener, path) => {
             let incoming = patient(UnixListenerStream::new(UnixListener::from_std(listener)?));
-            let served = router.serve_with_incoming_shutdown(incoming, stop);
+            let served = router.serve_with_incoming_shutdown(incoming, stop_said(stop));
             (bounded(served, stopped).await, path)
+        }
+        BoundSocket::Tcp(listener) if state.config().is_clustered() => {
+            let listener = TcpListener::from_std(listener)?;
+            // Before there is an identity nobody could be told who we are.
+            let identity = tokio::select! {
+                identity = state.identity() => identity,
+                () = stopped => return Ok(()),
+            };
+            let incoming = secure::incoming(listener, identity)?;
+            let again = stop_said(stop.clone());
+            let served = router.serve_with_incoming_shutdown(incoming, stop_said(stop));
+            (bounded(served, again).await, None)
         }
         BoundSocket::Tcp(listener) => {
             let incoming = patient(TcpListenerStream::new(TcpListener::from_std(listener)?));
-            let served = router.serve_with_incoming_shutdown(incoming, stop);
+            let served = router.serve_with_incoming_shutdown(incoming, stop_said(stop));
             (bounded(served, stopped).await, None)
         }
     };
     served
+}
+
+fn admitted(request: Request<()>) -> Result<Request<()>, Status> {
+    secure::admitted(&request)?;
+    Ok(request)
 }
 
 /// Rests after a connection could not be accepted: for want of descriptors the next attempt would fail as well, and the

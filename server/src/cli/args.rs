@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::config::{Address, ByteCount};
+use crate::config::{Address, ByteCount, Every, HostPort, MetadataSetting};
 
 use super::{connect::parse_address, size::NewSize};
 
@@ -22,6 +22,11 @@ pub(super) struct Cli {
     /// /run/ashlar/admin.sock and /var/lib/ashlar/admin.sock that answers
     #[arg(long, global = true, env = "ASHLAR_ADMIN", value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) admin: Option<Address>,
+
+    /// A directory with ca-cert.pem, client-cert.pem and client-key.pem, for a daemon behind TCP in a cluster;
+    /// `ashlar cluster client-cert NAME --role admin` makes one
+    #[arg(long, global = true, env = "ASHLAR_CERTIFICATES", value_name = "DIR")]
+    pub(super) certificates: Option<PathBuf>,
 
     /// How to print what was asked for
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
@@ -55,6 +60,10 @@ pub(super) enum Command {
     /// Look at and look after stores
     #[command(subcommand)]
     Store(StoreCommand),
+
+    /// Found a cluster, let nodes and clients in
+    #[command(subcommand)]
+    Cluster(ClusterStart),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -68,6 +77,9 @@ pub(super) enum DaemonCommand {
     /// Create, list, show, change and delete volumes
     #[command(subcommand, visible_alias = "vol")]
     Volume(VolumeCommand),
+    /// The machines that volumes are published to
+    #[command(subcommand)]
+    ClientNode(ClientNodeCommand),
     /// Open NBD connections
     Connections {
         /// Only those of this volume (name or id)
@@ -75,6 +87,122 @@ pub(super) enum DaemonCommand {
     },
     /// What every volume and store is doing, live
     Top(TopArgs),
+
+    /// List, label and remove the nodes of a cluster
+    #[command(subcommand)]
+    Node(NodeCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ClusterStart {
+    /// Make a node that is stopped the first of a new cluster, with its volumes; can be run again after a failure
+    Init(Box<InitArgs>),
+    #[command(flatten)]
+    Daemon(ClusterCommand),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InitArgs {
+    /// The settings file of that node's ashlard; the rest here means what it means there
+    #[arg(long, env = "ASHLAR_CONFIG", value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Its data directory
+    #[arg(long, env = "ASHLAR_DATA_DIR", value_name = "DIR")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Where the cluster's records shall be
+    #[arg(long, env = "ASHLAR_METADATA", value_name = "etcd:URL[,URL]")]
+    pub(super) metadata: Option<MetadataSetting>,
+    /// What every key in etcd begins with
+    #[arg(long, env = "ASHLAR_ETCD_PREFIX", value_name = "PREFIX")]
+    pub(super) etcd_prefix: Option<String>,
+    /// Certificates (PEM) of the authority that vouches for etcd
+    #[arg(long, env = "ASHLAR_ETCD_CA", value_name = "FILE")]
+    pub(super) etcd_ca: Option<PathBuf>,
+    /// Certificate (PEM) to show to etcd
+    #[arg(long, env = "ASHLAR_ETCD_CERT", value_name = "FILE")]
+    pub(super) etcd_cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate
+    #[arg(long, env = "ASHLAR_ETCD_KEY", value_name = "FILE")]
+    pub(super) etcd_key: Option<PathBuf>,
+    /// Where other nodes will reach this one's TCP admin interface
+    #[arg(long, env = "ASHLAR_ADVERTISE", value_name = "HOST:PORT")]
+    pub(super) advertise: Option<HostPort>,
+    /// What tells this node's place, such as zone=a
+    #[arg(
+        long,
+        env = "ASHLAR_LABEL",
+        value_name = "KEY=VALUE",
+        value_delimiter = ';'
+    )]
+    pub(super) label: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ClusterCommand {
+    /// Print a token that lets one node join: ashlard --join TOKEN@HOST:PORT
+    Token {
+        /// How long it is good for, for example 30m [default: 1h]
+        #[arg(long, value_name = "INTERVAL")]
+        lifetime: Option<Every>,
+    },
+    /// Make a certificate for a user of volumes over TCP; what was made under that name before is worth nothing then
+    ClientCert {
+        /// Lower-case letters, digits and '-', at most 63 characters
+        name: String,
+        /// Directory for ca-cert.pem, client-cert.pem and client-key.pem [default: NAME]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// What it is for
+        #[arg(long, value_enum, default_value_t = Role::Volumes)]
+        role: Role,
+        /// Days it is good for [default: 365]
+        #[arg(long, value_name = "N")]
+        days: Option<u32>,
+    },
+    /// List the certificates of clients
+    ClientCerts,
+    /// Shut a client out, whose connections are cut
+    RevokeClient {
+        /// Its name
+        name: String,
+    },
+}
+
+/// What a certificate is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Role {
+    /// NBD over TCP
+    Volumes,
+    /// This program, over TCP
+    Admin,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum NodeCommand {
+    /// List the nodes of the cluster; the one that is asked has a star
+    #[command(visible_alias = "ls")]
+    List,
+    /// Shut a node without volumes out for ever, whose connections are cut
+    #[command(visible_alias = "rm")]
+    Remove {
+        /// Its id, or the beginning of it
+        node: String,
+    },
+    /// Set what tells a node's place
+    Label {
+        /// Its id, or the beginning of it
+        node: String,
+        /// KEY=VALUE sets a label, KEY- removes it
+        #[arg(required = true, value_name = "KEY=VALUE|KEY-")]
+        labels: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ClientNodeCommand {
+    /// List the client nodes
+    #[command(visible_alias = "ls")]
+    List,
 }
 
 #[derive(Debug, Subcommand)]
@@ -92,12 +220,26 @@ pub(super) enum VolumeCommand {
         /// Refuse writes
         #[arg(long)]
         read_only: bool,
+        /// Copies of each chunk, on as many nodes [default: 3, or as many as a smaller cluster has nodes]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+        replicas: Option<u32>,
+        /// Requests a second that clients may ask of it at most, 10 or more
+        #[arg(long, value_name = "N")]
+        iops: Option<u64>,
+        /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB
+        #[arg(long, value_name = "SIZE")]
+        bps: Option<ByteCount>,
     },
     /// List all volumes
     #[command(visible_alias = "ls")]
     List,
     /// Show one volume and how to attach it
     Show {
+        /// Name or id
+        volume: String,
+    },
+    /// Serve a volume on the node that is asked, wherever it is served now; its old clients' connections end
+    Open {
         /// Name or id
         volume: String,
     },
@@ -128,6 +270,19 @@ pub(super) enum VolumeCommand {
     },
     /// Change the settings of a volume
     Set(SetArgs),
+    /// Take a volume back from a client node, gone or not: its connections end, and what it still sends is refused
+    Unpublish {
+        /// Name or id
+        volume: String,
+        /// Which client node; without it all of them
+        #[arg(long)]
+        node: Option<String>,
+    },
+    /// End the open connections of a volume once what they sent is answered; clients may connect again
+    Disconnect {
+        /// Name or id
+        volume: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -142,6 +297,12 @@ pub(super) struct SetArgs {
     /// Acknowledge a write only once it is durable on the device
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, group = "settings")]
     pub(super) write_through: Option<bool>,
+    /// Requests a second that clients may ask of it at most, 10 or more; 0: as many as they like
+    #[arg(long, value_name = "N", group = "settings")]
+    pub(super) iops: Option<u64>,
+    /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB; 0: as many as they like
+    #[arg(long, value_name = "SIZE", group = "settings")]
+    pub(super) bps: Option<ByteCount>,
 }
 
 /// What a daemon does for its stores.

@@ -8,7 +8,7 @@ use std::{
 
 use ashlar_proto::admin::admin_client::AdminClient;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::config::{Address, AddressError};
 
@@ -39,15 +39,25 @@ pub(super) fn parse_address(text: &str) -> Result<Address, AddressError> {
     }
 }
 
+/// Where the daemon is, as far as somebody said.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    pub(super) admin: Option<Address>,
+    /// A directory.
+    pub(super) certificates: Option<PathBuf>,
+}
+
 /// A connected client, and where it is connected to.
 pub(super) struct Daemon {
     pub(super) client: AdminClient<Channel>,
+    /// For the other services.
+    pub(super) channel: Channel,
     pub(super) address: Address,
 }
 
-/// Connects to `asked`, or to the first guess that answers.
-pub(super) async fn connect(asked: Option<Address>) -> Result<Daemon, CliError> {
-    let address = match asked {
+/// Connects to what was asked for, or to the first guess that answers.
+pub(super) async fn connect(asked: Asked) -> Result<Daemon, CliError> {
+    let address = match asked.admin {
         Some(Address::Unix(path)) => {
             probe(&path)
                 .await
@@ -57,17 +67,19 @@ pub(super) async fn connect(asked: Option<Address>) -> Result<Daemon, CliError> 
         Some(address) => address,
         None => Address::Unix(guess().await?),
     };
-    let channel = endpoint(&address)?
+    let endpoint = endpoint(&address, asked.certificates.as_deref())?;
+    let channel = endpoint
         .connect()
         .await
         .map_err(|error| unreachable_daemon(&address, &error))?;
     Ok(Daemon {
-        client: AdminClient::new(channel),
+        client: AdminClient::new(channel.clone()),
+        channel,
         address,
     })
 }
 
-fn endpoint(address: &Address) -> Result<Endpoint, CliError> {
+fn endpoint(address: &Address, certificates: Option<&Path>) -> Result<Endpoint, CliError> {
     let uri = match address {
         Address::Unix(path) => match path.to_str() {
             Some(path) => format!("unix:{path}"),
@@ -78,10 +90,23 @@ fn endpoint(address: &Address) -> Result<Endpoint, CliError> {
                 ));
             }
         },
+        Address::Tcp(host_port) if certificates.is_some() => format!("https://{host_port}"),
         Address::Tcp(host_port) => format!("http://{host_port}"),
     };
-    let endpoint = Endpoint::from_shared(uri)
-        .map_err(|e| CliError::new(Exit::Usage, format_args!("{address}: {e}")))?;
+    let wrong = |error: &dyn std::fmt::Display| {
+        CliError::new(Exit::Usage, format_args!("{address}: {error}"))
+    };
+    let mut endpoint = Endpoint::from_shared(uri).map_err(|e| wrong(&e))?;
+    if let (Address::Tcp(_), Some(directory)) = (address, certificates) {
+        let [authority, certificate, key] = super::cluster::read_certificates(directory)?;
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(authority))
+            .identity(Identity::from_pem(certificate, key))
+            .timeout(CONNECT_TIMEOUT);
+        endpoint = endpoint.tls_config(tls).map_err(|e| {
+            wrong(&std::error::Error::source(&e).map_or(e.to_string(), ToString::to_string))
+        })?;
+    }
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
 }
 
@@ -152,8 +177,9 @@ fn unreachable_daemon(address: &Address, error: &tonic::transport::Error) -> Cli
     while let Some(source) = cause.source() {
         cause = source;
     }
-    CliError::new(Exit::Unreachable, format_args!("{address}: {cause}"))
-        .hint("is ashlard running, and is that its --listen-admin?")
+    CliError::new(Exit::Unreachable, format_args!("{address}: {cause}")).hint(
+        "is ashlard running, and is that its --listen-admin? In a cluster TCP needs --certificates",
+    )
 }
 
 #[cfg(test)]
@@ -186,7 +212,10 @@ mod tests {
             .expect("runtime");
         let missing = Address::Unix("/nonexistent/ashlar/admin.sock".into());
         let error = runtime
-            .block_on(connect(Some(missing)))
+            .block_on(connect(Asked {
+                admin: Some(missing),
+                certificates: None,
+            }))
             .err()
             .expect("unreachable");
         assert_eq!(error.exit, Exit::Unreachable);

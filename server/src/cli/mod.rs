@@ -2,11 +2,13 @@
 
 mod args;
 mod attach;
+mod cluster;
 mod connect;
 mod error;
 mod offline;
 mod output;
 mod progress;
+mod publication;
 mod screen;
 mod size;
 mod status;
@@ -23,8 +25,8 @@ use std::{
 
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command, DaemonCommand, Format, StoreCommand};
-use connect::Daemon;
+use args::{Cli, ClusterStart, Command, DaemonCommand, Format, StoreCommand};
+use connect::{Asked, Daemon};
 use error::{CliError, Exit};
 
 /// Runs the program on the process's arguments.
@@ -37,6 +39,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), CliError> {
+    let asked = Asked {
+        admin: cli.admin,
+        certificates: cli.certificates,
+    };
     match cli.command {
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -46,15 +52,19 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Store(StoreCommand::Inspect { path }) => offline::inspect(cli.output, &path),
         Command::Store(StoreCommand::Check { path }) => offline::check(cli.output, &path),
         Command::Store(StoreCommand::Daemon(command)) => wait_for(async {
-            store::run(&mut connect::connect(cli.admin).await?, cli.output, command).await
+            store::run(&mut connect::connect(asked).await?, cli.output, command).await
         }),
         Command::Status { wait } => {
             let limit = Duration::from_secs(wait.unwrap_or(0).into());
-            wait_for(status::status(cli.admin, cli.output, limit))
+            wait_for(status::status(asked, cli.output, limit))
         }
-        Command::Daemon(command) => wait_for(async {
-            ask(&mut connect::connect(cli.admin).await?, cli.output, command).await
+        Command::Cluster(ClusterStart::Init(args)) => wait_for(cluster::init(cli.output, *args)),
+        Command::Cluster(ClusterStart::Daemon(command)) => wait_for(async {
+            cluster::run(&mut connect::connect(asked).await?, cli.output, command).await
         }),
+        Command::Daemon(command) => {
+            wait_for(async { ask(&mut connect::connect(asked).await?, cli.output, command).await })
+        }
     }
 }
 
@@ -70,7 +80,9 @@ fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), Cl
 async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Result<(), CliError> {
     match command {
         DaemonCommand::Volume(command) => volume::run(daemon, format, command).await,
+        DaemonCommand::ClientNode(command) => publication::node(daemon, format, command).await,
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
+        DaemonCommand::Node(command) => cluster::node(daemon, format, command).await,
         DaemonCommand::Top(args) => top::run(daemon, format, args).await,
     }
 }

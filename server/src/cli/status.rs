@@ -8,11 +8,9 @@ use std::{
 use ashlar_proto::admin::{DaemonState, GetStatusRequest, ListConnectionsRequest};
 use serde::Serialize;
 
-use crate::config::Address;
-
 use super::{
     args::Format,
-    connect::{self, Daemon},
+    connect::{self, Asked, Daemon},
     error::{CliError, Exit},
     output::{self, Answer},
     size::human,
@@ -24,14 +22,10 @@ use super::{
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Prints the status; fails when the daemon is not ready, after waiting for that as long as `limit`.
-pub(super) async fn status(
-    admin: Option<Address>,
-    format: Format,
-    limit: Duration,
-) -> Result<(), CliError> {
+pub(super) async fn status(asked: Asked, format: Format, limit: Duration) -> Result<(), CliError> {
     let deadline = Instant::now() + limit;
     let status = loop {
-        let status = ask(admin.clone()).await;
+        let status = ask(asked.clone()).await;
         let settled = match &status {
             Ok(status) => status.state != STARTING,
             Err(error) => error.exit != Exit::Unreachable,
@@ -49,8 +43,8 @@ pub(super) async fn status(
     }
 }
 
-async fn ask(admin: Option<Address>) -> Result<Status, CliError> {
-    let mut daemon = connect::connect(admin).await?;
+async fn ask(asked: Asked) -> Result<Status, CliError> {
+    let mut daemon = connect::connect(asked).await?;
     let status = daemon
         .client
         .get_status(GetStatusRequest {})

@@ -6,9 +6,11 @@
 
 mod address;
 mod every;
+mod metadata;
 mod settings;
 mod size;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,10 +20,12 @@ use thiserror::Error;
 
 pub use address::{Address, AddressError, HostPort, UNIX_PATH_MAX_BYTES};
 pub use every::{Every, EveryError};
+pub use metadata::{EtcdAccess, Metadata, MetadataSetting, MetadataSettingError};
 pub use settings::{HttpListen, LogFormat, Settings, StoreSetting, StoreSettingError};
 pub use size::{ByteCount, ByteCountError};
 
 use crate::engine::{EngineChoice, FaultPlan};
+use crate::identity::JoinSetting;
 
 /// Default port of HTTP. Not taken by anything in IANA's list, next to the exporters people already scrape.
 const HTTP_PORT_DEFAULT: u16 = 9460;
@@ -37,6 +41,9 @@ const LEAF_CACHE_BYTES_MIN: u64 = 4 << 20;
 /// Default of `scrub-every`: often enough to find rot while backups still have what it hit, and at the default rate a
 /// tenth of the time for a store of 4 TiB.
 const SCRUB_EVERY_DEFAULT: Every = Every::days(7);
+/// Default of `certificate-lifetime`: short enough that a certificate nobody knows of is worth nothing before long, long
+/// enough that a month without the authority does no harm.
+const CERTIFICATE_SECONDS_DEFAULT: u32 = 90 * 86400;
 /// The largest NBD request is 32 MiB; a connection must be able to hold one.
 const CONNECTION_BUFFER_BYTES_MIN: u64 = 33 << 20;
 /// More data threads than this is a slip of the keyboard.
@@ -69,8 +76,20 @@ pub struct Config {
     pub store_size_bytes: Option<u64>,
     /// At least one; all differ.
     pub listen_nbd: Vec<Address>,
-    pub listen_admin: Address,
+    /// At least one; all differ.
+    pub listen_admin: Vec<Address>,
+    /// Where other nodes reach the admin interface.
+    pub advertise: Option<HostPort>,
+    /// Where the heads of other nodes reach this one's stores.
+    pub listen_link: Option<HostPort>,
+    /// How to join a cluster, for a node without one.
+    pub join: Option<JoinSetting>,
+    /// Of this node when it joins.
+    pub labels: BTreeMap<String, String>,
+    /// Of certificates that are signed here.
+    pub certificate_lifetime: Duration,
     pub listen_http: HttpListen,
+    pub metadata: Metadata,
     pub log_format: LogFormat,
     /// A filter of `tracing_subscriber`.
     pub log_level: String,
@@ -86,6 +105,8 @@ pub struct Config {
     pub handshake_timeout: Duration,
     pub scrub_bytes_per_second: u64,
     pub scrub_every: Every,
+    /// At least 100.
+    pub overcommit_percent: u32,
     pub drain_timeout: Duration,
     pub io_flusher: bool,
     pub oom_score_adjust: Option<i32>,
@@ -144,6 +165,7 @@ impl Config {
 
     /// Fills in defaults and checks everything that can be checked without touching the system.
     fn from_settings(settings: Settings) -> Result<Config, ConfigError> {
+        let metadata = Metadata::from_settings(&settings)?;
         let data_dir = settings.data_dir.ok_or(ConfigError::Missing {
             setting: "data-dir",
             variable: "ASHLAR_DATA_DIR",
@@ -171,18 +193,29 @@ impl Config {
         if listen_nbd.is_empty() {
             listen_nbd.push(Address::Unix(data_dir.join("nbd.sock")));
         }
-        let listen_nbd: Vec<_> = listen_nbd
-            .into_iter()
-            .map(|address| listener("listen-nbd", address))
-            .collect::<Result<_, _>>()?;
-        let listen_admin = settings
-            .listen_admin
-            .unwrap_or_else(|| Address::Unix(data_dir.join("admin.sock")));
-        let listen_admin = listener("listen-admin", listen_admin)?;
+        let is_secured = metadata != Metadata::Sqlite;
+        let listen = |setting: &'static str, addresses: Vec<Address>| {
+            let checked = addresses.into_iter().map(|address| match address {
+                tcp @ Address::Tcp(_) if is_secured => Ok(tcp),
+                other => listener(setting, other),
+            });
+            checked.collect::<Result<Vec<_>, _>>()
+        };
+        let listen_nbd = listen("listen-nbd", listen_nbd)?;
+        let mut listen_admin = settings.listen_admin;
+        if listen_admin.is_empty() {
+            listen_admin.push(Address::Unix(data_dir.join("admin.sock")));
+        }
+        let listen_admin = listen("listen-admin", listen_admin)?;
         let fixed = |address: &&Address| !matches!(address, Address::Tcp(HostPort { port: 0, .. }));
-        if let Some(twice) = duplicate(listen_nbd.iter().chain([&listen_admin]).filter(fixed)) {
+        if let Some(twice) = duplicate(listen_nbd.iter().chain(&listen_admin).filter(fixed)) {
             return Err(value("listen-nbd", format!("{twice} is given twice")));
         }
+        let advertise = settings.advertise.or_else(|| reachable(&listen_admin));
+        let join = settings.join.as_deref().map(str::parse::<JoinSetting>);
+        let join = join
+            .transpose()
+            .map_err(|error| value("join", error.to_string()))?;
         let listen_http = settings.listen_http.unwrap_or_else(|| {
             HttpListen::On(HostPort {
                 host: "127.0.0.1".to_owned(),
@@ -214,7 +247,20 @@ impl Config {
             store_size_bytes: settings.store_size.map(|size| size.0),
             listen_nbd,
             listen_admin,
+            advertise,
+            listen_link: settings.listen_link,
+            join,
+            labels: metadata::labels(&settings.label)?,
+            certificate_lifetime: between(
+                "certificate-lifetime",
+                settings.certificate_lifetime,
+                CERTIFICATE_SECONDS_DEFAULT,
+                30,
+                10 * 365 * 86400,
+            )
+            .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
             listen_http,
+            metadata,
             log_format: settings.log_format.unwrap_or_default(),
             log_level,
             data_threads: between(
@@ -263,6 +309,7 @@ impl Config {
                 64 << 10,
             )?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
+            overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings
@@ -275,14 +322,27 @@ impl Config {
         Ok(config)
     }
 
+    /// Whether this node is one of a cluster.
+    pub fn is_clustered(&self) -> bool {
+        self.metadata != Metadata::Sqlite
+    }
+
     /// The settings as a file that means the same.
     pub fn to_toml(&self) -> String {
-        let settings = Settings {
+        let mut settings = Settings {
             data_dir: Some(self.data_dir.clone()),
             store: self.stores.clone(),
             store_size: self.store_size_bytes.map(ByteCount),
             listen_nbd: self.listen_nbd.clone(),
-            listen_admin: Some(self.listen_admin.clone()),
+            listen_admin: self.listen_admin.clone(),
+            advertise: self.advertise.clone(),
+            listen_link: self.listen_link.clone(),
+            label: self
+                .labels
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect(),
+            certificate_lifetime: Some(self.certificate_lifetime.as_secs() as u32),
             listen_http: Some(self.listen_http.clone()),
             log_format: Some(self.log_format),
             log_level: Some(self.log_level.clone()),
@@ -297,11 +357,14 @@ impl Config {
             handshake_timeout: Some(self.handshake_timeout.as_secs() as u32),
             scrub_rate: Some(ByteCount(self.scrub_bytes_per_second)),
             scrub_every: Some(self.scrub_every),
+            overcommit: Some(self.overcommit_percent),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,
             fault: self.fault.clone(),
+            ..Settings::default()
         };
+        self.metadata.to_settings(&mut settings);
         // Strings, numbers and lists of strings: nothing TOML lacks. Paths are UTF-8 (see `absolute`).
         toml::to_string(&settings).expect("settings are TOML")
     }
@@ -338,6 +401,18 @@ fn absolute(setting: &'static str, path: &Path) -> Result<PathBuf, ConfigError> 
         .map_err(|error| value(setting, format!("{}: {error}", path.display())))
 }
 
+/// The first address that others may reach: one with a port, which is not every address of the machine.
+fn reachable(listen_admin: &[Address]) -> Option<HostPort> {
+    listen_admin.iter().find_map(|address| match address {
+        Address::Tcp(host_port) => {
+            let ip = host_port.host.parse::<std::net::IpAddr>();
+            let is_any = ip.is_ok_and(|ip| ip.is_unspecified());
+            (host_port.port != 0 && !is_any).then(|| host_port.clone())
+        }
+        Address::Unix(_) => None,
+    })
+}
+
 /// Checks what can be told of an address before it is listened on.
 fn listener(setting: &'static str, address: Address) -> Result<Address, ConfigError> {
     match address {
@@ -356,7 +431,7 @@ fn listener(setting: &'static str, address: Address) -> Result<Address, ConfigEr
         Address::Tcp(host_port) if !host_port.may_be_loopback() => Err(value(
             setting,
             format!(
-                "{host_port} can be reached from other machines, which this version does not allow because it has no TLS yet; use 127.0.0.1, or a tunnel"
+                "{host_port} can be reached from other machines, which needs TLS, and that needs a cluster (`ashlar cluster init`); use 127.0.0.1, or a tunnel"
             ),
         )),
         tcp @ Address::Tcp(_) => Ok(tcp),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::address::text_form;
-use super::{Address, ByteCount, Every, HostPort};
+use super::{Address, ByteCount, Every, HostPort, MetadataSetting};
 use crate::engine::EngineChoice;
 
 /// Between the values of a list in an environment variable; none of them contains it, unless a path does, for which
@@ -37,24 +37,80 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store_size: Option<ByteCount>,
 
-    /// Where NBD clients connect, TCP on loopback only; may be given several times [default: unix:DATA_DIR/nbd.sock]
+    /// Where NBD clients connect, TCP beyond loopback in a cluster only and with TLS; may be given several times
+    /// [default: unix:DATA_DIR/nbd.sock]
     #[arg(long, env = "ASHLAR_LISTEN_NBD", value_name = "unix:PATH|tcp:HOST:PORT", value_delimiter = LIST_DELIMITER)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub listen_nbd: Vec<Address>,
 
-    /// Where the ashlar command connects, TCP on loopback only [default: unix:DATA_DIR/admin.sock]
+    /// Where the ashlar command and other nodes connect, TCP beyond loopback in a cluster only and with TLS; may be given
+    /// several times [default: unix:DATA_DIR/admin.sock]
+    #[arg(long, env = "ASHLAR_LISTEN_ADMIN", value_name = "unix:PATH|tcp:HOST:PORT", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listen_admin: Vec<Address>,
+
+    /// Where other nodes reach this one's TCP admin interface [default: the first address in --listen-admin that is one]
+    #[arg(long, env = "ASHLAR_ADVERTISE", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<HostPort>,
+
+    /// Where the heads of other nodes reach this one's stores, with TLS; in a cluster only [default: the host of
+    /// --advertise and a port of the system's choice, which the others are told]
+    #[arg(long, env = "ASHLAR_LISTEN_LINK", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_link: Option<HostPort>,
+
+    /// A node without a cluster joins one with this, as `ashlar cluster token` prints it; afterwards it means nothing
     #[arg(
         long,
-        env = "ASHLAR_LISTEN_ADMIN",
-        value_name = "unix:PATH|tcp:HOST:PORT"
+        env = "ASHLAR_JOIN",
+        value_name = "TOKEN@HOST:PORT",
+        hide_env_values = true
     )]
+    // Never printed: it holds a secret.
+    #[serde(skip_serializing)]
+    pub join: Option<String>,
+
+    /// What tells this node's place when it joins, such as zone=a or rack=7; may be given several times
+    #[arg(long, env = "ASHLAR_LABEL", value_name = "KEY=VALUE", value_delimiter = LIST_DELIMITER)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub label: Vec<String>,
+
+    /// Seconds that certificates of nodes are good for which this node signs; they renew themselves
+    /// [default: 7776000, 90 days]
+    #[arg(long, env = "ASHLAR_CERTIFICATE_LIFETIME", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub listen_admin: Option<Address>,
+    pub certificate_lifetime: Option<u32>,
 
     /// Where /metrics, /healthz and /readyz are served, or "off" [default: 127.0.0.1:9460]
     #[arg(long, env = "ASHLAR_LISTEN_HTTP", value_name = "HOST:PORT|off")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen_http: Option<HttpListen>,
+
+    /// Where records of volumes are kept: in DATA_DIR for a single node, in etcd for a cluster [default: sqlite]
+    #[arg(long, env = "ASHLAR_METADATA", value_name = "sqlite|etcd:URL[,URL]")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataSetting>,
+
+    /// What every key in etcd begins with; clusters that share an etcd differ in it [default: /ashlar/]
+    #[arg(long, env = "ASHLAR_ETCD_PREFIX", value_name = "PREFIX")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_prefix: Option<String>,
+
+    /// Certificates (PEM) of the authority that vouches for etcd
+    #[arg(long, env = "ASHLAR_ETCD_CA", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) to show to etcd
+    #[arg(long, env = "ASHLAR_ETCD_CERT", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_cert: Option<PathBuf>,
+
+    /// Private key (PEM) of that certificate
+    #[arg(long, env = "ASHLAR_ETCD_KEY", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd_key: Option<PathBuf>,
 
     /// How log lines look [default: text]
     #[arg(long, env = "ASHLAR_LOG_FORMAT", value_name = "FORMAT")]
@@ -121,6 +177,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_every: Option<Every>,
 
+    /// How much of the space of the stores the sizes of volumes may add up to before `GetCapacity` says that there is
+    /// no room for another: 100 promises nothing twice, 300 everything three times [default: 100]
+    #[arg(long, env = "ASHLAR_OVERCOMMIT", value_name = "PERCENT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<u32>,
+
     /// Seconds that SIGTERM waits for requests in flight before connections are cut [default: 30]
     #[arg(long, env = "ASHLAR_DRAIN_TIMEOUT", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -159,8 +221,18 @@ impl Settings {
             store: list(self.store, below.store),
             store_size: self.store_size.or(below.store_size),
             listen_nbd: list(self.listen_nbd, below.listen_nbd),
-            listen_admin: self.listen_admin.or(below.listen_admin),
+            listen_admin: list(self.listen_admin, below.listen_admin),
+            advertise: self.advertise.or(below.advertise),
+            listen_link: self.listen_link.or(below.listen_link),
+            join: self.join.or(below.join),
+            label: list(self.label, below.label),
+            certificate_lifetime: self.certificate_lifetime.or(below.certificate_lifetime),
             listen_http: self.listen_http.or(below.listen_http),
+            metadata: self.metadata.or(below.metadata),
+            etcd_prefix: self.etcd_prefix.or(below.etcd_prefix),
+            etcd_ca: self.etcd_ca.or(below.etcd_ca),
+            etcd_cert: self.etcd_cert.or(below.etcd_cert),
+            etcd_key: self.etcd_key.or(below.etcd_key),
             log_format: self.log_format.or(below.log_format),
             log_level: self.log_level.or(below.log_level),
             data_threads: self.data_threads.or(below.data_threads),
@@ -174,6 +246,7 @@ impl Settings {
             handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
             scrub_rate: self.scrub_rate.or(below.scrub_rate),
             scrub_every: self.scrub_every.or(below.scrub_every),
+            overcommit: self.overcommit.or(below.overcommit),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),
             io_flusher: self.io_flusher.or(below.io_flusher),
             oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),

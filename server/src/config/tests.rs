@@ -37,7 +37,7 @@ fn defaults_lie_under_the_data_directory() {
     assert_eq!(config.listen_nbd, [Address::Unix("/srv/a/nbd.sock".into())]);
     assert_eq!(
         config.listen_admin,
-        Address::Unix("/srv/a/admin.sock".into())
+        [Address::Unix("/srv/a/admin.sock".into())]
     );
     assert_eq!(config.listen_http.to_string(), "127.0.0.1:9460");
     assert_eq!(
@@ -71,7 +71,16 @@ fn what_is_printed_means_the_same() {
         "--listen-nbd=tcp:127.0.0.1:10809",
         "--listen-nbd=unix:/run/n.sock",
         "--listen-admin=tcp:[::1]:9461",
+        "--listen-admin=tcp:0.0.0.0:9462",
+        "--advertise=h:9462",
+        "--label=zone=a",
+        "--certificate-lifetime=3600",
         "--listen-http=off",
+        "--metadata=etcd:https://a:1,https://b:2",
+        "--etcd-prefix=/x/",
+        "--etcd-ca=/ca",
+        "--etcd-cert=/cert",
+        "--etcd-key=/key",
         "--log-format=json",
         "--log-level=warn,ashlar_server=debug",
         "--data-threads=2",
@@ -190,6 +199,7 @@ fn what_cannot_work_is_refused_in_words() {
         (&["--max-connection-buffer=1MiB"], "at least 33MiB"),
         (&["--max-buffer=40MiB"], "at least 64MiB"),
         (&["--log-level=a=b=c"], "log-level"),
+        (&["--overcommit=99"], "between 100 and 100000"),
         (&["--oom-score-adjust=2000"], "between -1000 and 1000"),
         (&["--fault=nonsense"], "fault"),
     ];

@@ -14,7 +14,7 @@ use crate::directory::DirectoryProblem;
 /// The lock of a data directory, held as long as this lives; the kernel lets go of it when the process ends, however
 /// that happens.
 #[derive(Debug)]
-pub(super) struct DataDirLock {
+pub(crate) struct DataDirLock {
     _file: File,
 }
 
@@ -44,7 +44,7 @@ pub enum DataDirError {
 
 impl DataDirLock {
     /// Makes the directory, for its owner only, where it is missing, and locks it.
-    pub(super) fn take(dir: &Path) -> Result<DataDirLock, DataDirError> {
+    pub(crate) fn take(dir: &Path) -> Result<DataDirLock, DataDirError> {
         let failed = |source| DataDirError::Io {
             dir: dir.to_owned(),
             source,

@@ -3,6 +3,7 @@
 mod data_plane;
 mod lock;
 mod logging;
+mod metadata;
 mod notify;
 mod process;
 mod run;
@@ -10,10 +11,12 @@ mod state;
 mod stores;
 
 pub use lock::DataDirError;
+pub(crate) use lock::DataDirLock;
+pub(crate) use metadata::{certificate_names, connect, open_local};
 pub use process::Usage;
 pub use run::{DaemonError, run};
 pub use state::State;
-pub(crate) use state::{Phase, Services, usage};
+pub(crate) use state::{ClusterServices, Phase, Services, usage};
 
 #[cfg(test)]
 mod tests;

@@ -13,20 +13,23 @@ use tokio::sync::watch;
 
 use super::data_plane::Host;
 use super::lock::{DataDirError, DataDirLock};
+use super::metadata::{MetadataOpenError, OpenMetadata, certificate_names};
 use super::notify::{Notice, notify};
-use super::state::{Phase, Services, State};
+use super::state::{ClusterServices, Phase, Services, State};
 use super::stores::{self, StoreSetupError};
 use super::{logging, process};
 use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
-use crate::meta::{MetadataError, MetadataStore, OpenError, SqliteStore};
+use crate::identity::keep_renewed;
+use crate::meta::MetadataError;
 use crate::nbd::activation::{self, ActivationError, Purpose};
-use crate::nbd::socket::{self, BindError, Bound};
-use crate::nbd::{ListenerConfig, Listeners};
+use crate::nbd::socket::{self, BindError, Bound, Reach};
+use crate::nbd::{ListenerConfig, Listeners, Security};
 use crate::plane::Plane;
+use crate::replication::{self, Dial, Driver, LinkListenError, Network, NoPeers, Seals};
 use crate::scrubs::Scrubs;
-use crate::volumes::{VolumeError, VolumeHost, Volumes, node_record};
+use crate::volumes::{VolumeError, VolumeHost, Volumes};
 
 /// Exit code of a command line or configuration that makes no sense; clap's for flags it refuses.
 const EXIT_USAGE: u8 = 2;
@@ -34,8 +37,6 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_FAILED: u8 = 1;
 /// Threads of the control plane: one may wait for a name service or a disk while the other answers.
 const CONTROL_THREADS: usize = 2;
-/// The metadata in the data directory.
-const METADATA_FILE: &str = "metadata.db";
 
 /// Why a daemon did not start. One sentence each, which says what to do.
 #[derive(Debug, Error)]
@@ -55,9 +56,12 @@ pub enum DaemonError {
     /// Sockets of the service manager.
     #[error("the sockets given by the service manager cannot be used: {0}")]
     Activation(#[from] ActivationError),
-    /// The metadata file.
+    /// Where the metadata is.
     #[error(transparent)]
-    Metadata(#[from] OpenError),
+    Metadata(#[from] MetadataOpenError),
+    /// Links of other nodes.
+    #[error(transparent)]
+    Links(#[from] LinkListenError),
     /// The metadata itself.
     #[error(transparent)]
     Records(#[from] MetadataError),
@@ -197,6 +201,11 @@ struct Sockets {
 impl Sockets {
     fn bind(state: &State, given: Vec<activation::Activated>) -> Result<Sockets, DaemonError> {
         let config = state.config();
+        let reach = if config.is_clustered() {
+            Reach::Anywhere
+        } else {
+            Reach::Loopback
+        };
         let mut sockets = Sockets {
             nbd: Vec::new(),
             admin: Vec::new(),
@@ -222,11 +231,13 @@ impl Sockets {
                 .iter()
                 .all(|bound| bound.to_string() != address.to_string())
             {
-                sockets.nbd.extend(socket::bind(address)?);
+                sockets.nbd.extend(socket::bind(address, reach)?);
             }
         }
         if sockets.admin.is_empty() {
-            sockets.admin.extend(socket::bind(&config.listen_admin)?);
+            for address in &config.listen_admin {
+                sockets.admin.extend(socket::bind(address, reach)?);
+            }
         }
         for bound in &sockets.nbd {
             state.add_listener(ListenerKind::Nbd, bound.to_string());
@@ -302,7 +313,7 @@ impl Daemon {
         let admin = crate::admin::serve(sockets.admin, state.clone(), stopped.clone());
         interfaces.spawn(watched("admin", admin));
 
-        let started = Daemon::start_serving(&state, sockets.nbd).await;
+        let started = Daemon::start_serving(&state, sockets.nbd, stopped.clone()).await;
         let (plane, volumes, listeners) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -335,18 +346,29 @@ impl Daemon {
     async fn start_serving(
         state: &Arc<State>,
         nbd: Vec<Bound>,
+        stop: watch::Receiver<bool>,
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         state.begin_step("the metadata is being opened");
-        let store = SqliteStore::open(&config.data_dir.join(METADATA_FILE))?;
-        let store: Arc<dyn MetadataStore> = Arc::new(store);
-        let node = node_record(&*store).await?.id;
+        let metadata = OpenMetadata::open(config).await?;
+        let node = metadata.node;
         state.set_node(node);
+        if let Some(identity) = &metadata.identity {
+            state.set_cluster(ClusterServices {
+                identity: identity.clone(),
+                records: metadata.records.clone(),
+            });
+            let names = certificate_names(config);
+            let length = config.certificate_lifetime;
+            tokio::spawn(keep_renewed(identity.clone(), names, length));
+        }
 
         state.begin_step("the stores are being opened");
-        let known = stores::recorded(&*store).await?;
-        let plane =
-            DataPlane::start(data_config(config, node, stores::lay_out(config, &known)?)).await?;
+        let known = stores::recorded(&*metadata.records, node).await?;
+        let seals = Seals::new(metadata.local.clone());
+        let mut data = data_config(config, node, stores::lay_out(config, &known)?);
+        data.seals = seals.load().await?;
+        let plane = DataPlane::start(data).await?;
         for opened in plane.stores() {
             tracing::info!(
                 store = %opened.id.0,
@@ -359,8 +381,34 @@ impl Daemon {
                 "store open"
             );
         }
-        let host = Arc::new(Host::new(plane.clone()));
-        match Daemon::start_volumes(state, store, &known, host, &plane, nbd).await {
+        let (tell, events) = tokio::sync::mpsc::unbounded_channel();
+        let dial: Arc<dyn Dial> = match &metadata.identity {
+            Some(identity) => Arc::new(Network::new(identity.clone(), metadata.records.clone())),
+            None => Arc::new(NoPeers),
+        };
+        Driver::start(
+            plane.clone(),
+            metadata.records.clone(),
+            seals.clone(),
+            dial,
+            tell,
+        );
+        let host = Arc::new(Host::new(plane.clone(), seals, events));
+        if let Some(identity) = &metadata.identity {
+            let listening = replication::listen(
+                identity.clone(),
+                plane.clone(),
+                metadata.records.clone(),
+                config.listen_link.clone(),
+                config.advertise.clone(),
+                stop,
+            );
+            if let Err(error) = listening.await {
+                plane.drain().await;
+                return Err(error.into());
+            }
+        }
+        match Daemon::start_volumes(state, metadata, &known, host, &plane, nbd).await {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.
@@ -372,23 +420,22 @@ impl Daemon {
 
     async fn start_volumes(
         state: &Arc<State>,
-        store: Arc<dyn MetadataStore>,
+        metadata: OpenMetadata,
         known: &[ashlar_core::records::Versioned<ashlar_core::records::StoreRecord>],
         host: Arc<Host>,
         plane: &DataPlane,
         nbd: Vec<Bound>,
     ) -> Result<(Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
-        for missing in stores::record(&*store, known, plane.stores()).await? {
+        let store = metadata.records;
+        let owner = metadata.identity.is_some().then_some(metadata.node);
+        for missing in stores::record(&*store, known, plane.stores(), owner).await? {
             state.add_lasting_warning(format!(
                 "store {} was last at {} and is not configured any more; volumes on it are not served",
                 missing.id.0, missing.path
             ));
         }
         state.begin_step("the volumes are being opened");
-        let node = state
-            .node()
-            .unwrap_or(ashlar_core::units::NodeId(uuid::Uuid::nil()));
         let scrubs = Scrubs::load(
             host.clone() as Arc<dyn Plane>,
             store.clone(),
@@ -396,7 +443,13 @@ impl Daemon {
             config.scrub_bytes_per_second,
         )
         .await?;
-        let volumes = Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, node).await?;
+        let volumes = Volumes::start(
+            store,
+            host.clone() as Arc<dyn VolumeHost>,
+            metadata.node,
+            metadata.identity.is_some(),
+        )
+        .await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,
@@ -407,6 +460,8 @@ impl Daemon {
             handshake_timeout: config.handshake_timeout,
             ..ListenerConfig::default()
         };
+        let security = metadata.identity.map(Security::new).transpose();
+        let security = security.map_err(MetadataOpenError::Identity)?;
         let listeners = Listeners::start(
             nbd,
             volumes.clone(),
@@ -414,6 +469,7 @@ impl Daemon {
             listener,
             state.connections().clone(),
             state.listener_stats().clone(),
+            security,
         )
         .map_err(system("the NBD sockets cannot be served"))?;
         Ok((volumes, listeners))

@@ -12,6 +12,8 @@ use super::process::{self, Usage};
 use crate::admin::poison_reason;
 use crate::config::Config;
 use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
+use crate::identity::Identity;
+use crate::meta::MetadataStore;
 use crate::nbd::{ConnectionCount, ListenerStats};
 use crate::plane::{Plane, StoreView};
 use crate::scrubs::Scrubs;
@@ -43,6 +45,14 @@ pub(crate) struct Services {
     pub(crate) engine_reason: String,
 }
 
+/// What a daemon in a cluster has beside that.
+#[derive(Clone)]
+pub(crate) struct ClusterServices {
+    pub(crate) identity: Arc<Identity>,
+    /// The cluster's.
+    pub(crate) records: Arc<dyn MetadataStore>,
+}
+
 /// One daemon's.
 pub struct State {
     config: Config,
@@ -52,6 +62,7 @@ pub struct State {
     step: Mutex<&'static str>,
     node: OnceLock<NodeId>,
     services: OnceLock<Services>,
+    cluster: watch::Sender<Option<ClusterServices>>,
     listeners: Mutex<Vec<Listener>>,
     connections: ConnectionCount,
     listener_stats: Arc<ListenerStats>,
@@ -70,6 +81,7 @@ impl State {
             step: Mutex::new("it has just been started"),
             node: OnceLock::new(),
             services: OnceLock::new(),
+            cluster: watch::Sender::new(None),
             listeners: Mutex::default(),
             listener_stats: Arc::default(),
             lasting_warnings: Mutex::default(),
@@ -125,6 +137,27 @@ impl State {
 
     pub(crate) fn set_node(&self, node: NodeId) {
         let _ = self.node.set(node);
+    }
+
+    /// `None`: a single node, or not known yet.
+    pub(crate) fn cluster(&self) -> Option<ClusterServices> {
+        self.cluster.borrow().clone()
+    }
+
+    pub(crate) fn set_cluster(&self, cluster: ClusterServices) {
+        self.cluster.send_replace(Some(cluster));
+    }
+
+    /// The identity of this node in its cluster, once there is one.
+    pub(crate) async fn identity(&self) -> Arc<Identity> {
+        let mut cluster = self.cluster.subscribe();
+        loop {
+            if let Some(services) = &*cluster.borrow_and_update() {
+                return services.identity.clone();
+            }
+            // The sender lives as long as `self`, so this cannot fail.
+            let _ = cluster.changed().await;
+        }
     }
 
     pub(crate) fn services(&self) -> Option<&Services> {

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ashlar_core::records::{Record, StoreRecord, Transaction, Versioned, keys};
+use ashlar_core::units::NodeId;
 
 use crate::config::{ByteCount, Config};
 use crate::data::{OpenedStore, StoreConfig};
@@ -56,17 +57,18 @@ pub enum StoreSetupError {
     },
 }
 
-/// Every store that was ever opened by this daemon.
+/// Every store that was ever opened by this daemon, `node`. In a cluster the others' are recorded beside them.
 pub(super) async fn recorded(
     store: &dyn MetadataStore,
+    node: NodeId,
 ) -> Result<Vec<Versioned<StoreRecord>>, MetadataError> {
-    store
-        .list(keys::STORES)
-        .await?
-        .entries
-        .iter()
-        .map(|entry| entry.read())
-        .collect()
+    let listing = store.list(keys::STORES).await?;
+    let all = listing.entries.iter().map(|entry| entry.read());
+    let is_own = |record: &StoreRecord| record.node.is_none_or(|owner| owner == node);
+    all.filter(|read: &Result<Versioned<StoreRecord>, _>| {
+        read.as_ref().map_or(true, |found| is_own(&found.record))
+    })
+    .collect()
 }
 
 /// What the data plane is to open. Directories for store files are made.
@@ -173,17 +175,20 @@ fn default_capacity(path: &Path, new_on_filesystem: &HashMap<u64, u64>) -> io::R
     Ok((free_bytes as f64 * FREE_SPACE_SHARE) as u64 / sharers)
 }
 
-/// Writes down where each store was opened. Answers the stores that are recorded and were not opened this time.
+/// Writes down where each store was opened, and by whom when there can be others. Answers the stores that are recorded and were not opened this time.
 pub(super) async fn record(
     store: &dyn MetadataStore,
     known: &[Versioned<StoreRecord>],
     opened: &[OpenedStore],
+    node: Option<NodeId>,
 ) -> Result<Vec<StoreRecord>, MetadataError> {
     let mut transaction = Transaction::new();
     for store in opened {
         let path = store.path.display().to_string();
         let earlier = known.iter().find(|known| known.record.id == store.id);
-        if earlier.is_some_and(|earlier| earlier.record.path == path) {
+        if earlier
+            .is_some_and(|earlier| (&earlier.record.path, earlier.record.node) == (&path, node))
+        {
             continue;
         }
         let first_seen_unix_ms =
@@ -191,6 +196,7 @@ pub(super) async fn record(
         let record = StoreRecord {
             id: store.id,
             path,
+            node,
             first_seen_unix_ms,
         };
         transaction = transaction.put(keys::store(store.id), record.encode());
@@ -234,6 +240,7 @@ mod tests {
             record: StoreRecord {
                 id,
                 path,
+                node: None,
                 first_seen_unix_ms: 0,
             },
             changed_at: Revision(1),

@@ -99,7 +99,7 @@ impl DataThread {
             }
             let scarce = self.pool.lent_bytes() > self.limits.bytes;
             let received = connection.receiver.receive(
-                connection.fd(),
+                &mut connection.stream,
                 &mut self.pool,
                 &mut self.stores,
                 scarce,
@@ -145,6 +145,7 @@ impl DataThread {
                 return false;
             }
             let limits = self.limits;
+            let (now, born) = (self.now, self.born);
             let lent = self.pool.lent_bytes();
             let (held, in_flight) = (
                 connection.held_bytes + connection.outbox.header_bytes(),
@@ -163,6 +164,7 @@ impl DataThread {
                 &mut self.pool,
                 &mut self.stores,
                 &self.volumes[connection.volume],
+                || now.duration_since(born).as_nanos() as u64,
                 admit,
             );
             match next {
@@ -174,6 +176,10 @@ impl DataThread {
                         self.metrics.pauses.add(1);
                         self.next_sweep.get_or_insert(self.now + SWEEP);
                     }
+                    return false;
+                }
+                Next::Held(hold) => {
+                    self.hold_back(key, hold);
                     return false;
                 }
                 Next::Request { request, from, len } => {
@@ -317,7 +323,10 @@ impl DataThread {
             if connection.phase == Phase::Dead || connection.is_blocked {
                 continue;
             }
-            match connection.outbox.send(connection.fd(), &mut self.pool) {
+            match connection
+                .outbox
+                .send(&mut connection.stream, &mut self.pool)
+            {
                 Ok(sent) => {
                     self.metrics.sends.add(sent.calls);
                     self.metrics.sent_bytes.add(sent.bytes);
@@ -326,7 +335,7 @@ impl DataThread {
                         connection.moved_at = self.now;
                     }
                     self.freed |= sent.bytes > 0;
-                    if sent.blocked && !connection.outbox.is_empty() {
+                    if sent.blocked {
                         connection.is_blocked = true;
                         self.engine.watch_writable(connection.watch);
                     } else if connection.phase == Phase::Leaving && connection.is_settled() {
@@ -361,6 +370,7 @@ impl DataThread {
             for list in [&mut self.ready, &mut self.dirty, &mut self.paused] {
                 list.retain(|k| *k != key);
             }
+            self.held.retain(|held| held.connection != key);
             if self.connections.is_empty() {
                 self.pool.trim();
             }

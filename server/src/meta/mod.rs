@@ -1,12 +1,13 @@
 //! The metadata store: a small, strongly consistent set of records, shaped like etcd.
 //!
-//! Two implementations stand behind [`MetadataStore`]: SQLite for one node (here), etcd for a cluster. What they must
+//! Two implementations stand behind [`MetadataStore`]: SQLite for one node, etcd for a cluster. What they must
 //! have in common is written down as tests in [`conformance`], which every implementation has to pass.
 //!
 //! Fencing rests on compare-and-swap alone; there are no locks and no leases. Nothing on the path of an I/O waits for
 //! this store.
 
 pub mod conformance;
+mod etcd;
 mod sqlite;
 
 use ashlar_core::records::{Record, Revision, Transaction, Versioned};
@@ -14,10 +15,15 @@ use async_trait::async_trait;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
+pub use etcd::{
+    EtcdConfig, EtcdConfigError, EtcdStore, EtcdTls,
+    REQUEST_TIMEOUT_DEFAULT as ETCD_TIMEOUT_DEFAULT,
+};
 pub use sqlite::{OpenError, SqliteStore};
 
-/// Longest key, in bytes. Ours have at most 45; the bound keeps a wrong caller from storing a document as a key.
-pub const KEY_MAX_BYTES: usize = 256;
+/// Longest key, in bytes. Ours have at most 269, a client node's id of 256 bytes among them; the bound keeps a wrong
+/// caller from storing a document as a key.
+pub const KEY_MAX_BYTES: usize = 512;
 /// Largest record, in bytes: below etcd's default limit for a whole request (1.5 MiB), so that what one implementation
 /// takes the other takes too.
 pub const VALUE_MAX_BYTES: usize = 1 << 20;

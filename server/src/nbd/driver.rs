@@ -1,7 +1,7 @@
 //! Carries a handshake machine over a socket.
 
 use super::interface::{CatalogError, ExportCatalog};
-use ashlar_core::nbd::handshake::{CloseReason, Handshake, Limits, Resolution, Step, TlsMode};
+use ashlar_core::nbd::handshake::{CloseReason, Handshake, Resolution, Step};
 use ashlar_core::nbd::session::Session;
 use std::io;
 use std::time::Duration;
@@ -28,6 +28,9 @@ pub enum HandshakeError {
     /// It broke a rule, or said goodbye.
     #[error("{0}")]
     Closed(CloseReason),
+    /// No TLS came about: no certificate, a wrong one, or no TLS at all.
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
     /// The daemon is stopping.
     #[error("the daemon is stopping")]
     Stopping,
@@ -36,25 +39,33 @@ pub enum HandshakeError {
     Io(#[from] io::Error),
 }
 
-/// Does the server's side of a handshake. Gives what was agreed and the bytes the client sent ahead.
+/// What one part of a handshake came to.
+pub(super) enum Negotiated {
+    /// Transmission: what was agreed, and the bytes the client sent ahead.
+    Entered(Session, Vec<u8>),
+    /// The client waits for a TLS handshake; the rest is negotiated inside.
+    StartTls(Box<Handshake>),
+}
+
+/// Does the server's side of a handshake, or of what is left of it. `out` holds what has to be said first.
 pub(super) async fn negotiate<S, C>(
     stream: &mut S,
+    mut handshake: Box<Handshake>,
+    mut out: Vec<u8>,
     catalog: &C,
-    limits: Limits,
     stop: &mut watch::Receiver<bool>,
-) -> Result<(Session, Vec<u8>), HandshakeError>
+) -> Result<Negotiated, HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     C: ExportCatalog,
 {
-    let mut out = Vec::new();
-    // TLS comes with the cluster; until then only loopback and Unix sockets get here.
-    let mut handshake = Handshake::new(TlsMode::Off, limits, &mut out);
     let mut buffer = [0; READ_BYTES];
     loop {
         let step = handshake.step(&mut out);
         if !out.is_empty() {
             stream.write_all(&out).await?;
+            // Records of TLS may be kept back otherwise.
+            stream.flush().await?;
             out.clear();
             // A long list is not worth keeping the room for.
             out.shrink_to(READ_BYTES);
@@ -82,14 +93,16 @@ where
                 Ok(exports) => handshake.listed(Ok(&exports), &mut out),
                 Err(error) => handshake.listed(Err(refusal(error)), &mut out),
             },
-            Step::Enter(session) => return Ok((session, handshake.into_leftover())),
+            Step::Enter(session) => {
+                return Ok(Negotiated::Entered(session, handshake.into_leftover()));
+            }
             Step::Close(reason) => {
                 if reason == CloseReason::Aborted {
                     linger(stream).await;
                 }
                 return Err(HandshakeError::Closed(reason));
             }
-            Step::StartTls => unreachable!("the machine asks for TLS only when TLS is required"),
+            Step::StartTls => return Ok(Negotiated::StartTls(handshake)),
         }
     }
 }
@@ -98,6 +111,7 @@ fn refusal(error: CatalogError) -> Resolution {
     match error {
         CatalogError::ShuttingDown => Resolution::ShuttingDown,
         CatalogError::Unavailable(text) => Resolution::Unavailable(text),
+        CatalogError::Forbidden(text) => Resolution::Forbidden(text),
     }
 }
 

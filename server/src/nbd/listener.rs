@@ -1,12 +1,15 @@
 //! Accepts connections and keeps those in the handshake few and short.
 
-use super::driver::{HandshakeError, negotiate};
+use super::driver::{HandshakeError, Negotiated, negotiate};
 use super::interface::{Attach, AttachedClient, ConnectionCount, ConnectionSlot, ExportCatalog};
 use super::socket::{Bound, BoundSocket, OwnedPath};
-use ashlar_core::nbd::handshake::{CloseReason, Limits};
+use crate::identity::{Admitted, Identity, IdentityError, Peer};
+use crate::stream::Stream;
+use ashlar_core::nbd::handshake::{CloseReason, Handshake, Limits, TlsMode};
+use ashlar_core::nbd::session::Session;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,6 +18,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
 
 /// How long to leave the listening socket alone when the process has no descriptor or memory for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -68,6 +72,32 @@ impl ListenerStats {
     fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// How connections over TCP are secured, in a cluster: on loopback where a client asks for it, beyond always.
+#[derive(Clone)]
+pub struct Security {
+    acceptor: TlsAcceptor,
+    identity: Arc<Identity>,
+}
+
+impl Security {
+    /// With the certificates of this node.
+    pub fn new(identity: Arc<Identity>) -> Result<Security, IdentityError> {
+        let config = identity.server(Admitted::Volumes, &[])?;
+        Ok(Security {
+            acceptor: TlsAcceptor::from(config),
+            identity,
+        })
+    }
+}
+
+/// What one listening socket does about TLS.
+#[derive(Clone)]
+enum Tls {
+    Off,
+    Offered(Security),
+    Required(Security),
 }
 
 struct Shared<C, A> {
@@ -138,6 +168,7 @@ impl Listeners {
         config: ListenerConfig,
         connections: ConnectionCount,
         stats: Arc<ListenerStats>,
+        security: Option<Security>,
     ) -> io::Result<Listeners> {
         let (stop, stopped) = watch::channel(false);
         let shared = Arc::new(Shared {
@@ -157,11 +188,17 @@ impl Listeners {
             match bound.socket {
                 BoundSocket::Unix(listener, path) => {
                     let listener = UnixDoor(UnixListener::from_std(listener)?, path);
-                    loops.spawn(accept_loop(listener, Arc::clone(&shared)));
+                    loops.spawn(accept_loop(listener, Tls::Off, Arc::clone(&shared)));
                 }
                 BoundSocket::Tcp(listener) => {
+                    let is_near = listener.local_addr()?.ip().is_loopback();
                     let listener = TcpListener::from_std(listener)?;
-                    loops.spawn(accept_loop(listener, Arc::clone(&shared)));
+                    let tls = match (&security, is_near) {
+                        (None, _) => Tls::Off,
+                        (Some(security), true) => Tls::Offered(security.clone()),
+                        (Some(security), false) => Tls::Required(security.clone()),
+                    };
+                    loops.spawn(accept_loop(listener, tls, Arc::clone(&shared)));
                 }
             }
         }
@@ -193,7 +230,7 @@ trait Door: Send + 'static {
 }
 
 /// What a connected socket can do.
-trait Caller: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+trait Caller: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static {
     /// Small replies leave at once; a peer that vanished is noticed.
     fn tune(&self) -> io::Result<()>;
 
@@ -266,7 +303,11 @@ impl Caller for TcpStream {
     }
 }
 
-async fn accept_loop<D: Door, C: ExportCatalog, A: Attach>(door: D, shared: Arc<Shared<C, A>>) {
+async fn accept_loop<D: Door, C: ExportCatalog, A: Attach>(
+    door: D,
+    tls: Tls,
+    shared: Arc<Shared<C, A>>,
+) {
     let mut stop = shared.stop.clone();
     let mut handshakes = JoinSet::new();
     let mut full = false;
@@ -306,7 +347,13 @@ async fn accept_loop<D: Door, C: ExportCatalog, A: Attach>(door: D, shared: Arc<
             place = shared.place() => place,
             _ = stop.wait_for(|stop| *stop) => break,
         };
-        let task = handshakes.spawn(welcome(stream, slot, place, Arc::clone(&shared)));
+        let task = handshakes.spawn(welcome(
+            stream,
+            tls.clone(),
+            slot,
+            place,
+            Arc::clone(&shared),
+        ));
         let mut under_way = shared.under_way();
         under_way.retain(|(_, handshake)| !handshake.is_finished());
         under_way.push_back((Instant::now(), task));
@@ -323,49 +370,124 @@ fn is_exhaustion(error: &io::Error) -> bool {
     })
 }
 
+/// What a handshake came to.
+struct Agreed<S> {
+    stream: S,
+    session: Session,
+    leftover: Vec<u8>,
+    tls: Option<rustls::ServerConnection>,
+    certified: Option<crate::identity::Session>,
+    /// In the client's certificate.
+    name: Option<Peer>,
+}
+
+/// Negotiates, in the clear and then, where that is asked for, inside TLS.
+async fn agree<S: Caller, C: ExportCatalog, A: Attach>(
+    mut stream: S,
+    tls: Tls,
+    shared: &Shared<C, A>,
+) -> Result<Agreed<S>, HandshakeError> {
+    let mut stop = shared.stop.clone();
+    stream.tune()?;
+    let (mode, security) = match &tls {
+        Tls::Off => (TlsMode::Off, None),
+        Tls::Offered(security) => (TlsMode::Offered, Some(security)),
+        Tls::Required(security) => (TlsMode::Required, Some(security)),
+    };
+    let mut out = Vec::new();
+    let handshake = Box::new(Handshake::new(mode, shared.config.limits, &mut out));
+    let catalog = &*shared.catalog;
+    let first = negotiate(&mut stream, handshake, out, catalog, &mut stop).await?;
+    let mut handshake = match first {
+        Negotiated::Entered(session, leftover) => {
+            return Ok(Agreed {
+                stream,
+                session,
+                leftover,
+                tls: None,
+                certified: None,
+                name: None,
+            });
+        }
+        Negotiated::StartTls(handshake) => handshake,
+    };
+    let Some(security) = security else {
+        return Err(HandshakeError::Tls(io::ErrorKind::Unsupported.into()));
+    };
+    let mut secured = tokio::select! {
+        accepted = security.acceptor.accept(stream) => accepted.map_err(HandshakeError::Tls)?,
+        _ = stop.wait_for(|stop| *stop) => return Err(HandshakeError::Stopping),
+    };
+    let (socket, connection) = secured.get_ref();
+    let name = security
+        .identity
+        .peer(connection.peer_certificates())
+        .ok_or_else(|| HandshakeError::Tls(io::ErrorKind::InvalidData.into()))?;
+    let session = security.identity.sessions().enter(&name, socket)?;
+    // It may have been shut out between the handshake and the line above.
+    let trusted = security.identity.trust().check(&name);
+    trusted.map_err(|error| HandshakeError::Tls(io::Error::other(error)))?;
+    handshake.tls_established();
+    match negotiate(&mut secured, handshake, Vec::new(), catalog, &mut stop).await? {
+        Negotiated::Entered(agreed, leftover) => {
+            let (stream, connection) = secured.into_inner();
+            Ok(Agreed {
+                stream,
+                session: agreed,
+                leftover,
+                tls: Some(connection),
+                certified: Some(session),
+                name: Some(name),
+            })
+        }
+        // The machine refuses a second STARTTLS.
+        Negotiated::StartTls(_) => Err(HandshakeError::Tls(io::ErrorKind::InvalidData.into())),
+    }
+}
+
 /// One connection, from accept to the data threads.
 async fn welcome<S: Caller, C: ExportCatalog, A: Attach>(
-    mut stream: S,
+    stream: S,
+    tls: Tls,
     slot: ConnectionSlot,
     _place: OwnedSemaphorePermit,
     shared: Arc<Shared<C, A>>,
 ) {
     let peer = stream.peer();
     let timeout = shared.config.handshake_timeout;
-    let mut stop = shared.stop.clone();
-    let talk = async {
-        stream.tune()?;
-        negotiate(
-            &mut stream,
-            &*shared.catalog,
-            shared.config.limits,
-            &mut stop,
-        )
-        .await
-    };
-    let agreed = match tokio::time::timeout(timeout, talk).await {
+    let agreed = match tokio::time::timeout(timeout, agree(stream, tls, &shared)).await {
         Ok(agreed) => agreed,
         Err(_) => Err(HandshakeError::TooSlow(timeout)),
     };
-    let (session, leftover) = match agreed {
+    let agreed = match agreed {
         Ok(agreed) => agreed,
         Err(error) => {
             match &error {
                 HandshakeError::TooSlow(_) => ListenerStats::count(&shared.stats.too_slow),
                 HandshakeError::Closed(CloseReason::Aborted) => {}
-                HandshakeError::Closed(_) => ListenerStats::count(&shared.stats.malformed),
+                HandshakeError::Closed(_) | HandshakeError::Tls(_) => {
+                    ListenerStats::count(&shared.stats.malformed);
+                }
                 HandshakeError::Gone | HandshakeError::Stopping | HandshakeError::Io(_) => {}
             }
             return tracing::debug!(peer, %error, "an NBD handshake ended without a session");
         }
     };
-    let volume = session.volume;
-    let attached = stream.into_fd().map(|stream| {
+    let peer = match &agreed.name {
+        Some(name) => format!("{peer} ({name})"),
+        None => peer,
+    };
+    let volume = agreed.session.volume;
+    let attached = agreed.stream.into_fd().map(|stream| {
         shared.attach.attach(AttachedClient {
-            stream,
-            session,
-            leftover,
+            stream: match agreed.tls {
+                Some(connection) => Stream::tls(stream, connection.into()),
+                None => Stream::Plain(stream),
+            },
+            session: agreed.session,
+            leftover: agreed.leftover,
             peer: peer.clone(),
+            certified: agreed.certified,
             slot,
         })
     });

@@ -16,7 +16,7 @@ pub use interface::{
     Attach, AttachError, AttachedClient, CatalogError, ConnectionCount, ConnectionSlot,
     ExportCatalog,
 };
-pub use listener::{ListenerConfig, ListenerStats, Listeners};
+pub use listener::{ListenerConfig, ListenerStats, Listeners, Security};
 
 #[cfg(test)]
 mod tests;

@@ -158,8 +158,17 @@ impl Bound {
     }
 }
 
-/// Listens for NBD clients on an address: one socket, or one for each loopback address a host name has.
-pub fn bind(address: &Address) -> Result<Vec<Bound>, BindError> {
+/// How far away those who connect may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// On this machine.
+    Loopback,
+    /// Anywhere: what is served there is secured.
+    Anywhere,
+}
+
+/// Listens on an address: one socket, or one for each address a host name has.
+pub fn bind(address: &Address, reach: Reach) -> Result<Vec<Bound>, BindError> {
     match address {
         Address::Unix(path) => {
             let (listener, owned) = bind_unix(path)?;
@@ -168,7 +177,7 @@ pub fn bind(address: &Address) -> Result<Vec<Bound>, BindError> {
                 address: address.to_string(),
             }])
         }
-        Address::Tcp(host) => bind_tcp(host),
+        Address::Tcp(host) => bind_tcp(host, reach),
     }
 }
 
@@ -241,7 +250,7 @@ fn is_answered(path: &Path) -> bool {
     }
 }
 
-fn bind_tcp(host: &HostPort) -> Result<Vec<Bound>, BindError> {
+fn bind_tcp(host: &HostPort, reach: Reach) -> Result<Vec<Bound>, BindError> {
     let resolve = |source| BindError::Resolve {
         host: host.clone(),
         source,
@@ -253,7 +262,9 @@ fn bind_tcp(host: &HostPort) -> Result<Vec<Bound>, BindError> {
     if addresses.is_empty() {
         return Err(resolve(io::ErrorKind::NotFound.into()));
     }
-    if let Some(&address) = addresses.iter().find(|address| !address.ip().is_loopback()) {
+    if reach == Reach::Loopback
+        && let Some(&address) = addresses.iter().find(|address| !address.ip().is_loopback())
+    {
         return Err(BindError::NotLoopback { address });
     }
     let mut bound: Vec<Bound> = Vec::new();

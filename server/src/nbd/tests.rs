@@ -1,11 +1,12 @@
 //! The door, with real sockets, a catalogue of two exports and data threads that only keep what they get.
 
-use super::socket::{BindError, Bound, bind};
+use super::socket::{BindError, Bound, Reach, bind};
 use super::{
     Attach, AttachError, AttachedClient, CatalogError, ConnectionCount, ExportCatalog,
     ListenerConfig, ListenerStats, Listeners,
 };
 use crate::config::{Address, HostPort};
+use crate::stream::Stream;
 use ashlar_core::nbd::handshake::{Export, ExportName};
 use ashlar_core::nbd::session::ReplyStyle;
 use ashlar_core::units::VolumeId;
@@ -35,6 +36,7 @@ fn export(name: &str) -> Export {
         description: "for tests".to_owned(),
         size_bytes: 64 << 20,
         read_only: false,
+        token: None,
     }
 }
 
@@ -78,7 +80,7 @@ impl Door {
     fn open(config: ListenerConfig, most_connections: usize) -> Door {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("nbd.sock");
-        let bound = bind(&Address::Unix(path.clone())).unwrap();
+        let bound = bind(&Address::Unix(path.clone()), Reach::Loopback).unwrap();
         Door::with(bound, config, most_connections, directory, path)
     }
 
@@ -106,6 +108,7 @@ impl Door {
                 config,
                 connections.clone(),
                 Arc::clone(&stats),
+                None,
             )
             .unwrap()
         };
@@ -133,6 +136,14 @@ impl Door {
 
     fn client(&self) -> AttachedClient {
         self.clients.recv_timeout(PATIENCE).unwrap()
+    }
+}
+
+/// The socket of a client that uses no TLS.
+fn socket(stream: Stream) -> OwnedFd {
+    match stream {
+        Stream::Plain(socket) => socket,
+        Stream::Tls(_) => panic!("TLS was not asked for"),
     }
 }
 
@@ -208,7 +219,7 @@ fn a_client_is_handed_over_with_what_it_sent_ahead() {
     let own = format!("unix:pid={},uid=", std::process::id());
     assert!(client.peer.starts_with(&own), "{}", client.peer);
     // The socket is whole: both ends talk over it.
-    let mut server = UnixStream::from(client.stream);
+    let mut server = UnixStream::from(socket(client.stream));
     stream.write_all(b"ping").unwrap();
     server.set_nonblocking(false).unwrap();
     let mut word = [0; 4];
@@ -368,7 +379,9 @@ fn stopping_ends_handshakes_and_removes_the_path() {
     closed(&mut idle);
     assert!(!door.path.exists());
     // The established one is the data threads' now.
-    UnixStream::from(client.stream).write_all(b"x").unwrap();
+    UnixStream::from(socket(client.stream))
+        .write_all(b"x")
+        .unwrap();
     attached.read_exact(&mut [0]).unwrap();
 }
 
@@ -380,7 +393,7 @@ fn the_socket_is_for_its_owner_only() {
 }
 
 fn bind_at(path: &Path) -> Result<Vec<Bound>, BindError> {
-    bind(&Address::Unix(path.to_owned()))
+    bind(&Address::Unix(path.to_owned()), Reach::Loopback)
 }
 
 #[test]
@@ -416,10 +429,13 @@ fn a_path_that_another_server_took_is_not_removed() {
 }
 
 fn tcp(host: &str, port: u16) -> Result<Vec<Bound>, BindError> {
-    bind(&Address::Tcp(HostPort {
-        host: host.to_owned(),
-        port,
-    }))
+    bind(
+        &Address::Tcp(HostPort {
+            host: host.to_owned(),
+            port,
+        }),
+        Reach::Loopback,
+    )
 }
 
 #[test]
@@ -449,7 +465,7 @@ fn tcp_is_for_loopback() {
     assert_eq!((reply(&mut stream), reply(&mut stream)), (3, 1));
     let client = door.client();
     assert!(client.peer.starts_with("tcp:127.0.0.1:"));
-    let socket = std::net::TcpStream::from(client.stream);
+    let socket = std::net::TcpStream::from(socket(client.stream));
     assert!(socket.nodelay().unwrap());
 }
 
@@ -486,7 +502,7 @@ fn nbdinfo_understands_the_door() {
     let clients = door.clients;
     let goodbyes = std::thread::spawn(move || {
         for client in clients {
-            let mut stream = UnixStream::from(client.stream);
+            let mut stream = UnixStream::from(socket(client.stream));
             stream.set_nonblocking(false).unwrap();
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let _ = stream.read(&mut [0; 28]);

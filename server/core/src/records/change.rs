@@ -3,8 +3,9 @@
 use thiserror::Error;
 
 use super::{
-    Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement, Record, RoundedSize,
-    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, default_min_in_sync, keys,
+    Annotations, ClientNodeId, Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement,
+    Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
+    VolumeState, default_min_in_sync, first_annotations, keys,
 };
 use crate::units::{Epoch, LayerId, Version, VolumeId};
 
@@ -28,6 +29,10 @@ pub struct NewVolume {
     pub replicas: u32,
     /// Where its chunks will lie: with replica sets exactly when `replicas` is more than 1 or the daemon is in a cluster.
     pub placement: Placement,
+    /// Bounds on what its clients may ask of it.
+    pub limits: VolumeLimits,
+    /// What others keep with it.
+    pub annotations: Annotations,
 }
 
 /// A creation that was decided.
@@ -106,8 +111,12 @@ pub fn create(
         created_at_unix_ms: new.created_at_unix_ms,
         state: VolumeState::Active,
         placement: new.placement,
+        never_written: true,
+        filesystem: None,
+        limits: new.limits,
+        publications: Vec::new(),
     };
-    let transaction = Transaction {
+    let mut transaction = Transaction {
         conditions: vec![
             Condition::Absent {
                 key: keys::name(&record.name),
@@ -132,6 +141,9 @@ pub fn create(
             },
         ],
     };
+    if let Some((_, step)) = first_annotations(record.id, &new.annotations) {
+        transaction = transaction.and(step);
+    }
     Ok(Creation {
         record,
         transaction,
@@ -324,6 +336,16 @@ pub enum ConfigureError {
         /// How many.
         connections: u32,
     },
+    /// A client node counts on them, connected or not.
+    #[error(
+        "volume {name} is published to node {node}, which counts on its settings; unpublish it first"
+    )]
+    Published {
+        /// Its name.
+        name: VolumeName,
+        /// To whom.
+        node: ClientNodeId,
+    },
     /// It is being deleted.
     #[error("volume {name} is being deleted")]
     Deleting {
@@ -353,6 +375,12 @@ pub fn configure(
     if configured == *record {
         return Ok(None);
     }
+    if let Some(publication) = record.publications.first() {
+        return Err(ConfigureError::Published {
+            name: record.name.clone(),
+            node: publication.node.clone(),
+        });
+    }
     if connections > 0 {
         return Err(ConfigureError::InUse {
             name: record.name.clone(),
@@ -376,6 +404,16 @@ pub enum DeleteError {
         /// How many.
         connections: u32,
     },
+    /// A client node has it, connected or not.
+    #[error(
+        "volume {name} is published to node {node}; unpublish it first (`ashlar volume unpublish {name}`)"
+    )]
+    Published {
+        /// Its name.
+        name: VolumeName,
+        /// To whom.
+        node: ClientNodeId,
+    },
 }
 
 /// Decides the first half of a deletion: the volume becomes a tombstone and its name is free. `None`: it is one
@@ -388,6 +426,12 @@ pub fn begin_delete(
     let record = &current.record;
     if record.state == VolumeState::Deleting {
         return Ok(None);
+    }
+    if let Some(publication) = record.publications.first() {
+        return Err(DeleteError::Published {
+            name: record.name.clone(),
+            node: publication.node.clone(),
+        });
     }
     if connections > 0 {
         return Err(DeleteError::InUse {
@@ -414,11 +458,12 @@ pub fn finish_delete(tombstone: &Versioned<VolumeRecord>) -> Transaction {
     Transaction::new()
         .when_unchanged(key.clone(), tombstone.changed_at)
         .delete(key)
+        .delete(keys::annotations(tombstone.record.id))
 }
 
 /// Replaces a volume's record. The name record needs no condition of its own: while the volume's record is unchanged,
 /// `names/<its name>` points to it, because every change of one goes through a condition on the other.
-fn rewrite(current: &Versioned<VolumeRecord>, record: &VolumeRecord) -> Transaction {
+pub(super) fn rewrite(current: &Versioned<VolumeRecord>, record: &VolumeRecord) -> Transaction {
     let key = keys::volume(record.id);
     Transaction::new()
         .when_unchanged(key.clone(), current.changed_at)

@@ -9,14 +9,15 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::VolumeName;
-use super::{Replica, ReplicaSet, SetIndex};
+use super::publication::{self, Publication};
+use super::{Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName};
 use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
 
 /// The keys of the metadata store.
 pub mod keys {
-    use super::{StoreId, VolumeId, VolumeName};
+    use super::super::ClientNodeId;
+    use super::{NodeId, StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
     pub const VOLUMES: &str = "volumes/";
@@ -26,10 +27,28 @@ pub mod keys {
     pub const STORES: &str = "stores/";
     /// Every [`ScrubRecord`](super::ScrubRecord) has this prefix.
     pub const SCRUBS: &str = "scrubs/";
+    /// Every [`AnnotationsRecord`](super::super::AnnotationsRecord) has this prefix.
+    pub const ANNOTATIONS: &str = "annotations/";
+    /// Every [`ClientNodeRecord`](super::super::ClientNodeRecord) has this prefix.
+    pub const CLIENT_NODES: &str = "client-nodes/";
+    /// Every [`LinkRecord`](super::super::LinkRecord) has this prefix.
+    pub const LINKS: &str = "links/";
+    /// Every [`SpaceRecord`](super::super::SpaceRecord) has this prefix.
+    pub const SPACES: &str = "spaces/";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
     pub const NODE: &str = "node";
+    /// The [`ClusterRecord`](crate::records::ClusterRecord).
+    pub const CLUSTER: &str = "cluster";
+    /// The [`MembershipRecord`](crate::records::MembershipRecord), which a node keeps for itself.
+    pub const MEMBERSHIP: &str = "membership";
+    /// Every [`MemberRecord`](crate::records::MemberRecord) has this prefix.
+    pub const MEMBERS: &str = "nodes/";
+    /// Every [`TokenRecord`](crate::records::TokenRecord) has this prefix.
+    pub const TOKENS: &str = "tokens/";
+    /// Every [`ClientRecord`](crate::records::ClientRecord) has this prefix.
+    pub const CLIENTS: &str = "clients/";
 
     /// The key of a volume's record.
     pub fn volume(id: VolumeId) -> String {
@@ -41,9 +60,54 @@ pub mod keys {
         format!("{NAMES}{name}")
     }
 
+    /// Node `node` has dropped what it had of a volume that is being deleted.
+    pub fn dropped(volume: VolumeId, node: NodeId) -> String {
+        format!("dropped/{}/{}", volume.0, node.0)
+    }
+
+    /// Every [`dropped`] of a volume has this prefix.
+    pub fn dropped_by(volume: VolumeId) -> String {
+        format!("dropped/{}/", volume.0)
+    }
+
+    /// Where a daemon's links are.
+    pub fn link(id: NodeId) -> String {
+        format!("{LINKS}{}", id.0)
+    }
+
+    /// The room of a store.
+    pub fn space(id: StoreId) -> String {
+        format!("{SPACES}{}", id.0)
+    }
+
     /// The key of a store's record.
     pub fn store(id: StoreId) -> String {
         format!("{STORES}{}", id.0)
+    }
+
+    /// The key of a volume's annotations.
+    pub fn annotations(id: VolumeId) -> String {
+        format!("{ANNOTATIONS}{}", id.0)
+    }
+
+    /// The key of a client node's record.
+    pub fn client_node(id: &ClientNodeId) -> String {
+        format!("{CLIENT_NODES}{id}")
+    }
+
+    /// The key of a cluster's node.
+    pub fn member(id: NodeId) -> String {
+        format!("{MEMBERS}{}", id.0)
+    }
+
+    /// The key of a join token, by the SHA-256 of its secret in hexadecimal digits.
+    pub fn token(sha256: &str) -> String {
+        format!("{TOKENS}{sha256}")
+    }
+
+    /// The key of a client's certificate.
+    pub fn client(name: &str) -> String {
+        format!("{CLIENTS}{name}")
     }
 
     /// The key of what the last scrub of a store found.
@@ -122,6 +186,19 @@ pub struct VolumeRecord {
     pub state: VolumeState,
     /// Where its chunks lie.
     pub placement: Placement,
+    /// No change of any block was ever let through to a store. False when that is not known: records of older versions
+    /// do not say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub never_written: bool,
+    /// The filesystem that was made on it, or begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem: Option<Filesystem>,
+    /// Bounds on what its clients may ask of it.
+    #[serde(default, skip_serializing_if = "VolumeLimits::is_none")]
+    pub limits: VolumeLimits,
+    /// Whom it was given to, in the order it was. While there is one, nobody else can open it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publications: Vec<Publication>,
 }
 
 impl Record for VolumeRecord {}
@@ -177,6 +254,10 @@ impl VolumeRecord {
         if self.min_in_sync == 0 || self.min_in_sync > self.replicas {
             return Err("min_in_sync is not between one and the number of replicas");
         }
+        if self.state == VolumeState::Deleting && !self.publications.is_empty() {
+            return Err("published and being deleted");
+        }
+        publication::check(&self.publications)?;
         self.placement.check_invariants()
     }
 }
@@ -339,6 +420,9 @@ pub struct StoreRecord {
     pub id: StoreId,
     /// Where it was last opened.
     pub path: String,
+    /// Whose it is; in a cluster only. A single node's are its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
     /// Milliseconds since 1970-01-01 UTC.
     pub first_seen_unix_ms: u64,
 }
@@ -387,6 +471,10 @@ mod tests {
                 stores: vec![StoreId(Uuid::from_u128(7))],
                 sets: Vec::new(),
             },
+            never_written: false,
+            filesystem: None,
+            limits: VolumeLimits::default(),
+            publications: vec![],
         }
     }
 

@@ -219,7 +219,7 @@ pub enum Event {
 pub struct Params {
     /// Leaves kept in memory, 8 KiB each.
     pub leaf_cache: usize,
-    /// Client log between checkpoints, in blocks: bounds what is replayed at open.
+    /// Client log between checkpoints, in blocks, and the most that may wait to be applied: a start replays at most both.
     pub checkpoint_log_blocks: u64,
     /// An open frame is appended and synced when it is this old, milliseconds.
     pub writeback_ms: u64,

@@ -284,6 +284,10 @@ impl World {
             epoch: Epoch(0),
             head: None,
             created_at_unix_ms: 0,
+            never_written: false,
+            filesystem: None,
+            limits: Default::default(),
+            publications: Vec::new(),
             state: VolumeState::Active,
             placement,
         };

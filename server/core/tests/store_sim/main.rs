@@ -7,6 +7,7 @@ mod faults;
 mod oracle;
 mod power_cut;
 mod ram;
+mod restart;
 mod rng;
 mod versions;
 mod world;

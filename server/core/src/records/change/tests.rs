@@ -115,6 +115,8 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
             stores: vec![StoreId(Uuid::from_u128(1))],
             sets: Vec::new(),
         },
+        limits: VolumeLimits::default(),
+        annotations: Annotations::default(),
     }
 }
 

@@ -46,6 +46,10 @@ impl Sim {
             epoch: Epoch(1),
             head: None,
             created_at_unix_ms: 0,
+            never_written: false,
+            filesystem: None,
+            limits: Default::default(),
+            publications: Vec::new(),
             state: VolumeState::Active,
             placement: Placement {
                 stores: vec![],

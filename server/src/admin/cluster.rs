@@ -1,0 +1,527 @@
+//! `ashlar.cluster.v1.Cluster`: read, decide in the core, swap, and again on a conflict.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ashlar_core::records::{
+    ClientRecord, ClientRole, ClusterRecord, JoinError, Joiner, MemberError, MemberRecord,
+    MemberState, Record, StoreRecord, TOKEN_REMEMBERED_MS, TokenRecord, Transaction, Versioned,
+    VolumeRecord, check_client_name, check_label, join, keys, label, remove,
+};
+use ashlar_core::units::{NodeId, StoreId};
+use ashlar_proto::cluster as proto;
+use tonic::{Code, Request, Response, Status};
+use uuid::Uuid;
+
+use super::secure::{Caller, admitted};
+use super::status;
+use crate::daemon::{ClusterServices, State};
+use crate::identity::{Authority, IdentityError, Peer, Token, sha256_hex};
+use crate::meta::{self, MetadataError, MetadataStore, Outcome};
+use crate::volumes::unix_ms;
+
+/// How often a change is decided again after a conflict.
+const ATTEMPTS: usize = 16;
+/// Default of a token's life: a person carries it from one terminal to another.
+const TOKEN_SECONDS_DEFAULT: u32 = 3600;
+/// Longest life of a token.
+const TOKEN_SECONDS_MAX: u32 = 30 * 86400;
+/// Default of a client certificate's life.
+const CLIENT_DAYS_DEFAULT: u32 = 365;
+const CLIENT_DAYS_MAX: u32 = 3650;
+/// Least digits of an abbreviated node id.
+const ABBREVIATION_MIN: usize = 4;
+
+#[derive(Clone)]
+pub(super) struct Service {
+    state: Arc<State>,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// What a node has.
+#[derive(Clone, Copy, Default)]
+struct Holdings {
+    stores: usize,
+    volumes: usize,
+}
+
+impl Service {
+    pub(super) fn new(state: Arc<State>) -> Service {
+        Service { state }
+    }
+
+    fn cluster(&self) -> Result<ClusterServices, Status> {
+        self.state.cluster().ok_or_else(|| {
+            if self.state.config().is_clustered() {
+                Status::unavailable(format!("the daemon is starting: {}", self.state.step()))
+            } else {
+                Status::failed_precondition(
+                    "this daemon is a single node; `ashlar cluster init` makes it the first of a cluster",
+                )
+            }
+        })
+    }
+}
+
+impl ClusterServices {
+    fn authority(&self) -> Result<&Authority, Status> {
+        self.identity.authority().ok_or_else(|| {
+            let members = self.identity.trust().members();
+            let holders: Vec<_> = members
+                .iter()
+                .filter(|member| member.is_authority)
+                .map(|member| match &member.address {
+                    Some(address) => format!("{} at {address}", member.id.0),
+                    None => member.id.0.to_string(),
+                })
+                .collect();
+            let holders = holders.join(", ");
+            Status::failed_precondition(IdentityError::NoAuthority { holders }.to_string())
+        })
+    }
+
+    async fn cluster_record(&self) -> Result<ClusterRecord, Status> {
+        let found = meta::read::<ClusterRecord>(&*self.records, keys::CLUSTER).await;
+        let found = found.map_err(unread)?;
+        Ok(found
+            .ok_or_else(|| Status::data_loss("the record of the cluster is gone"))?
+            .record)
+    }
+
+    async fn members(&self) -> Result<Vec<Versioned<MemberRecord>>, Status> {
+        let listing = self.records.list(keys::MEMBERS).await.map_err(unread)?;
+        let read = listing.entries.iter().map(|entry| entry.read());
+        read.collect::<Result<_, _>>().map_err(unread)
+    }
+
+    /// The one node meant by its id or the beginning of it.
+    async fn find(&self, reference: &str) -> Result<Versioned<MemberRecord>, Status> {
+        let not_found = || {
+            refused(&MemberError::NotFound {
+                reference: reference.to_owned(),
+            })
+        };
+        let wanted = reference.to_ascii_lowercase();
+        if wanted.len() < ABBREVIATION_MIN {
+            return Err(not_found());
+        }
+        let members = self.members().await?;
+        let mut found = members
+            .into_iter()
+            .filter(|member| member.record.id.0.to_string().starts_with(&wanted));
+        match (found.next(), found.next()) {
+            (Some(one), None) => Ok(one),
+            _ => Err(not_found()),
+        }
+    }
+
+    async fn holdings(&self) -> Result<BTreeMap<NodeId, Holdings>, Status> {
+        let mut owner: BTreeMap<StoreId, NodeId> = BTreeMap::new();
+        let mut holdings: BTreeMap<NodeId, Holdings> = BTreeMap::new();
+        for entry in self
+            .records
+            .list(keys::STORES)
+            .await
+            .map_err(unread)?
+            .entries
+        {
+            let store = entry.read::<StoreRecord>().map_err(unread)?.record;
+            if let Some(node) = store.node {
+                owner.insert(store.id, node);
+                holdings.entry(node).or_default().stores += 1;
+            }
+        }
+        for entry in self
+            .records
+            .list(keys::VOLUMES)
+            .await
+            .map_err(unread)?
+            .entries
+        {
+            let volume = entry.read::<VolumeRecord>().map_err(unread)?.record;
+            let mut nodes: Vec<_> = volume
+                .placement
+                .stores
+                .iter()
+                .filter_map(|store| owner.get(store))
+                .collect();
+            nodes.sort();
+            nodes.dedup();
+            for node in nodes {
+                holdings.entry(*node).or_default().volumes += 1;
+            }
+        }
+        Ok(holdings)
+    }
+
+    fn node(&self, member: MemberRecord, has: Holdings) -> proto::Node {
+        proto::Node {
+            id: member.id.0.to_string(),
+            joined_at_unix_ms: member.joined_at_unix_ms,
+            removed: member.state == MemberState::Removed,
+            address: member.address.unwrap_or_default(),
+            authority: member.is_authority,
+            labels: member.labels.into_iter().collect(),
+            stores: has.stores as u32,
+            volumes: has.volumes as u32,
+            self_: member.id == self.identity.node(),
+        }
+    }
+
+    async fn shown(&self, node: NodeId) -> Result<Option<proto::Node>, Status> {
+        let member = crate::identity::member(&*self.records, node).await;
+        let has = self
+            .holdings()
+            .await?
+            .get(&node)
+            .copied()
+            .unwrap_or_default();
+        let member = member.map_err(unread)?;
+        Ok(member.map(|member| self.node(member.record, has)))
+    }
+}
+
+fn unread(error: MetadataError) -> Status {
+    Status::new(status::of_metadata_error(&error), error.to_string())
+}
+
+fn refused(error: &MemberError) -> Status {
+    let code = match error {
+        MemberError::NotFound { .. } => Code::NotFound,
+        MemberError::Label { .. } => Code::InvalidArgument,
+        MemberError::HoldsVolumes { .. }
+        | MemberError::Itself { .. }
+        | MemberError::LastAuthority { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}
+
+fn not_joined(error: &JoinError) -> Status {
+    let code = match error {
+        JoinError::UnknownToken => Code::PermissionDenied,
+        JoinError::ExpiredToken
+        | JoinError::UsedToken
+        | JoinError::Removed { .. }
+        | JoinError::AlreadyIn { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}
+
+fn unsigned(error: IdentityError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn contended() -> Status {
+    Status::aborted("others change the same records all the time; try again")
+}
+
+/// Commits, and answers whether it was the last attempt that is needed. What is unknown is read again.
+async fn committed(records: &dyn MetadataStore, change: Transaction) -> Result<bool, Status> {
+    match records.commit(change).await {
+        Ok(Outcome::Committed(_)) => Ok(true),
+        Ok(Outcome::Conflict) | Err(MetadataError::Unknown { .. }) => Ok(false),
+        Err(error) => Err(unread(error)),
+    }
+}
+
+#[tonic::async_trait]
+impl proto::cluster_server::Cluster for Service {
+    async fn join(&self, request: Request<proto::JoinRequest>) -> Answer<proto::JoinResponse> {
+        let cluster = self.cluster()?;
+        let authority = cluster.authority()?;
+        let asked = request.into_inner();
+        let node = Uuid::try_parse(&asked.node_id)
+            .map_err(|_| Status::invalid_argument("node_id is not a UUID"))?;
+        let labels: BTreeMap<_, _> = asked.labels.into_iter().collect();
+        for part in labels.iter().flat_map(|(key, value)| [key, value]) {
+            check_label(part).map_err(|error| refused(&error))?;
+        }
+        let joiner = Joiner {
+            node: NodeId(node),
+            public_key_sha256: sha256_hex(&asked.public_key),
+            address: (!asked.address.is_empty()).then_some(asked.address),
+            labels,
+        };
+        let length = self.state.config().certificate_lifetime;
+        let peer = Peer::Node(joiner.node);
+        // Signed before the token is spent, so that what cannot be signed costs no token.
+        let (certificate, lifetime) = authority
+            .sign(&peer, &asked.public_key, &asked.names, length)
+            .map_err(unsigned)?;
+        let token_sha256 = Token::secret_sha256(&asked.secret);
+        let token_key = keys::token(&token_sha256);
+        for _ in 0..ATTEMPTS {
+            let token = meta::read::<TokenRecord>(&*cluster.records, &token_key).await;
+            let token = token.map_err(unread)?;
+            let member = crate::identity::member(&*cluster.records, joiner.node).await;
+            let member = member.map_err(unread)?;
+            let change = join(
+                &token_sha256,
+                token.as_ref(),
+                member.as_ref(),
+                &joiner,
+                unix_ms(),
+            );
+            let is_done = match change.map_err(|error| not_joined(&error))? {
+                Some(change) => committed(&*cluster.records, change).await?,
+                None => true,
+            };
+            if is_done {
+                tracing::info!(node = %joiner.node.0, "a node joined the cluster");
+                return Ok(Response::new(proto::JoinResponse {
+                    cluster_id: cluster.identity.cluster().0.to_string(),
+                    authority: authority.certificate().to_vec(),
+                    certificate: certificate.to_vec(),
+                    expires_at_unix_ms: lifetime.expires_at_unix_ms,
+                }));
+            }
+        }
+        Err(contended())
+    }
+
+    async fn renew(&self, request: Request<proto::RenewRequest>) -> Answer<proto::RenewResponse> {
+        let cluster = self.cluster()?;
+        let caller = request.extensions().get::<Caller>().cloned();
+        let Some(peer @ Peer::Node(_)) = caller.and_then(|caller| caller.peer) else {
+            return Err(Status::permission_denied(
+                "only a node renews its certificate, and shows the one it has",
+            ));
+        };
+        let asked = request.into_inner();
+        let length = self.state.config().certificate_lifetime;
+        let (certificate, lifetime) = cluster
+            .authority()?
+            .sign(&peer, &asked.public_key, &asked.names, length)
+            .map_err(unsigned)?;
+        Ok(Response::new(proto::RenewResponse {
+            certificate: certificate.to_vec(),
+            expires_at_unix_ms: lifetime.expires_at_unix_ms,
+        }))
+    }
+
+    async fn create_token(
+        &self,
+        request: Request<proto::CreateTokenRequest>,
+    ) -> Answer<proto::CreateTokenResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let seconds = match request.into_inner().lifetime_seconds {
+            0 => TOKEN_SECONDS_DEFAULT,
+            seconds if seconds <= TOKEN_SECONDS_MAX => seconds,
+            _ => return Err(Status::invalid_argument("a token lives at most 30 days")),
+        };
+        let now = unix_ms();
+        let expires_at_unix_ms = now + 1000 * u64::from(seconds);
+        let authority_sha256 = cluster.cluster_record().await?.authority_sha256;
+        let token = Token::generate(&authority_sha256)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let record = TokenRecord {
+            expires_at_unix_ms,
+            used_by: None,
+        };
+        let mut change = Transaction::new().put(
+            keys::token(&Token::secret_sha256(token.secret())),
+            record.encode(),
+        );
+        let known = cluster.records.list(keys::TOKENS).await.map_err(unread)?;
+        let stale = known.entries.iter().filter(|entry| {
+            entry
+                .read::<TokenRecord>()
+                .is_ok_and(|old| old.record.expires_at_unix_ms + TOKEN_REMEMBERED_MS < now)
+        });
+        for entry in stale.take(ATTEMPTS) {
+            change = change.delete(entry.key.clone());
+        }
+        cluster.records.commit(change).await.map_err(unread)?;
+        let members = cluster.members().await?;
+        let addresses = members.into_iter().filter_map(|member| {
+            let record = member.record;
+            let signs = record.is_authority && record.state == MemberState::Active;
+            record.address.filter(|_| signs)
+        });
+        Ok(Response::new(proto::CreateTokenResponse {
+            token: token.reveal(),
+            expires_at_unix_ms,
+            addresses: addresses.collect(),
+        }))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<proto::ListNodesRequest>,
+    ) -> Answer<proto::ListNodesResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let holdings = cluster.holdings().await?;
+        let nodes = cluster.members().await?.into_iter().map(|member| {
+            let has = holdings.get(&member.record.id).copied();
+            cluster.node(member.record, has.unwrap_or_default())
+        });
+        Ok(Response::new(proto::ListNodesResponse {
+            cluster_id: cluster.identity.cluster().0.to_string(),
+            nodes: nodes.collect(),
+        }))
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<proto::RemoveNodeRequest>,
+    ) -> Answer<proto::RemoveNodeResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let reference = request.into_inner().node;
+        for _ in 0..ATTEMPTS {
+            let member = cluster.find(&reference).await?;
+            let node = member.record.id;
+            let has = cluster.holdings().await?.get(&node).copied();
+            let has = has.unwrap_or_default();
+            let authorities: Vec<_> = cluster
+                .members()
+                .await?
+                .into_iter()
+                .map(|member| member.record)
+                .filter(|record| record.is_authority && record.state == MemberState::Active)
+                .map(|record| record.id)
+                .collect();
+            let asked = cluster.identity.node();
+            let change = remove(&member, asked, has.stores, has.volumes, &authorities);
+            let is_done = match change.map_err(|error| refused(&error))? {
+                Some(change) => committed(&*cluster.records, change).await?,
+                None => true,
+            };
+            if is_done {
+                tracing::info!(node = %node.0, "a node was removed from the cluster");
+                let node = cluster.shown(node).await?;
+                return Ok(Response::new(proto::RemoveNodeResponse { node }));
+            }
+        }
+        Err(contended())
+    }
+
+    async fn label_node(
+        &self,
+        request: Request<proto::LabelNodeRequest>,
+    ) -> Answer<proto::LabelNodeResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let asked = request.into_inner();
+        let set: BTreeMap<_, _> = asked.set.into_iter().collect();
+        for _ in 0..ATTEMPTS {
+            let member = cluster.find(&asked.node).await?;
+            let change = label(&member, &set, &asked.unset).map_err(|error| refused(&error))?;
+            if committed(&*cluster.records, change).await? {
+                let node = cluster.shown(member.record.id).await?;
+                return Ok(Response::new(proto::LabelNodeResponse { node }));
+            }
+        }
+        Err(contended())
+    }
+
+    async fn issue_client_certificate(
+        &self,
+        request: Request<proto::IssueClientCertificateRequest>,
+    ) -> Answer<proto::IssueClientCertificateResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let authority = cluster.authority()?;
+        let asked = request.into_inner();
+        let role = match asked.role() {
+            proto::ClientRole::Volumes => ClientRole::Volumes,
+            proto::ClientRole::Admin => ClientRole::Admin,
+            proto::ClientRole::Unspecified => {
+                return Err(Status::invalid_argument("role is not given"));
+            }
+        };
+        check_client_name(&asked.name)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let days = match asked.lifetime_days {
+            0 => CLIENT_DAYS_DEFAULT,
+            days if days <= CLIENT_DAYS_MAX => days,
+            _ => {
+                return Err(Status::invalid_argument(
+                    "a certificate lives at most 10 years",
+                ));
+            }
+        };
+        let certificate = Uuid::new_v4();
+        let peer = Peer::Client {
+            name: asked.name.clone(),
+            certificate,
+            role,
+        };
+        let length = Duration::from_secs(86400 * u64::from(days));
+        let (signed, lifetime) = authority
+            .sign(&peer, &asked.public_key, &[], length)
+            .map_err(unsigned)?;
+        let record = ClientRecord {
+            name: asked.name,
+            certificate,
+            role,
+            issued_at_unix_ms: lifetime.issued_at_unix_ms,
+            expires_at_unix_ms: lifetime.expires_at_unix_ms,
+        };
+        let change = Transaction::new().put(keys::client(&record.name), record.encode());
+        cluster.records.commit(change).await.map_err(unread)?;
+        tracing::info!(name = record.name, "a client certificate was issued");
+        Ok(Response::new(proto::IssueClientCertificateResponse {
+            authority: authority.certificate().to_vec(),
+            certificate: signed.to_vec(),
+            expires_at_unix_ms: lifetime.expires_at_unix_ms,
+        }))
+    }
+
+    async fn list_client_certificates(
+        &self,
+        request: Request<proto::ListClientCertificatesRequest>,
+    ) -> Answer<proto::ListClientCertificatesResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let mut certificates = Vec::new();
+        let listing = cluster.records.list(keys::CLIENTS).await.map_err(unread)?;
+        for entry in listing.entries {
+            let record = entry.read::<ClientRecord>().map_err(unread)?.record;
+            let role = match record.role {
+                ClientRole::Volumes => proto::ClientRole::Volumes,
+                ClientRole::Admin => proto::ClientRole::Admin,
+            };
+            certificates.push(proto::ClientCertificate {
+                name: record.name,
+                role: role.into(),
+                issued_at_unix_ms: record.issued_at_unix_ms,
+                expires_at_unix_ms: record.expires_at_unix_ms,
+            });
+        }
+        Ok(Response::new(proto::ListClientCertificatesResponse {
+            certificates,
+        }))
+    }
+
+    async fn revoke_client_certificate(
+        &self,
+        request: Request<proto::RevokeClientCertificateRequest>,
+    ) -> Answer<proto::RevokeClientCertificateResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let name = request.into_inner().name;
+        check_client_name(&name).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let key = keys::client(&name);
+        let found = cluster.records.get(&key).await.map_err(unread)?;
+        let found = found.ok_or_else(|| {
+            Status::not_found(format!(
+                "there is no certificate {name:?}; `ashlar cluster client-certs` shows those there are"
+            ))
+        })?;
+        let change = Transaction::new()
+            .when_unchanged(key.clone(), found.changed_at)
+            .delete(key);
+        match cluster.records.commit(change).await.map_err(unread)? {
+            Outcome::Committed(_) => {
+                tracing::info!(name, "a client certificate was revoked");
+                Ok(Response::new(proto::RevokeClientCertificateResponse {}))
+            }
+            Outcome::Conflict => Err(contended()),
+        }
+    }
+}

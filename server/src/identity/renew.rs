@@ -1,0 +1,149 @@
+//! Certificates of nodes renew themselves: signed by this node where it holds the authority's key, else by one that does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ashlar_core::records::MemberState;
+use ashlar_core::units::NodeId;
+use ashlar_proto::cluster::RenewRequest;
+use ashlar_proto::cluster::cluster_client::ClusterClient;
+use rcgen::KeyPair;
+use rustls::pki_types::CertificateDer;
+use tonic::transport::{ClientTlsConfig, Endpoint};
+
+use super::authority::Lifetime;
+use super::files::IdentityFile;
+use super::join::innermost;
+use super::names::Peer;
+use super::{Identity, IdentityError};
+use crate::volumes::unix_ms;
+
+/// Longest sleep: the clock may be set meanwhile.
+const LOOK_EVERY: Duration = Duration::from_secs(3600);
+/// Pause after a renewal that failed, at most; less when the certificate's whole life is short.
+const PAUSE_MAX: Duration = Duration::from_secs(600);
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Renews the certificate whenever it is time. `length` is how long one that is signed here is good for.
+pub async fn keep_renewed(identity: Arc<Identity>, names: Vec<String>, length: Duration) {
+    loop {
+        let lifetime = identity.current().lifetime;
+        let left = lifetime.renew_at_unix_ms().saturating_sub(unix_ms());
+        if left > 0 {
+            tokio::time::sleep(Duration::from_millis(left).min(LOOK_EVERY)).await;
+            continue;
+        }
+        match renew(&identity, &names, length).await {
+            Ok(lifetime) => tracing::info!(
+                expires_at_unix_ms = lifetime.expires_at_unix_ms,
+                "the certificate of this node was renewed"
+            ),
+            Err(error) => {
+                let until_end = lifetime.expires_at_unix_ms.saturating_sub(unix_ms());
+                tracing::warn!(%error, until_end_s = until_end / 1000, "the certificate of this node cannot be renewed for now");
+                let pause = Duration::from_millis(until_end / 20);
+                tokio::time::sleep(pause.clamp(Duration::from_secs(1), PAUSE_MAX)).await;
+            }
+        }
+    }
+}
+
+async fn renew(
+    identity: &Arc<Identity>,
+    names: &[String],
+    length: Duration,
+) -> Result<Lifetime, IdentityError> {
+    let unusable = |reason: String| IdentityError::Unusable { reason };
+    let key = KeyPair::generate().map_err(|error| unusable(error.to_string()))?;
+    let public_key = key.public_key_raw();
+    let (certificate, lifetime) = match identity.authority() {
+        Some(authority) => {
+            authority.sign(&Peer::Node(identity.node()), public_key, names, length)?
+        }
+        None => ask(identity, public_key, names).await?,
+    };
+    let file = IdentityFile::new(
+        identity.cluster(),
+        identity.node(),
+        identity.authority_certificate(),
+        &certificate,
+        &key,
+        lifetime,
+    );
+    // On the disk first: what is shown must survive a restart.
+    file.write(&identity.data_dir)
+        .map_err(|error| unusable(error.to_string()))?;
+    identity.replace(&file)?;
+    Ok(lifetime)
+}
+
+/// Asks the nodes that sign, one after the other.
+async fn ask(
+    identity: &Arc<Identity>,
+    public_key: &[u8],
+    names: &[String],
+) -> Result<(CertificateDer<'static>, Lifetime), IdentityError> {
+    let mut reason = "no node with the authority's key has an address".to_owned();
+    for member in identity.trust().members() {
+        if member.state != MemberState::Active || !member.is_authority {
+            continue;
+        }
+        let Some(address) = member.address else {
+            continue;
+        };
+        match ask_one(identity, member.id, &address, public_key, names).await {
+            Ok(signed) => return Ok(signed),
+            Err(error) => reason = format!("{address}: {error}"),
+        }
+    }
+    Err(IdentityError::Unusable { reason })
+}
+
+async fn ask_one(
+    identity: &Arc<Identity>,
+    node: NodeId,
+    address: &str,
+    public_key: &[u8],
+    names: &[String],
+) -> Result<(CertificateDer<'static>, Lifetime), String> {
+    let file = IdentityFile::read(&identity.data_dir).map_err(|error| error.to_string())?;
+    let file = file.ok_or("the identity of this node is gone")?;
+    let tls = ClientTlsConfig::new()
+        .identity(file.for_tonic())
+        .domain_name(Peer::Node(node).dns_name(identity.cluster()))
+        .timeout(TIMEOUT);
+    let verifier = identity
+        .node_verifier()
+        .map_err(|error| error.to_string())?;
+    let channel = Endpoint::from_shared(format!("https://{address}"))
+        .and_then(|endpoint| {
+            endpoint
+                .connect_timeout(TIMEOUT)
+                .timeout(TIMEOUT)
+                .tls_config_with_verifier(tls, verifier)
+        })
+        .map_err(|error| innermost(&error))?
+        .connect()
+        .await
+        .map_err(|error| innermost(&error))?;
+    let answer = ClusterClient::new(channel)
+        .renew(RenewRequest {
+            public_key: public_key.to_vec(),
+            names: names.to_vec(),
+        })
+        .await
+        .map_err(|status| status.message().to_owned())?
+        .into_inner();
+    let lifetime = Lifetime {
+        issued_at_unix_ms: unix_ms(),
+        expires_at_unix_ms: answer.expires_at_unix_ms,
+    };
+    Ok((CertificateDer::from(answer.certificate), lifetime))
+}
+
+impl IdentityFile {
+    /// Certificate and key as the gRPC library takes them.
+    fn for_tonic(&self) -> tonic::transport::Identity {
+        tonic::transport::Identity::from_pem(self.certificate_pem(), self.key_pem())
+    }
+}
