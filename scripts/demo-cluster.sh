@@ -113,9 +113,12 @@ is_ready() { # NODE
     asks "$1" status -o json 2>/dev/null | grep -q '"state": "ready"'
 }
 
-# What the node that serves the volume tells of its copies.
-is_out_of_sync() { grep -q 'a replica is out of sync' "$scratch/node-$1.log"; }
-is_in_sync_again() { grep -q 'a replica is in sync again' "$scratch/node-$1.log"; }
+copies() { # NODE STATE: how many copies are in that state, as this node knows the volume
+    asks "$1" volume show demo -o json 2>/dev/null | grep -c "\"state\": \"$2\"" || true
+}
+
+is_out_of_sync() { [ "$(copies "$1" out)" -gt 0 ]; }
+is_in_sync() { [ "$(copies "$1" in-sync)" -ge 3 ] && [ "$(copies "$1" out)" = 0 ] && [ "$(copies "$1" joining)" = 0 ]; }
 
 written_mib() { # NODE: what the load has written so far
     local bytes
@@ -181,7 +184,8 @@ step "Create a volume of $volume_mib MiB with 3 copies"
 # A node's room is told to the others some time after it joined.
 create() { asks 1 volume create demo --size "${volume_mib}MiB" --replicas 3 >"$scratch/out" 2>&1; }
 wait_for "$start_deadline_s" "the volume could not be created" create
-held "a copy on each node, served by node 1"
+wait_for "$sync_deadline_s" "its copies are not in sync" is_in_sync 1
+held "$(copies 1 in-sync) copies in sync, served by node 1"
 
 step "Write to it: random bytes with nbdcopy, read back and compared"
 head -c "${image_mib}M" /dev/urandom >"$scratch/image"
@@ -200,7 +204,7 @@ daemon_pids[3]=
 kill -0 "$load_pid" 2>/dev/null || fail "fio was done before node 3 was killed"
 held "process $killed is gone after $before_mib MiB of $load_mib; fio goes on"
 wait_for "$sync_deadline_s" "the copy on node 3 was not recorded as out of sync" is_out_of_sync 1
-held "its copy is recorded as out of sync, the others go on"
+held "its copy is recorded as out of sync, $(copies 1 in-sync) go on"
 status=0
 wait "$load_pid" || status=$?
 load_pid=
@@ -210,9 +214,9 @@ held "fio: $load_mib MiB of 4 KiB writes, no error, each verified by its checksu
 step "Start node 3 again"
 start_node 3
 held "process ${daemon_pids[3]}"
-wait_for "$sync_deadline_s" "the copy on node 3 did not come back" is_in_sync_again 1
+wait_for "$sync_deadline_s" "the copy on node 3 did not come back" is_in_sync 1
 copied=$(grep -h 'a replica is in sync again' "$scratch/node-1.log" | grep -o 'copied_bytes[^0-9]*[0-9]*' | grep -o '[0-9]*$' | awk '{ sum += $1 } END { print sum + 0 }' || true)
-held "its copy is in sync again; $((${copied:-0} >> 20)) MiB were copied"
+held "$(copies 1 in-sync) copies in sync again; $((${copied:-0} >> 20)) MiB were copied"
 
 step "Open the volume on node 3, taking it from node 1"
 try "the volume could not be opened on node 3" "$bin/ashlar" --admin "unix:$scratch/3/admin.sock" volume open demo
