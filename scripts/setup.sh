@@ -3,6 +3,7 @@
 #
 #   build   a C compiler and a Rust toolchain
 #   demo    what `make demo` runs against the daemon
+#   demo-cluster   the same for `make demo-cluster`
 #   test    what `make test` runs against the daemon
 #   bench   the servers and the load generator `make bench` compares with
 #   check   the dependency audit of `make check`
@@ -29,15 +30,17 @@ tools_of() {
         echo "nbdcopy libnbd-bin"
         echo "nbdinfo libnbd-bin"
         echo "fio fio" ;;
-    test)
+    demo-cluster)
         tools_of demo
+        echo "etcd etcd-server" ;;
+    test)
+        tools_of demo-cluster
         echo "qemu-img qemu-utils"
         echo "qemu-io qemu-utils"
         echo "/usr/bin/nbdsh python3-libnbd"
         echo "mkfs.xfs xfsprogs"
         echo "xfs_repair xfsprogs"
         echo "nbdkit nbdkit"
-        echo "etcd etcd-server"
         echo "losetup mount"
         echo "fusermount3 fuse3"
         echo "blkid util-linux"
@@ -60,7 +63,7 @@ tools_of() {
         echo "nbdkit nbdkit"
         echo "nbd-server nbd-server" ;;
     check) ;;
-    *) die "unknown set '$1' (build, demo, test, bench, check)" ;;
+    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, check)" ;;
     esac
 }
 
