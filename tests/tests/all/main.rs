@@ -16,6 +16,7 @@ mod idle;
 mod interop;
 mod orchestrator;
 mod protocol;
+mod replication;
 mod restart;
 mod rot;
 mod tidy;
