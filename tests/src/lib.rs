@@ -23,5 +23,7 @@ pub mod reference;
 pub mod rpc;
 pub mod scratch;
 pub mod seed;
+pub mod suites;
 pub mod tool;
+pub mod vm;
 pub mod wait;

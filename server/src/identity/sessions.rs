@@ -47,7 +47,7 @@ impl Sessions {
         let mut cut = 0;
         for (peer, socket) in open.connections.values() {
             if is_shut_out(peer) {
-                tracing::warn!(%peer, "a connection is cut: its peer was shut out");
+                tracing::info!(%peer, "a connection is cut: its peer was shut out");
                 let socket = socket2::SockRef::from(socket);
                 // Fails when the other side was quicker.
                 let _ = socket.shutdown(Shutdown::Both);

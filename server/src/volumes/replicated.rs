@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
+    HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
     VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
@@ -117,7 +117,11 @@ impl Volumes {
         let spec = ReplicatedSpec {
             written: self.written_epoch(&current.record),
             admitted: current.record.admitted(),
-            claim: self.head,
+            // A swap of an earlier head of this daemon may land late, and must not be taken for one of this head.
+            claim: HeadClaim {
+                incarnation: uuid::Uuid::new_v4(),
+                ..self.head
+            },
             record: current.clone(),
         };
         self.catalog()

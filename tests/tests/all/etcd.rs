@@ -17,6 +17,7 @@ use ashlar_tests::daemon::Setup;
 use ashlar_tests::etcd::{Etcd, ServerTls};
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::scratch::{Scratch, free_port};
+use ashlar_tests::wait;
 use async_trait::async_trait;
 use tokio::runtime::Runtime;
 
@@ -193,7 +194,8 @@ fn restarts_under_load_lose_nothing_and_a_watch_goes_on() {
     };
     let mut restarts = 0;
     while !swapping.is_finished() && restarts < 4 {
-        std::thread::sleep(Duration::from_millis(300));
+        // A moment of load between restarts.
+        wait::pass(Duration::from_millis(300));
         etcd.kill();
         etcd.run();
         restarts += 1;

@@ -20,4 +20,5 @@ mod replication;
 mod restart;
 mod rot;
 mod tidy;
+mod tls;
 mod volumes;

@@ -275,6 +275,16 @@ impl World {
                 let conn = rng.pick(&open).copied();
                 self.rng = rng;
                 if let Some(conn) = conn {
+                    if self.rng.chance(50) {
+                        let stall_us = self.rng.between(10_000, 250_000);
+                        if let Some(c) = self.conns.get_mut(&conn) {
+                            c.asks_from_us = self.now_us + stall_us;
+                        }
+                        let head_us = self.rng.below(10_000);
+                        self.after(head_us, Ev::ClosedAtHead { conn });
+                        self.after(stall_us + 50_000, Ev::ClosedAtReplica { conn });
+                        return;
+                    }
                     let (head_us, replica_us) =
                         (self.rng.below(20_000), self.rng.between(0, 300_000));
                     self.after(head_us, Ev::ClosedAtHead { conn });

@@ -52,6 +52,8 @@ pub(crate) struct Conn {
     pub(crate) replica_open: bool,
     last_ask_us: u64,
     last_answer_us: u64,
+    /// What was sent to the replica does not arrive before then, as when a lost packet waits for its timer.
+    pub(crate) asks_from_us: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -387,6 +389,7 @@ impl World {
                 replica_open: true,
                 last_ask_us: 0,
                 last_answer_us: 0,
+                asks_from_us: 0,
             },
         );
         conn
@@ -438,6 +441,7 @@ impl World {
             replica_open: false,
             last_ask_us: 0,
             last_answer_us: 0,
+            asks_from_us: 0,
         });
         c.last_ask_us = c.last_ask_us.max(at_us) + 1;
         c.last_ask_us
@@ -489,6 +493,13 @@ impl World {
             _ => None,
         };
         let Some((from, to)) = way.filter(|(from, to)| self.is_cut(*from, *to)) else {
+            if let Ev::Ask { conn, .. } = ev {
+                let from_us = self.conns.get(conn).map_or(0, |c| c.asks_from_us);
+                if from_us > self.now_us {
+                    self.at(from_us, ev.clone());
+                    return true;
+                }
+            }
             return false;
         };
         self.held.push((from, to, ev.clone()));
@@ -728,6 +739,17 @@ impl World {
                         .into_iter()
                         .partition(|(f, t, _)| (*f, *t) == (from, to));
                     self.held = still;
+                    // Each connection finds out by its own timer.
+                    for conn in self.conns.keys().copied().collect::<Vec<_>>() {
+                        let stalls = self.rng.chance(40);
+                        let stall_us = self.rng.between(1_000, 300_000);
+                        if let Some(c) = self.conns.get_mut(&conn)
+                            && (c.from, c.to) == (from, to)
+                            && stalls
+                        {
+                            c.asks_from_us = self.now_us + stall_us;
+                        }
+                    }
                     for (_, _, ev) in now {
                         self.after(0, ev);
                     }

@@ -54,9 +54,9 @@ pub(super) async fn begin(
 
 /// A stream of the changes after a revision, if all of them are kept.
 ///
-/// A watch may begin one revision before the oldest that can be read and may miss a deletion then: etcd versions before
-/// 3.5.18 drop the mark of a key that was deleted at the very revision of the compaction. So the revision itself has to
-/// be readable.
+/// etcd lets a watch begin one revision before the oldest that can be read, and older versions of it drop the mark of a
+/// key that was deleted at the very revision of the compaction, which such a watch would miss. So the revision itself
+/// has to be readable.
 async fn open_after(client: &Client, prefix: &[u8], after: Revision) -> Result<Events, Failure> {
     let is_kept = RangeRequest {
         key: prefix.to_vec(),
