@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::admin::{Admin, offline};
 use crate::daemon::{Daemon, Setup};
 use crate::etcd::Etcd;
+use crate::network::{Network, Place};
 use crate::rpc::Rpc;
 use crate::scratch::{Scratch, free_port};
 use crate::wait;
@@ -42,9 +43,10 @@ impl Node {
     /// A node that is not started yet.
     pub fn prepare(test: &str, etcd: &Etcd, setup: Setup) -> Node {
         let admin_port = free_port();
+        let host = setup.host();
         let mut daemon = setup
             .args(["--metadata", &etcd.setting()])
-            .args(["--listen-admin", &format!("tcp:127.0.0.1:{admin_port}")])
+            .args(["--listen-admin", &format!("tcp:{host}:{admin_port}")])
             .prepare(test);
         let socket = daemon.data_dir().join("admin.sock");
         let socket = format!("unix:{}", socket.display());
@@ -151,10 +153,24 @@ impl Trio {
     pub fn with(test: &str, setup: impl Fn() -> Setup) -> Trio {
         let scratch = Scratch::new(test);
         let etcd = Etcd::start(&scratch);
-        let first = Node::first(&format!("{test}-0"), &etcd, setup());
+        Trio::found(test, scratch, etcd, |_| setup())
+    }
+
+    /// Each of them a host of `network`, and etcd outside.
+    pub fn on(test: &str, network: &Network) -> Trio {
+        let scratch = Scratch::new(test);
+        let etcd = Etcd::start_at(&scratch, network.address(Place::Outside));
+        Trio::found(test, scratch, etcd, |host| {
+            let address = network.address(Place::Host(host));
+            Setup::default().in_namespace(&network.namespace(host), address)
+        })
+    }
+
+    fn found(test: &str, scratch: Scratch, etcd: Etcd, setup: impl Fn(usize) -> Setup) -> Trio {
+        let first = Node::first(&format!("{test}-0"), &etcd, setup(0));
         let mut nodes = vec![first];
         for number in 1..3 {
-            let joined = nodes[0].joined(&format!("{test}-{number}"), &etcd, setup());
+            let joined = nodes[0].joined(&format!("{test}-{number}"), &etcd, setup(number));
             nodes.push(joined);
         }
         for node in &mut nodes {

@@ -158,6 +158,7 @@ impl VolumeHost for Host {
         Some(VolumeRuntime {
             connections: metrics.connections.get() as u32,
             inflight_requests: metrics.in_flight.get() as u32,
+            resynced_bytes: metrics.resynced_blocks.get() * BLOCK_BYTES as u64,
         })
     }
 

@@ -46,6 +46,8 @@ pub struct VolumeRuntime {
     pub connections: u32,
     /// Requests taken and not yet answered.
     pub inflight_requests: u32,
+    /// Copied to bring replicas up to date since the volume was opened here.
+    pub resynced_bytes: u64,
 }
 
 /// Why the data plane did not do as it was asked.

@@ -177,6 +177,7 @@ impl VolumeHost for Host {
         lock(&self.open).get(&id).map(|_| VolumeRuntime {
             connections,
             inflight_requests: 0,
+            resynced_bytes: 0,
         })
     }
 

@@ -16,12 +16,12 @@ fn block(number: u64, version: u64) -> Vec<u8> {
     pattern::blocks(VOLUME, number, 1, version)
 }
 
-fn version(client: &mut Transmission, number: u64) -> Content {
+pub(super) fn version(client: &mut Transmission, number: u64) -> Content {
     let data = client.read(number * BLOCK as u64, BLOCK as u64).expect("read");
     pattern::identify(&data, VOLUME, number).expect("a block of ours")
 }
 
-fn write(client: &mut Transmission, number: u64, version: u64) {
+pub(super) fn write(client: &mut Transmission, number: u64, version: u64) {
     let bytes = block(number, version);
     client.write(number * BLOCK as u64, &bytes).expect("written");
 }

@@ -25,7 +25,7 @@ fn filled(trio: &Trio) {
 /// Bytes that clients of the head have written.
 fn written(trio: &Trio) -> f64 {
     let metrics = trio.nodes[0].daemon.metrics();
-    let labels = [("volume", "disk"), ("op", "write")];
+    let labels = [("volume", "disk"), ("command", "write")];
     let sum = metrics.sum("ashlar_volume_bytes_total", &labels);
     sum.unwrap_or_else(|| panic!("{metrics:?}"))
 }

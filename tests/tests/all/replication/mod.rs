@@ -3,6 +3,8 @@
 mod fencing;
 mod followers;
 mod outage;
+mod partition;
+mod power;
 mod strangers;
 mod takeover;
 mod volumes;
