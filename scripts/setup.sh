@@ -42,6 +42,10 @@ tools_of() {
         echo "fusermount3 fuse3"
         echo "blkid util-linux"
         echo "setsid util-linux"
+        echo "nsenter util-linux"
+        echo "unshare util-linux"
+        echo "ip iproute2"
+        echo "iptables iptables"
         echo "nbdfuse nbdfuse"
         # They bring what judges the manifests of deploy/, see install_manifest_tools.
         echo "npm npm"

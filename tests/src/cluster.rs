@@ -187,7 +187,10 @@ impl Trio {
 
     /// The cluster's id.
     pub fn cluster(&self) -> String {
-        let path = self.nodes[0].daemon.data_dir().join("identity/identity.json");
+        let path = self.nodes[0]
+            .daemon
+            .data_dir()
+            .join("identity/identity.json");
         let text = std::fs::read_to_string(path).expect("an identity");
         let identity: Value = serde_json::from_str(&text).expect("JSON");
         identity["cluster"].as_str().expect("an id").to_owned()
@@ -199,7 +202,15 @@ impl Trio {
     }
 
     pub fn create_with(&self, volume: &str, size: &str, options: &[&str]) {
-        let create = ["volume", "create", volume, "--size", size, "--replicas", "3"];
+        let create = [
+            "volume",
+            "create",
+            volume,
+            "--size",
+            size,
+            "--replicas",
+            "3",
+        ];
         // The room of a node that has just joined is not told at once.
         wait::until(LONG, "a volume with three copies", || {
             let finished = self.nodes[0]
@@ -219,7 +230,10 @@ impl Trio {
     /// Has node `at` serve a volume. Returns how long that took.
     pub fn open_at(&self, at: usize, volume: &str) -> Duration {
         let start = Instant::now();
-        self.nodes[at].daemon.admin().run(["volume", "open", volume]);
+        self.nodes[at]
+            .daemon
+            .admin()
+            .run(["volume", "open", volume]);
         start.elapsed()
     }
 
@@ -232,7 +246,11 @@ impl Trio {
     pub fn wait_served(&self, at: usize, volume: &str) {
         wait::until(LONG, "the volume is served", || {
             let reason = self.volume(at, volume).not_served_reason;
-            if reason.is_empty() { Ok(()) } else { Err(reason) }
+            if reason.is_empty() {
+                Ok(())
+            } else {
+                Err(reason)
+            }
         });
     }
 

@@ -150,9 +150,17 @@ impl Setup {
     /// From the next start on the machine seems to have been booted anew: it has this boot id (a UUID). Needs root.
     pub fn booted_as(&mut self, boot_id_file: &Path) {
         let bind = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
-        self.wrapper = ["unshare", "--mount", "--propagation", "private", "sh", "-c", bind]
-            .map(OsString::from)
-            .to_vec();
+        self.wrapper = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            bind,
+        ]
+        .map(OsString::from)
+        .to_vec();
         self.wrapper.push(boot_id_file.into());
     }
 
@@ -409,7 +417,8 @@ impl Daemon {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let (code, text) = http::get_from(self.http_address(), "/metrics").expect("/metrics answers");
+        let (code, text) =
+            http::get_from(self.http_address(), "/metrics").expect("/metrics answers");
         assert_eq!(code, 200, "{text}");
         Metrics::parse(&text).expect("Prometheus text")
     }

@@ -102,7 +102,11 @@ impl Ledger {
         let mut both = self.clone();
         both.next_version = later.next_version;
         for block in 0..self.blocks {
-            let mut versions = self.possible.get(&block).cloned().unwrap_or_else(|| vec![0]);
+            let mut versions = self
+                .possible
+                .get(&block)
+                .cloned()
+                .unwrap_or_else(|| vec![0]);
             for (first, count, version) in &later.written {
                 if *version >= self.next_version && (*first..first + count).contains(&block) {
                     versions.push(*version);

@@ -96,10 +96,18 @@ impl Network {
         let add = ["-n", &switch, "link", "add", &port, "type", "veth"];
         run("ip", &[&add[..], &["peer", "name", "peer"]].concat());
         // Renamed before it moves, because here the name may be taken.
-        run("ip", &["-n", &switch, "link", "set", "peer", "name", device]);
+        run(
+            "ip",
+            &["-n", &switch, "link", "set", "peer", "name", device],
+        );
         let to = namespace.map_or_else(|| "1".to_owned(), str::to_owned);
         run("ip", &["-n", &switch, "link", "set", device, "netns", &to]);
-        run("ip", &["-n", &switch, "link", "set", &port, "master", "bridge", "up"]);
+        run(
+            "ip",
+            &[
+                "-n", &switch, "link", "set", &port, "master", "bridge", "up",
+            ],
+        );
         let address = format!("{}/24", self.address(place));
         let inside = namespace.map_or_else(Vec::new, |name| vec!["-n", name]);
         let ip = |arguments: &[&str]| run("ip", &[&inside, arguments].concat());

@@ -118,10 +118,6 @@ impl VolumeHost for Host {
         self.replication.lock().await.recv().await
     }
 
-    fn replication_ended(&self, id: VolumeId) {
-        self.plane.head_ended(id);
-    }
-
     fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>) {
         self.plane.record_read(id, false, record);
     }

@@ -120,9 +120,6 @@ pub trait VolumeHost: Send + Sync + 'static {
     /// The next thing that a head of a replicated volume tells. `None`: there will be none any more.
     async fn replication_event(&self) -> Option<ReplicationEvent>;
 
-    /// The head of a replicated volume is at its end.
-    fn replication_ended(&self, id: VolumeId);
-
     /// The record of a replicated volume, as a watch saw it; `None`: it is gone.
     fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>);
 

@@ -329,15 +329,17 @@ impl DataThread {
             tracing::error!(store = %place.store.0, "a volume has a replica on a store that this data thread does not have");
             return;
         }
+        // Other volumes may have it already.
+        if self.is_linked(place.node, place.store) {
+            self.head_event(volume, Event::LinkUp { member });
+            return;
+        }
         self.cluster.tell(ClusterTell::Link(LinkWish {
             thread: self.index,
             node: place.node,
             store: place.store,
             is_wanted: true,
         }));
-        if self.is_linked(place.node, place.store) {
-            self.head_event(volume, Event::LinkUp { member });
-        }
     }
 
     fn disconnect(&mut self, volume: VolumeRef, member: MemberId) {

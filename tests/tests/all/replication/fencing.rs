@@ -17,13 +17,17 @@ fn block(number: u64, version: u64) -> Vec<u8> {
 }
 
 pub(super) fn version(client: &mut Transmission, number: u64) -> Content {
-    let data = client.read(number * BLOCK as u64, BLOCK as u64).expect("read");
+    let data = client
+        .read(number * BLOCK as u64, BLOCK as u64)
+        .expect("read");
     pattern::identify(&data, VOLUME, number).expect("a block of ours")
 }
 
 pub(super) fn write(client: &mut Transmission, number: u64, version: u64) {
     let bytes = block(number, version);
-    client.write(number * BLOCK as u64, &bytes).expect("written");
+    client
+        .write(number * BLOCK as u64, &bytes)
+        .expect("written");
 }
 
 /// What became of a request that an old head was sent: its connection ended, without an answer or with a refusal.
@@ -84,7 +88,12 @@ fn a_head_that_slept_through_its_succession_answers_nothing() {
     ended(writer, "a write");
     // A flush may be answered only if all that it promises is so; the head does not know, so it must not be.
     ended(flusher, "a flush");
-    assert!(trio.nodes[0].daemon.try_open("disk", Wishes::SIMPLE).is_err());
+    assert!(
+        trio.nodes[0]
+            .daemon
+            .try_open("disk", Wishes::SIMPLE)
+            .is_err()
+    );
 
     // Nothing of the old head's came through, then or when its node is brought up to date.
     let check = |client: &mut Transmission| {

@@ -1,5 +1,6 @@
 //! A node that holds a copy dies, freezes or is stopped in order, and returns.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ashlar_tests::cluster::Trio;
@@ -9,14 +10,15 @@ use rustix::process::Signal;
 
 use super::{LEASE, PAUSE_LIMIT, longest_pause, verifying};
 
-/// Much more than is written while a node is away: what is copied when it returns cannot be all by chance.
-const FILLED: usize = 96 << 20;
+/// Bytes that are filled beside what fio writes: much more than is written while a node is away, so that it shows when
+/// all is copied.
+const FILLED: Range<usize> = 32 << 20..128 << 20;
 
 fn filled(trio: &Trio) {
     trio.create("disk", "128MiB");
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
     let piece = vec![0x5a; 1 << 20];
-    for at in (32 << 20..32 << 20 | FILLED).step_by(piece.len()) {
+    for at in FILLED.step_by(piece.len()) {
         client.write(at as u64, &piece).expect("written");
     }
     client.flush().expect("flushed");
@@ -42,7 +44,7 @@ fn away_and_back(
     let fio = verifying(&trio, 0, "disk", 25, "2M");
     wait::until(LEASE * 4, "fio is at work", || {
         let bytes = written(&trio);
-        if bytes > FILLED as f64 + 4e6 {
+        if bytes > FILLED.len() as f64 + 4e6 {
             Ok(())
         } else {
             Err(format!("{bytes}"))
@@ -73,7 +75,7 @@ fn away_and_back(
     for at in [2, 0] {
         trio.open_at(at, "disk");
         let mut client = trio.nodes[at].daemon.open("disk", Wishes::SIMPLE);
-        for offset in (32 << 20..32 << 20 | FILLED).step_by(1 << 20) {
+        for offset in FILLED.step_by(1 << 20) {
             let data = client.read(offset as u64, 1 << 20).expect("read");
             assert!(data.iter().all(|byte| *byte == 0x5a), "at {offset}");
         }

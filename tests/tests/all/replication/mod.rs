@@ -1,5 +1,6 @@
 //! Volumes with three copies on three real daemons with a real etcd: nodes that die, freeze, leave and return.
 
+mod chaos;
 mod fencing;
 mod followers;
 mod outage;

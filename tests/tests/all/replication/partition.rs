@@ -42,7 +42,10 @@ fn a_head_that_is_cut_off_serves_nothing() {
     };
     old[1].submit(&write_of_one).expect("sent");
     let took = trio.open_at(1, "disk");
-    println!("cut off for {:?}, another node serves after {took:?}", cut.elapsed());
+    println!(
+        "cut off for {:?}, another node serves after {took:?}",
+        cut.elapsed()
+    );
     let mut new = client(&trio, 1);
     let decided = version(&mut new, 1);
     assert!([1, 3].map(Content::Version).contains(&decided));
@@ -69,7 +72,11 @@ fn a_head_that_is_cut_off_serves_nothing() {
     assert_eq!(version(&mut new, 1), decided);
     trio.open_at(0, "disk");
     let mut again = client(&trio, 0);
-    for (number, expected) in [(0, Content::Version(2)), (1, decided), (2, Content::Version(1))] {
+    for (number, expected) in [
+        (0, Content::Version(2)),
+        (1, decided),
+        (2, Content::Version(1)),
+    ] {
         assert_eq!(version(&mut again, number), expected);
     }
 }
@@ -98,8 +105,14 @@ fn cuts_of_every_kind_give_no_error() {
         ("to the head", vec![(one, head)]),
         ("between head and follower", vec![(head, one), (one, head)]),
         ("between followers", vec![(one, other), (other, one)]),
-        ("of a follower from etcd", vec![(one, Place::Outside), (Place::Outside, one)]),
-        ("of the head from etcd", vec![(head, Place::Outside), (Place::Outside, head)]),
+        (
+            "of a follower from etcd",
+            vec![(one, Place::Outside), (Place::Outside, one)],
+        ),
+        (
+            "of the head from etcd",
+            vec![(head, Place::Outside), (Place::Outside, head)],
+        ),
     ];
     let mut client = client(&trio, 0);
     let mut at = 1;

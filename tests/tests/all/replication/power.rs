@@ -26,9 +26,8 @@ fn image(node: &mut Node, name: &str) -> PathBuf {
 }
 
 fn copy(from: &Path, to: &Path) {
-    let _ = std::fs::remove_dir_all(to);
     Tool::new("cp")
-        .args(["-r", "--sparse=always", "--reflink=auto"])
+        .args(["--force", "--sparse=always", "--reflink=auto"])
         .arg(from)
         .arg(to)
         .succeed();
@@ -46,9 +45,7 @@ fn cut_power(node: &mut Node, disk: Option<&Path>) {
         }
     }
     if let Some(disk) = disk {
-        let store = node.daemon.store();
-        std::fs::remove_dir_all(&store).expect("removed");
-        copy(disk, &store);
+        copy(disk, &node.daemon.store());
     }
     let boot = node.daemon.scratch.join("boot_id");
     std::fs::write(&boot, format!("{}\n", uuid())).expect("a file");
@@ -129,7 +126,15 @@ fn clients_of_a_living_head_are_sent_away_when_all_copies_lost_power() {
         return;
     }
     let mut trio = Trio::start("power-head");
-    let options = ["volume", "create", "disk", "--size", "16MiB", "--replicas", "2"];
+    let options = [
+        "volume",
+        "create",
+        "disk",
+        "--size",
+        "16MiB",
+        "--replicas",
+        "2",
+    ];
     // The nodes that have no copy are known by their stores being empty.
     trio.create("warm", "1MiB");
     trio.nodes[0].daemon.admin().run(options);

@@ -50,7 +50,12 @@ fn strangers_learn_nothing_from_the_port_of_the_stores() {
     trio.create("disk", "64MiB");
     let address = trio.nodes[1].link_address();
     // In the clear: nothing, an HTTP request, and what looks like a message of ours. At most a TLS alert comes back.
-    for said in [&b""[..], b"GET / HTTP/1.0\r\n\r\n", &[0; 64], b"ASHL\x01\0\0\0"] {
+    for said in [
+        &b""[..],
+        b"GET / HTTP/1.0\r\n\r\n",
+        &[0; 64],
+        b"ASHL\x01\0\0\0",
+    ] {
         let mut socket = TcpStream::connect(&address).expect("connected");
         socket
             .set_read_timeout(Some(Duration::from_secs(20)))
@@ -100,7 +105,11 @@ fn strangers_learn_nothing_from_the_port_of_the_stores() {
     trio.nodes[0].daemon.admin().run(["node", "remove", &node]);
     ashlar_tests::wait::until(Duration::from_secs(30), "it is shut out", || {
         let became = shake_hands(&address, Some(&stolen), false);
-        if became == "open" { Err(became) } else { Ok(()) }
+        if became == "open" {
+            Err(became)
+        } else {
+            Ok(())
+        }
     });
 }
 

@@ -121,11 +121,7 @@ fn campaign(test: &str, blows: &[Blow], rounds: u32) {
 
 #[test]
 fn a_killed_head_loses_nothing_wherever_the_volume_goes() {
-    campaign(
-        "head-kill",
-        &[Blow::KillAndMove, Blow::KillAndReturn],
-        8,
-    );
+    campaign("head-kill", &[Blow::KillAndMove, Blow::KillAndReturn], 8);
 }
 
 #[test]
