@@ -50,6 +50,10 @@ tools_of() {
         echo "nbd-client nbd-client"
         echo "pgrep procps"
         echo "strip binutils"
+        echo "nsenter util-linux"
+        echo "unshare util-linux"
+        echo "ip iproute2"
+        echo "iptables iptables"
         echo "nbdfuse nbdfuse"
         # They bring what judges the manifests of deploy/, see install_manifest_tools.
         echo "npm npm"

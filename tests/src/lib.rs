@@ -17,6 +17,7 @@ pub mod http;
 pub mod ledger;
 pub mod log;
 pub mod nbd;
+pub mod network;
 pub mod pattern;
 pub mod process;
 pub mod reference;

@@ -40,9 +40,11 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
             |VolumeRuntime {
                  connections,
                  inflight_requests,
+                 resynced_bytes,
              }| admin::VolumeRuntime {
                 connections,
                 inflight_requests,
+                resynced_bytes,
             },
         ),
         ever_written: view.ever_written,

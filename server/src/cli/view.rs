@@ -73,6 +73,7 @@ pub(super) struct VolumeLimits {
 pub(super) struct VolumeRuntime {
     pub(super) connections: u32,
     pub(super) inflight_requests: u32,
+    pub(super) resynced_bytes: u64,
 }
 
 impl From<admin::Volume> for Volume {
@@ -117,6 +118,7 @@ impl From<admin::Volume> for Volume {
             runtime: volume.runtime.map(|runtime| VolumeRuntime {
                 connections: runtime.connections,
                 inflight_requests: runtime.inflight_requests,
+                resynced_bytes: runtime.resynced_bytes,
             }),
         }
     }

@@ -229,7 +229,10 @@ impl Volumes {
                 tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
             }
             ReplicationEvent::Stopped { volume, reason } => {
-                self.host.replication_ended(volume);
+                // A new head of this daemon may have begun before the end of the last one was told.
+                if self.host.replication(volume).await.is_some() {
+                    return;
+                }
                 let text = match reason {
                     StopReason::Closed => "it was closed".to_owned(),
                     StopReason::Fenced { .. } => {

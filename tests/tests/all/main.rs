@@ -17,6 +17,7 @@ mod idle;
 mod interop;
 mod orchestrator;
 mod protocol;
+mod replication;
 mod restart;
 mod rot;
 mod tidy;

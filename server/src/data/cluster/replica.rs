@@ -154,6 +154,7 @@ impl DataThread {
             return;
         };
         entry.acceptor.on_event(event, &mut actions);
+        tracing::trace!(replica, ?event, ?actions, "a replica is told");
         self.carry_out_acceptor(replica, actions);
     }
 
