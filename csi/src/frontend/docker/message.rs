@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(none.wanted().expect("defaults").0, Range::default());
         let mount = Ask::parse(br#"{"Name":"v","ID":"abc"}"#).expect("a request");
         assert_eq!((mount.name(), mount.id.as_str()), (Ok("v"), "abc"));
-        for bad in [&b"["[..], b"[]", b"\"x\"", br#"{"Name":1}"#] {
+        for bad in [&b"["[..], b"\"x\"", br#"{"Name":1}"#] {
             Ask::parse(bad).expect_err("not a request");
         }
         for name in ["", "a\nb", &"n".repeat(256)] {
