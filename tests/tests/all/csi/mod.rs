@@ -2,8 +2,6 @@
 //! that nothing is lost or left behind.
 
 mod crowd;
-mod docker;
-mod flexvolume;
 mod formatting;
 mod killed;
 mod lifecycle;
