@@ -54,6 +54,7 @@ impl Engine {
             ))
             .arg("--state-dir")
             .arg(self.driver.state_dir())
+            .args(["--unstage-patience", "2"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
@@ -95,7 +96,11 @@ impl Engine {
         let (code, kind, answer) = self
             .post(&format!("VolumeDriver.{call}"), &body.to_string())
             .expect("answered");
-        assert_eq!((code, kind.as_str()), (200, "application/vnd.docker.plugins.v1+json"), "{call} {body}: {answer}");
+        assert_eq!(
+            (code, kind.as_str()),
+            (200, "application/vnd.docker.plugins.v1+json"),
+            "{call} {body}: {answer}"
+        );
         let answer: Value = serde_json::from_str(&answer).expect("JSON");
         assert_eq!(answer["Err"], "", "{call} {body}");
         answer
@@ -150,7 +155,10 @@ fn is_mounted(path: &Path) -> bool {
 fn a_volume_from_create_to_remove() {
     let engine = Engine::new("docker-calls");
     let (code, kind, body) = engine.post("Plugin.Activate", "").expect("answered");
-    assert_eq!((code, body.as_str()), (200, r#"{"Implements":["VolumeDriver"],"Err":""}"#));
+    assert_eq!(
+        (code, body.as_str()),
+        (200, r#"{"Implements":["VolumeDriver"],"Err":""}"#)
+    );
     assert_eq!(kind, "application/vnd.docker.plugins.v1+json");
     assert_eq!(
         engine.call("Capabilities", &json!({})),
@@ -162,13 +170,19 @@ fn a_volume_from_create_to_remove() {
     let create = json!({"Name": "My_Data", "Opts": {"size": "64MiB", "filesystem": "ext4"}});
     assert_eq!(engine.call("Create", &create), json!({"Err": ""}));
     engine.call("Create", &create);
-    engine.refused("Create", &json!({"Name": "My_Data", "Opts": {"size": "2g"}}));
+    engine.refused(
+        "Create",
+        &json!({"Name": "My_Data", "Opts": {"size": "2g"}}),
+    );
     let get = engine.call("Get", &json!({"Name": "My_Data"}));
     assert_eq!(get["Volume"]["Name"], "My_Data");
     assert_eq!(get["Volume"]["Mountpoint"], "");
     assert_eq!(get["Volume"]["Status"]["sizeBytes"], 64 << 20);
     assert_eq!(engine.path("My_Data"), "");
-    assert_eq!(engine.call("List", &json!({}))["Volumes"][0]["Name"], "My_Data");
+    assert_eq!(
+        engine.call("List", &json!({}))["Volumes"][0]["Name"],
+        "My_Data"
+    );
 
     let point = engine.mount("My_Data", "c1");
     assert_eq!(engine.path("My_Data"), point.to_str().expect("text"));
@@ -189,7 +203,10 @@ fn a_volume_from_create_to_remove() {
     // What Docker did not make, it can use and not remove.
     engine.driver.daemon.create("foreign", "64MiB");
     engine.mount("foreign", "c1");
-    assert_eq!(engine.call("List", &json!({}))["Volumes"][0]["Name"], "foreign");
+    assert_eq!(
+        engine.call("List", &json!({}))["Volumes"][0]["Name"],
+        "foreign"
+    );
     engine.unmount("foreign", "c1");
     assert_eq!(engine.call("List", &json!({}))["Volumes"], json!([]));
     let refused = engine.refused("Remove", &json!({"Name": "foreign"}));
@@ -217,10 +234,17 @@ fn two_containers_share_a_volume_over_a_restart_of_the_plugin() {
     let (first, second) = std::thread::scope(|threads| {
         let first = threads.spawn(|| engine.mount("v", "c1"));
         let second = threads.spawn(|| engine.mount("v", "c2"));
-        (first.join().expect("mounted"), second.join().expect("mounted"))
+        (
+            first.join().expect("mounted"),
+            second.join().expect("mounted"),
+        )
     });
     assert_eq!(first, second);
-    assert_eq!(engine.mount("v", "c2"), first, "the same id again is no one more");
+    assert_eq!(
+        engine.mount("v", "c2"),
+        first,
+        "the same id again is no one more"
+    );
     fs::write(first.join("kept"), b"data").expect("written");
     engine.unmount("v", "c1");
     assert_eq!(fs::read(first.join("kept")).expect("read"), b"data");
@@ -237,6 +261,19 @@ fn two_containers_share_a_volume_over_a_restart_of_the_plugin() {
     engine.unmount("v", "c3");
     assert!(!is_mounted(&first));
     assert_eq!(engine.driver.leftovers(), Vec::<String>::new());
+
+    // Without the daemon: unmounted all the same, and given back when it is there again.
+    engine.mount("v", "c5");
+    engine.driver.daemon.kill();
+    engine.unmount("v", "c5");
+    assert!(!is_mounted(&first));
+    assert_eq!(engine.driver.leftovers(), Vec::<String>::new());
+    engine.driver.daemon.start();
+    wait::until(Duration::from_secs(120), "the volume is given back", || {
+        let get = engine.call("Get", &json!({"Name": "v"}));
+        let users = &get["Volume"]["Status"]["publishedTo"];
+        (users == &json!([])).then_some(()).ok_or(users.to_string())
+    });
 
     // What nobody is recorded to use goes when the plugin starts: it was killed between a mount and its record.
     engine.mount("v", "c4");

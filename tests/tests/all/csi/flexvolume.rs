@@ -113,7 +113,10 @@ fn each_command_answers_exactly() {
             .arg("flexvolume")
             .args(call)
             .run();
-        assert_eq!((finished.stdout.as_str(), finished.stderr.as_str()), (NOT_SUPPORTED, ""));
+        assert_eq!(
+            (finished.stdout.as_str(), finished.stderr.as_str()),
+            (NOT_SUPPORTED, "")
+        );
         assert!(!finished.status.success());
     }
     let large = (128u64 << 20).to_string();
@@ -188,7 +191,11 @@ fn what_cannot_be_mounted_is_said_and_leaves_nothing() {
     assert_eq!(kubelet.driver.leftovers(), Vec::<String>::new());
     // After all that it can be mounted, and the daemon tells who has it.
     kubelet.mount(Path::new(&directory), &options("small", "", "rw"));
-    let volume = kubelet.driver.daemon.admin().run(["volume", "show", "small"]);
+    let volume = kubelet
+        .driver
+        .daemon
+        .admin()
+        .run(["volume", "show", "small"]);
     assert!(volume.contains("node-f"), "{volume}");
     kubelet.succeeds(&["unmount", &directory]);
     assert_eq!(kubelet.driver.leftovers(), Vec::<String>::new());
