@@ -20,7 +20,7 @@ use crate::daemon::{Daemon, Volume};
 use crate::mountinfo::Mounts;
 use crate::node::{Node, PublishRequest, StageRequest};
 use crate::paths;
-use crate::refusal::Refusal;
+use crate::refusal::{Class, Refusal};
 use crate::run::{Arguments, node_id, open_node};
 
 /// A machine that takes, mounts and gives back volumes by itself; cheap to clone.
@@ -53,12 +53,45 @@ impl Host {
             .recursive(true)
             .mode(0o700)
             .create(&staging)?;
-        Ok(Host {
+        let host = Host {
             node,
             controller: Controller::new(daemon, 0),
             node_id: node_id(arguments, suffix)?,
             staging,
-        })
+        };
+        if let Err(error) = host.settle().await {
+            tracing::warn!(%error, "volumes that are not used here any more could not be given back yet");
+        }
+        Ok(host)
+    }
+
+    /// Gives back what was taken and is not held any more: the daemon was away, or the machine restarted. A staging
+    /// directory stands for a volume that was taken.
+    pub async fn settle(&self) -> Result<(), Refusal> {
+        let failed =
+            |error: std::io::Error| Refusal::internal(format!("listing the stagings: {error}"));
+        for entry in std::fs::read_dir(&self.staging).map_err(failed)?.flatten() {
+            let name = entry.file_name();
+            let Some(volume) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let Ok(_turn) = self.node.turns().begin(&format!("{volume}")) else {
+                continue;
+            };
+            if self.node.held_volume(volume)?.is_none() {
+                self.controller
+                    .unpublish(volume, Some(&self.node_id))
+                    .await?;
+                self.forget(volume)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&self, volume: Uuid) -> Result<(), Refusal> {
+        let staging = self.staging.join(volume.to_string());
+        paths::remove(&staging)
+            .map_err(|error| Refusal::internal(format!("removing {}: {error}", staging.display())))
     }
 
     /// The node's operations.
@@ -136,11 +169,14 @@ impl Host {
             .daemon()
             .register(&self.node_id, &BTreeMap::new())
             .await?;
+        let staging = self.staging.join(volume.id.to_string());
+        paths::make_directory(&staging)
+            .and_then(|()| std::fs::File::open(&self.staging)?.sync_all())
+            .map_err(|error| Refusal::internal(format!("making {}: {error}", staging.display())))?;
         let export = self
             .controller
             .publish(volume.id, &self.node_id, capability.mode, false)
             .await?;
-        let staging = self.staging.join(volume.id.to_string());
         let stage = StageRequest {
             export,
             staging,
@@ -179,11 +215,16 @@ impl Host {
             }
         }
         self.node.unstage(volume, &staging).await?;
-        paths::remove(&staging).map_err(|error| {
-            Refusal::internal(format!("removing {}: {error}", staging.display()))
-        })?;
-        // Fencing what no device of ours uses any more. Without the daemon the volume stays this node's, which takes it
-        // again or gives it back the next time.
-        self.controller.unpublish(volume, Some(&self.node_id)).await
+        // Fencing what no device of ours uses any more.
+        match self.controller.unpublish(volume, Some(&self.node_id)).await {
+            Ok(()) => self.forget(volume),
+            Err(refusal)
+                if matches!(refusal.class, Class::Unavailable | Class::DeadlineExceeded) =>
+            {
+                tracing::warn!(volume = %volume, %refusal, "the volume is given back when the daemon answers");
+                Ok(())
+            }
+            Err(refusal) => Err(refusal),
+        }
     }
 }

@@ -44,6 +44,8 @@ const NODE_SUFFIX: &str = ".docker";
 /// ask again.
 const TURN_LIMIT: Duration = Duration::from_secs(100);
 const TURN_RETRY: Duration = Duration::from_millis(50);
+/// Between two attempts to give back volumes that are not used here any more.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(30);
 /// Marks the volumes that were made here, in the claim part of a volume's annotations.
 const ORIGIN_KEY: &str = "created-by";
 const ORIGIN: &str = "docker";
@@ -104,6 +106,15 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
         mounts,
     };
     plugin.clear_up().await;
+    let host = plugin.host.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(SETTLE_INTERVAL).await;
+            if let Err(error) = host.settle().await {
+                tracing::debug!(%error, "volumes could not be given back yet");
+            }
+        }
+    });
     let app = Router::new()
         .route("/{call}", post(answer))
         .with_state(plugin);
@@ -280,22 +291,24 @@ impl Plugin {
             .await?;
         // Only now: after a crash before this, the mount has no users and goes on the next start.
         ids.insert(ask.id.clone());
-        self.users.set(volume.id, ids)?;
+        self.users.set(volume.id, ask.name()?, ids)?;
         Ok(Answer::mountpoint(target.display().to_string()))
     }
 
     async fn unmount(&self, ask: &Ask) -> Result<Answer, Refusal> {
-        let volume = self.find(ask.name()?).await?;
-        let _turn = self.turn(volume.id).await?;
-        let mut ids = self.users.of(volume.id)?;
+        // The daemon may be away.
+        let volume = match self.users.volume_of(ask.name()?) {
+            Some(volume) => volume,
+            None => self.find(ask.name()?).await?.id,
+        };
+        let _turn = self.turn(volume).await?;
+        let mut ids = self.users.of(volume)?;
         if ids.remove(&ask.id) {
             // Before the unmounting: the engine may not ask again, and the next start ends what this did not.
-            self.users.set(volume.id, ids.clone())?;
+            self.users.set(volume, ask.name()?, ids.clone())?;
         }
         if ids.is_empty() {
-            self.host
-                .take_down(volume.id, &self.target(volume.id))
-                .await?;
+            self.host.take_down(volume, &self.target(volume)).await?;
         }
         Ok(Answer::default())
     }

@@ -26,6 +26,8 @@ struct Record {
     version: u32,
     /// No container outlives the machine's run.
     boot_id: String,
+    /// What the engine calls the volume.
+    name: String,
     ids: BTreeSet<String>,
 }
 
@@ -41,6 +43,19 @@ impl Users {
 
     fn path(&self, volume: Uuid) -> PathBuf {
         self.directory.join(format!("{volume}.json"))
+    }
+
+    /// The volume that users have under `name`, without asking the daemon.
+    pub fn volume_of(&self, name: &str) -> Option<Uuid> {
+        let entries = fs::read_dir(&self.directory).ok()?;
+        entries.flatten().find_map(|entry| {
+            let path = entry.path();
+            let volume = path.file_stem()?.to_str()?.parse().ok()?;
+            let record: Record = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
+            let is_it =
+                record.version == VERSION && record.boot_id == self.boot_id && record.name == name;
+            is_it.then_some(volume)
+        })
     }
 
     /// The ids of a volume's users. A file that makes no sense is an error: taking it for none would unmount a volume
@@ -69,13 +84,13 @@ impl Users {
     }
 
     /// Remembers the ids of a volume's users; durable when this returns.
-    pub fn set(&self, volume: Uuid, ids: BTreeSet<String>) -> Result<(), Refusal> {
+    pub fn set(&self, volume: Uuid, name: &str, ids: BTreeSet<String>) -> Result<(), Refusal> {
         let path = self.path(volume);
-        self.replace(&path, ids)
+        self.replace(&path, name, ids)
             .map_err(|error| Refusal::internal(format!("writing {}: {error}", path.display())))
     }
 
-    fn replace(&self, path: &Path, ids: BTreeSet<String>) -> io::Result<()> {
+    fn replace(&self, path: &Path, name: &str, ids: BTreeSet<String>) -> io::Result<()> {
         if ids.is_empty() {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -92,6 +107,7 @@ impl Users {
             let record = Record {
                 version: VERSION,
                 boot_id: self.boot_id.clone(),
+                name: name.to_owned(),
                 ids,
             };
             serde_json::to_writer(&mut file, &record)?;
@@ -116,14 +132,19 @@ mod tests {
         let (users, volume) = (open("one"), Uuid::from_u128(7));
         assert_eq!(users.of(volume), Ok(BTreeSet::new()));
         let ids = BTreeSet::from(["a".to_owned(), "b".to_owned()]);
-        users.set(volume, ids.clone()).expect("set");
+        users.set(volume, "v", ids.clone()).expect("set");
         assert_eq!(open("one").of(volume), Ok(ids));
+        assert_eq!(open("one").volume_of("v"), Some(volume));
+        assert_eq!(open("one").volume_of("w"), None);
+        assert_eq!(open("two").volume_of("v"), None);
         assert_eq!(open("two").of(volume), Ok(BTreeSet::new()));
         let path = scratch.path().join("users").join(format!("{volume}.json"));
         fs::write(&path, b"{\"version\":1").expect("written");
         users.of(volume).expect_err("half a file is not no users");
-        users.set(volume, BTreeSet::new()).expect("set");
+        users.set(volume, "v", BTreeSet::new()).expect("set");
         assert!(!path.exists());
-        users.set(volume, BTreeSet::new()).expect("gone already");
+        users
+            .set(volume, "v", BTreeSet::new())
+            .expect("gone already");
     }
 }
