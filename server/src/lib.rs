@@ -11,6 +11,7 @@ pub mod data;
 pub mod directory;
 pub mod engine;
 pub mod http;
+mod mapping;
 pub mod meta;
 pub mod metrics;
 pub mod nbd;
