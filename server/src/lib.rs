@@ -12,6 +12,7 @@ pub mod directory;
 pub mod engine;
 pub mod http;
 pub mod identity;
+mod mapping;
 pub mod meta;
 pub mod metrics;
 pub mod nbd;

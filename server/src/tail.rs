@@ -11,12 +11,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ashlar_core::units::StoreId;
-use memmap2::{MmapMut, MmapOptions};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::config::ByteCount;
 use crate::directory::DirectoryProblem;
+use crate::mapping::Mapping;
 
 /// `statfs.f_type` of tmpfs, from <linux/magic.h>.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -24,7 +24,7 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// A mapped tail, locked for this process.
 #[derive(Debug)]
 pub struct TailFile {
-    map: MmapMut,
+    map: Mapping,
     path: PathBuf,
     /// True when the file was made by this call and holds zeros.
     created: bool,
@@ -268,10 +268,14 @@ fn lock(file: &File, path: &Path) -> Result<(), TailError> {
     }
 }
 
-fn map(file: &File, bytes: u64) -> io::Result<MmapMut> {
+fn map(file: &File, bytes: u64) -> io::Result<Mapping> {
     let len = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: the file is ours alone: mode 0600, this user's, locked, and no code of ours truncates it.
-    unsafe { MmapOptions::new().len(len).populate().map_mut(file) }
+    let mut map = unsafe { Mapping::of(file, len)? };
+    if let Err(error) = map.use_large_pages() {
+        tracing::debug!(%error, "the tail does not lie in large pages");
+    }
+    Ok(map)
 }
 
 pub(crate) fn is_tmpfs(dir: impl AsRef<Path>) -> bool {

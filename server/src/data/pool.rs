@@ -2,8 +2,11 @@
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use ashlar_core::units::BLOCK_BYTES;
+
+use crate::mapping::LARGE_PAGE_BYTES;
 
 /// Smallest and largest size class that is kept: 4 KiB to 1 MiB by doublings. Larger buffers are rare (a client that
 /// sends requests of many MiB) and go back to the allocator.
@@ -16,6 +19,44 @@ const LARGEST_KEPT: usize = 1 << (SMALLEST_SHIFT as usize + CLASSES - 1);
 pub(super) struct Buffer {
     start: NonNull<u8>,
     capacity: usize,
+    /// What it is a part of; `None` when it is an allocation of its own.
+    slab: Option<Arc<Slab>>,
+}
+
+/// Buffers from here on are cut from slabs: a disk takes each page that lies apart as a piece of its own, and virtual
+/// disks take few pieces at a time.
+const SLAB_SHARE_BYTES: usize = 64 << 10;
+/// Of the size and alignment of a large page.
+const SLAB: Layout = match Layout::from_size_align(LARGE_PAGE_BYTES, LARGE_PAGE_BYTES) {
+    Ok(layout) => layout,
+    Err(_) => panic!("a power of two"),
+};
+
+/// Memory of which several buffers are parts.
+struct Slab(NonNull<u8>);
+
+// SAFETY: a slab owns its memory, which is reached only through buffers whose ranges do not overlap.
+unsafe impl Send for Slab {}
+// SAFETY: as above.
+unsafe impl Sync for Slab {}
+
+impl Slab {
+    fn new() -> Slab {
+        // SAFETY: the layout has a size.
+        let start = unsafe { alloc(SLAB) };
+        let slab = Slab(NonNull::new(start).unwrap_or_else(|| handle_alloc_error(SLAB)));
+        // Without large pages it is memory like any other.
+        // SAFETY: the memory just allocated, whose contents do not matter.
+        unsafe { libc::madvise(start.cast(), SLAB.size(), libc::MADV_HUGEPAGE) };
+        slab
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` with this layout.
+        unsafe { dealloc(self.0.as_ptr(), SLAB) };
+    }
 }
 
 // SAFETY: a buffer owns its memory.
@@ -29,7 +70,19 @@ impl Buffer {
         Buffer {
             start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)),
             capacity,
+            slab: None,
         }
+    }
+
+    /// Buffers of `capacity`, a power of two, that together make up a slab.
+    fn share_slab(capacity: usize) -> impl Iterator<Item = Buffer> {
+        let slab = Arc::new(Slab::new());
+        (0..SLAB.size()).step_by(capacity).map(move |at| Buffer {
+            // SAFETY: inside the slab.
+            start: unsafe { slab.0.add(at) },
+            capacity,
+            slab: Some(Arc::clone(&slab)),
+        })
     }
 
     fn layout(capacity: usize) -> Layout {
@@ -91,8 +144,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new` with this layout.
-        unsafe { dealloc(self.start.as_ptr(), Buffer::layout(self.capacity)) };
+        if self.slab.is_none() {
+            // SAFETY: allocated by `new` with this layout.
+            unsafe { dealloc(self.start.as_ptr(), Buffer::layout(self.capacity)) };
+        }
     }
 }
 
@@ -125,13 +180,29 @@ impl Pool {
                     self.free_bytes -= buffer.capacity;
                     buffer
                 }
-                None => Buffer::new(1 << (SMALLEST_SHIFT as usize + class)),
+                None => self.make(class),
             }
         } else {
             Buffer::new(len.next_multiple_of(BLOCK_BYTES))
         };
         self.lent_bytes += buffer.capacity;
         buffer
+    }
+
+    /// A new buffer of a class. Those that share its slab are free from now on, beyond what is kept if need be: they
+    /// cost nothing while the one is in use.
+    fn make(&mut self, class: usize) -> Buffer {
+        let capacity = 1 << (SMALLEST_SHIFT as usize + class);
+        if capacity < SLAB_SHARE_BYTES {
+            return Buffer::new(capacity);
+        }
+        let mut buffers = Buffer::share_slab(capacity);
+        let first = buffers.next().expect("a slab holds at least one");
+        for buffer in buffers {
+            self.free_bytes += capacity;
+            self.free[class].push(buffer);
+        }
+        first
     }
 
     /// Takes a buffer back.
@@ -191,10 +262,10 @@ mod tests {
             pool.give(buffer);
         }
         assert_eq!(pool.lent_bytes(), 0);
-        // The last one was too large to keep, the first three were one and the same.
-        assert_eq!(pool.free_bytes, 4096 + 8192 + (1 << 20));
+        // The last one was too large to keep, the first three were one and the same, and a slab holds two of the largest.
+        assert_eq!(pool.free_bytes, 4096 + 8192 + (2 << 20));
         let again = pool.take(100);
-        assert_eq!(pool.free_bytes, 8192 + (1 << 20));
+        assert_eq!(pool.free_bytes, 8192 + (2 << 20));
         pool.give(again);
         let many: Vec<_> = (0..8).map(|_| pool.take(1 << 20)).collect();
         many.into_iter().for_each(|b| pool.give(b));

@@ -173,6 +173,11 @@ impl Receiver {
         self.has_bytes() || self.stashed > 0 || self.incoming.is_some() || self.discard > 0
     }
 
+    /// Whether the first part of a request is here whose rest is short.
+    pub(super) fn is_mid_small_request(&self) -> bool {
+        (self.has_bytes() || self.stashed > 0) && self.incoming.is_none() && !self.expects_large
+    }
+
     /// Whether a payload is being received into a buffer of its own.
     pub(super) fn is_mid_payload(&self) -> bool {
         self.incoming.is_some()

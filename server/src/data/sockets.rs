@@ -1,6 +1,6 @@
 //! The sockets of a data thread: receiving, sending, pausing and ending connections.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::connection::Phase;
 use super::operation::Payload;
@@ -13,6 +13,8 @@ const TURN_BYTES: usize = 1 << 20;
 const HELD_RECEIVE_BUFFERS: usize = 32;
 /// How often such connections are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
+/// How long the rest of a request that came in part is looked for: clients send a header and what follows it by two calls.
+const REST: Duration = Duration::from_micros(4);
 /// A request this small is let in even when the daemon's buffers are all lent, so that no client is starved by others.
 const ALWAYS_ADMITTED_BYTES: usize = 64 << 10;
 
@@ -84,11 +86,20 @@ impl DataThread {
             return;
         }
         let mut left = TURN_BYTES;
+        let mut rest_until = None;
         loop {
             if !self.take_requests(key) {
                 return;
             }
             let connection = &mut self.connections[key as usize];
+            // The rest of a request whose first part came by itself is on its way.
+            if !connection.readable
+                && connection.receiver.is_mid_small_request()
+                && self.rest.tries()
+            {
+                connection.readable = true;
+                rest_until = Some(Instant::now() + REST);
+            }
             // A drain finishes what was received and receives no more.
             if !connection.readable || connection.phase != Phase::Open || self.drain.is_some() {
                 break;
@@ -114,8 +125,19 @@ impl DataThread {
                     if drained && !connection.hang_up {
                         connection.readable = false;
                     }
+                    if rest_until.take().is_some() {
+                        self.rest.learn(true);
+                    }
                 }
-                Ok(Received::WouldBlock) => connection.readable = false,
+                Ok(Received::WouldBlock) => match rest_until {
+                    Some(until) if Instant::now() < until => {}
+                    Some(_) => {
+                        self.rest.learn(false);
+                        connection.readable = false;
+                        break;
+                    }
+                    None => connection.readable = false,
+                },
                 Ok(Received::End) => {
                     connection.readable = false;
                     if connection.receiver.is_mid_request() {
@@ -315,6 +337,9 @@ impl DataThread {
     /// One `sendmsg` for each connection with something to send.
     pub(super) fn send_dirty(&mut self) {
         let mut dirty = std::mem::take(&mut self.dirty);
+        if let Some(&first) = dirty.first() {
+            self.hot = (dirty.len() == 1).then_some(first);
+        }
         for key in dirty.drain(..) {
             let Some(connection) = self.connections.get_mut(key as usize) else {
                 continue;

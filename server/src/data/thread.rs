@@ -23,6 +23,7 @@ use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
 use super::fence::Fence;
 use super::gate::{Gate, Held};
+use super::habit::Habit;
 use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -136,9 +137,29 @@ pub(super) struct Drain {
     pub(super) closing: Option<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
 }
 
-/// After answers from memory a look lasts this many times longer: both sides of such a client's every operation are
-/// wake-ups, and on an otherwise idle processor each costs as much as the look.
+/// After a single answer from memory a look lasts this many times longer: both sides of such a client's every operation
+/// are wake-ups, and on an otherwise idle processor each costs as much as the look.
 const AFTER_MEMORY: u32 = 5;
+
+/// What was answered in a turn, as far as it tells how soon a client comes back.
+#[derive(Clone, Copy)]
+enum Answered {
+    /// Something that a disk gave.
+    ByDisk,
+    /// One request, from memory: its client waits for nothing else.
+    Alone,
+    /// Several, from memory: their clients are busy with sending, and lose little by our sleep.
+    Several,
+}
+
+/// Times a look asks whether there is something before it reads the clock.
+const ASKS: u32 = 16;
+
+/// A look before sleep that found something, or what may be something.
+struct Look {
+    until: Instant,
+    took: Duration,
+}
 
 /// Bytes of ended reads that are answered before they are sent: the client begins while we go on.
 const ANSWER_BYTES: usize = 8 * BLOCK_BYTES;
@@ -185,12 +206,18 @@ pub(super) struct DataThread {
     pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
-    /// One for answers that a disk gave, and one for those from memory, whose clients come back sooner.
-    spin_after_disk: Spin,
-    spin_after_memory: Spin,
-    after_disk: bool,
+    /// What each kind of answer has taught about looking again.
+    spins: [Spin; 3],
+    /// The kind sent last.
+    answered: Answered,
     disk_answered: bool,
     spin_until: Option<Instant>,
+    /// The look before sleep that ended in this turn.
+    look: Option<Look>,
+    /// Whether the rest of a request follows at once.
+    pub(super) rest: Habit,
+    /// The one connection that was answered last; none when there were several.
+    pub(super) hot: Option<u32>,
     pub(super) halves: Halves,
     /// Reads that the disks have not ended.
     pub(super) reads_under_way: usize,
@@ -250,11 +277,13 @@ impl DataThread {
             born: now,
             actions: Vec::new(),
             events: Vec::new(),
-            spin_after_disk: Spin::new(parts.spin),
-            spin_after_memory: Spin::new(parts.spin * AFTER_MEMORY),
-            after_disk: false,
+            spins: [1, AFTER_MEMORY, 1].map(|times| Spin::new(parts.spin * times)),
+            answered: Answered::ByDisk,
             disk_answered: false,
             spin_until: None,
+            look: None,
+            rest: Habit::default(),
+            hot: None,
             halves: Halves::default(),
             reads_under_way: 0,
             next_sweep: None,
@@ -319,19 +348,35 @@ impl DataThread {
         if let Some(held_until) = self.halves.deadline(self.now) {
             return self.engine.wait(Some(held_until), events);
         }
+        self.engine.work_here(events)?;
+        if !events.is_empty() {
+            return Ok(());
+        }
         if let Some(until) = self.spin_until.take() {
             let begun = Instant::now();
-            loop {
-                // A deadline that has passed: looks and does not block.
-                self.engine.wait(Some(begun), events)?;
-                let now = Instant::now();
-                if !events.is_empty() {
-                    self.spin().learn(Some(now - begun));
-                    return Ok(());
+            // A deadline that has passed: looks and does not block.
+            self.engine.wait(Some(begun), events)?;
+            let mut now = begun;
+            while events.is_empty() && now < until {
+                if (0..ASKS).any(|_| {
+                    std::hint::spin_loop();
+                    self.engine.may_have_events()
+                }) {
+                    // It is almost always the one just answered: look there without asking the engine first.
+                    match self.hot {
+                        Some(token) => events.push(Event::Readable {
+                            token,
+                            hang_up: false,
+                        }),
+                        None => self.engine.wait(Some(begun), events)?,
+                    }
                 }
-                if now >= until {
-                    break;
-                }
+                now = Instant::now();
+            }
+            if !events.is_empty() {
+                let took = now - begun;
+                self.look = Some(Look { until, took });
+                return Ok(());
             }
             self.spin().learn(None);
         }
@@ -341,16 +386,13 @@ impl DataThread {
 
     /// The habit that answers like those sent last have taught.
     fn spin(&mut self) -> &mut Spin {
-        if self.after_disk {
-            &mut self.spin_after_disk
-        } else {
-            &mut self.spin_after_memory
-        }
+        &mut self.spins[self.answered as usize]
     }
 
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
-        self.after_disk = std::mem::take(&mut self.disk_answered);
+        let received = self.metrics.received_bytes.get();
+        let requests = self.metrics.requests.get();
         self.serve_links();
         if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
             self.end_holds();
@@ -358,6 +400,24 @@ impl DataThread {
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
+        }
+        let came = self.disk_answered || self.metrics.received_bytes.get() != received;
+        match self.look.take() {
+            // What it found had been taken already: it goes on.
+            Some(look) if !came => self.spin_until = Some(look.until),
+            Some(look) => self.spin().learn(Some(look.took)),
+            None => {}
+        }
+        // Answers from memory are short, and who waits for them waits for nothing else.
+        if !self.disk_answered {
+            self.send_dirty();
+        }
+        if came {
+            self.answered = match self.metrics.requests.get() - requests {
+                _ if std::mem::take(&mut self.disk_answered) => Answered::ByDisk,
+                0 | 1 => Answered::Alone,
+                _ => Answered::Several,
+            };
         }
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();

@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::FileId;
 
 /// Weight of one measurement: an average over about the last eight.
@@ -22,7 +24,12 @@ pub(super) enum Way {
     Flagged,
     /// A write and a data sync linked behind it.
     Linked,
+    /// One write with RWF_DSYNC by the data thread itself, which sleeps meanwhile.
+    Here,
 }
+
+/// A disk on which a write by the data thread itself takes longer is not waited for.
+const HERE_NS: u64 = 500_000;
 
 /// See the module text.
 #[derive(Debug, Default)]
@@ -32,16 +39,20 @@ pub(super) struct Durable(Vec<OfFile>);
 #[derive(Clone, Debug, Default)]
 struct OfFile {
     /// Average time of each way in nanoseconds; 0 before the first.
-    average: [u64; 2],
+    average: [u64; 3],
     since_other: u32,
+    /// Writes that went another way, to give each its turn.
+    others: u32,
     /// The kernel or the file system does not take the flag.
     only_linked: bool,
 }
 
 impl Durable {
     /// The way for the next write to a file.
-    pub(super) fn choose(&mut self, file: FileId) -> Way {
-        self.of(file).choose()
+    ///
+    /// `alone`: nothing else is under way and nobody else is served by this thread, so that it may wait for the disk.
+    pub(super) fn choose(&mut self, file: FileId, alone: bool) -> Way {
+        self.of(file).choose(alone)
     }
 
     /// A write to a file that went this way took so long.
@@ -64,27 +75,30 @@ impl Durable {
 }
 
 impl OfFile {
-    fn choose(&mut self) -> Way {
+    fn choose(&mut self, alone: bool) -> Way {
         if self.only_linked {
             return Way::Linked;
         }
-        let [flagged, linked] = self.average;
-        let (best, other, times) = if flagged <= linked {
-            (Way::Flagged, Way::Linked, linked / flagged.max(1))
-        } else {
-            (Way::Linked, Way::Flagged, flagged / linked.max(1))
-        };
+        let took = |way: &Way| self.average[*way as usize];
+        let mut ways: SmallVec<[Way; 3]> = SmallVec::from_slice(&[Way::Flagged, Way::Linked]);
+        if alone && took(&Way::Here) < HERE_NS {
+            ways.push(Way::Here);
+        }
+        // A way not measured yet counts as the best.
+        ways.sort_by_key(took);
+        let best = ways[0];
+        let other = ways[1 + self.others as usize % (ways.len() - 1)];
         self.since_other += 1;
-        let every = if times >= 2 {
+        let every = if took(&other) / took(&best).max(1) >= 2 {
             TRY_MUCH_SLOWER
         } else {
             TRY_OTHER
         };
-        // A way not measured yet counts as the best.
-        if self.since_other < every || flagged.min(linked) == 0 {
+        if self.since_other < every || took(&best) == 0 {
             return best;
         }
         self.since_other = 0;
+        self.others = self.others.wrapping_add(1);
         other
     }
 
@@ -117,10 +131,11 @@ mod tests {
 
     /// One write, which takes as long as its way does.
     fn write(durable: &mut Durable, file: FileId, flagged_us: u64, linked_us: u64) -> Way {
-        let way = durable.choose(file);
+        let way = durable.choose(file, false);
         let took_us = match way {
             Way::Flagged => flagged_us,
             Way::Linked => linked_us,
+            Way::Here => unreachable!("not alone"),
         };
         durable.learn(file, way, Duration::from_micros(took_us));
         way
@@ -141,13 +156,30 @@ mod tests {
     }
 
     #[test]
+    fn the_thread_itself_writes_only_alone_and_to_a_fast_disk() {
+        let run = |durable: &mut Durable, alone: bool, here_us: u64| {
+            (0..2000)
+                .filter(|_| {
+                    let way = durable.choose(FILE, alone);
+                    let took_us = if way == Way::Here { here_us } else { 2000 };
+                    durable.learn(FILE, way, Duration::from_micros(took_us));
+                    way == Way::Here
+                })
+                .count()
+        };
+        assert_eq!(run(&mut Durable::default(), false, 100), 0);
+        assert!(run(&mut Durable::default(), true, 100) > 1900);
+        assert!(run(&mut Durable::default(), true, 1000) < 10);
+    }
+
+    #[test]
     fn a_refused_flag_is_not_tried_again_for_that_file() {
         let mut durable = Durable::default();
-        assert_eq!(durable.choose(FILE), Way::Flagged);
+        assert_eq!(durable.choose(FILE, false), Way::Flagged);
         durable.refuse_flag(FILE);
         assert_eq!(share_of_flagged(&mut durable, 1, 1000), 0);
         // Another file has another file system.
-        assert_eq!(durable.choose(OTHER), Way::Flagged);
+        assert_eq!(durable.choose(OTHER, false), Way::Flagged);
         assert!(share_of(&mut durable, OTHER, 100, 150) > 1900);
         assert_eq!(share_of_flagged(&mut durable, 1, 1000), 0);
     }

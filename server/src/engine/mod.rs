@@ -105,6 +105,12 @@ pub trait Engine {
     /// Has the kernel begin what was submitted, where the engine would otherwise do so when it waits next.
     fn begin_queued(&mut self) {}
 
+    /// Carries out, sleeping meanwhile, what is done soonest by the calling thread itself. For when nothing is left to
+    /// do but wait; what ended is appended to `out`.
+    fn work_here(&mut self, _out: &mut Vec<Event>) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Hands a file to the engine, which closes it when dropped. `direct` says whether it takes O_DIRECT.
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId>;
 
@@ -138,6 +144,11 @@ pub trait Engine {
 
     /// A handle other threads use to end a wait.
     fn waker(&self) -> Waker;
+
+    /// Whether a wait now may find something. Costs no system call; an engine that cannot tell says yes.
+    fn may_have_events(&mut self) -> bool {
+        true
+    }
 
     /// Submits what is queued and waits for at least one event, or until `deadline` (`None`: for ever; a deadline
     /// that has passed: does not block). Events are appended to `out`; returning with none is possible.

@@ -22,6 +22,9 @@ const CQ_ENTRIES: u32 = 4096;
 /// Most bytes of one read or write entry. The kernel stops at 2 GiB less a page; operations beyond this go in parts.
 const MAX_TRANSFER_BYTES: usize = 1 << 30;
 
+/// Longest durable write that a thread does itself.
+const HERE_BYTES: usize = 64 << 10;
+
 const KIND_DISK: u64 = 0;
 const KIND_READABLE: u64 = 1;
 const KIND_WRITABLE: u64 = 2;
@@ -84,10 +87,14 @@ pub struct UringEngine {
     /// Index of the ring's own descriptor in the registered table, sparing a descriptor lookup per call.
     registered_ring: Option<u32>,
     flags_text: &'static str,
+    /// The kernel shows in shared memory that completions wait for the next call.
+    tells_of_work: bool,
     durable: Durable,
     pinned: Pinned,
     files: Vec<Arc<OwnedFd>>,
     ops: slab::Slab<InFlight>,
+    /// A durable write that the calling thread does when it has nothing else to do.
+    here: Option<usize>,
     watches: slab::Slab<Watch>,
     next_generation: u32,
     /// Entries that found the submission queue full, oldest first.
@@ -100,7 +107,7 @@ pub struct UringEngine {
 impl UringEngine {
     /// Sets a ring up and proves that it works by reading from a file through it.
     pub fn open() -> io::Result<UringEngine> {
-        let (ring, flags_text) = build_ring()?;
+        let (ring, flags_text, tells_of_work) = build_ring()?;
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -112,10 +119,12 @@ impl UringEngine {
             ring,
             registered_ring,
             flags_text,
+            tells_of_work,
             durable: Durable::default(),
             pinned: Pinned::default(),
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
+            here: None,
             watches: slab::Slab::new(),
             next_generation: 1,
             backlog: VecDeque::new(),
@@ -206,6 +215,16 @@ impl UringEngine {
         }
     }
 
+    /// Gives what was to be done by the calling thread to the kernel: it is not alone any more.
+    fn hand_over(&mut self) {
+        if let Some(slot) = self.here.take() {
+            if let Some((way, _)) = &mut self.ops[slot].durable {
+                *way = Way::Linked;
+            }
+            self.push_step(slot);
+        }
+    }
+
     /// Queues the next piece of an operation.
     fn push_step(&mut self, slot: usize) {
         let op = &self.ops[slot];
@@ -223,7 +242,7 @@ impl UringEngine {
                 let at = unsafe { data.add(done as usize) };
                 let way = op.durable.map(|(way, _)| way);
                 let flags = match way {
-                    Some(Way::Flagged) => libc::RWF_DSYNC,
+                    Some(Way::Flagged | Way::Here) => libc::RWF_DSYNC,
                     _ => 0,
                 };
                 let write = match self.pinned.find(at, part) {
@@ -323,7 +342,7 @@ impl UringEngine {
                 return;
             }
             // An old kernel or file system that does not know the flag; nothing was written.
-            if let Some((way @ Way::Flagged, _)) = &mut op.durable
+            if let Some((way @ (Way::Flagged | Way::Here), _)) = &mut op.durable
                 && matches!(-result, libc::EOPNOTSUPP | libc::EINVAL)
             {
                 *way = Way::Linked;
@@ -502,6 +521,41 @@ impl Engine for UringEngine {
         "io_uring"
     }
 
+    fn work_here(&mut self, out: &mut Vec<Event>) -> io::Result<()> {
+        if self.ops.len() != 1 {
+            self.hand_over();
+        }
+        let Some(slot) = self.here.take() else {
+            return Ok(());
+        };
+        let op = &self.ops[slot];
+        let DiskOp::Write {
+            offset, data, len, ..
+        } = op.op
+        else {
+            unreachable!("only writes are done here");
+        };
+        let piece = libc::iovec {
+            iov_base: data.cast_mut().cast(),
+            iov_len: len,
+        };
+        let fd = self.files[op.op.file().0 as usize].as_raw_fd();
+        // SAFETY: the contract of `submit`: the memory stays as it is until the operation was reported.
+        let result =
+            unsafe { libc::pwritev2(fd, &raw const piece, 1, offset as i64, libc::RWF_DSYNC) };
+        let result = if result >= 0 {
+            result as i32
+        } else {
+            -io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO)
+        };
+        self.on_disk(slot, result, out);
+        // What came meanwhile is known in the same turn.
+        let begun = Instant::now();
+        self.wait(Some(begun), out)
+    }
+
     fn begin_queued(&mut self) {
         if !self.ring.submission().is_empty() {
             // What cannot be submitted now is with the next wait, which reports what is wrong.
@@ -526,8 +580,12 @@ impl Engine for UringEngine {
             DiskOp::Sync { .. } => Step::Sync,
             DiskOp::Allocate { .. } => Step::Fallocate,
         };
-        let durable = matches!(op, DiskOp::Write { durable: true, .. })
-            .then(|| (self.durable.choose(op.file()), Instant::now()));
+        let durable = matches!(op, DiskOp::Write { durable: true, .. }).then(|| {
+            let small = matches!(op, DiskOp::Write { len, .. } if len <= HERE_BYTES);
+            let alone = small && self.ops.is_empty() && self.watches.len() == 1;
+            (self.durable.choose(op.file(), alone), Instant::now())
+        });
+        let here = matches!(durable, Some((Way::Here, _)));
         let slot = self.ops.insert(InFlight {
             tag,
             op,
@@ -536,7 +594,11 @@ impl Engine for UringEngine {
             link: Link::None,
             durable,
         });
-        self.push_step(slot);
+        if here {
+            self.here = Some(slot);
+        } else {
+            self.push_step(slot);
+        }
     }
 
     fn watch(&mut self, fd: RawFd, token: u32) -> io::Result<WatchId> {
@@ -588,8 +650,15 @@ impl Engine for UringEngine {
         self.waker.clone()
     }
 
+    fn may_have_events(&mut self) -> bool {
+        !self.tells_of_work
+            || self.ring.submission().taskrun()
+            || !self.ring.completion().is_empty()
+    }
+
     fn wait(&mut self, deadline: Option<Instant>, out: &mut Vec<Event>) -> io::Result<()> {
         let before = out.len();
+        self.hand_over();
         loop {
             self.drain_backlog();
             let passed = deadline.is_some_and(|at| at <= Instant::now());
@@ -626,7 +695,7 @@ impl Drop for UringEngine {
     }
 }
 
-fn build_ring() -> io::Result<(IoUring, &'static str)> {
+fn build_ring() -> io::Result<(IoUring, &'static str, bool)> {
     let mut first_error = None;
     for (text, set_up) in [
         ("single issuer, deferred task work", 0),
@@ -640,15 +709,19 @@ fn build_ring() -> io::Result<(IoUring, &'static str)> {
                 builder
                     .setup_submit_all()
                     .setup_single_issuer()
-                    .setup_defer_taskrun();
+                    .setup_defer_taskrun()
+                    .setup_taskrun_flag();
             }
             1 => {
-                builder.setup_submit_all().setup_coop_taskrun();
+                builder
+                    .setup_submit_all()
+                    .setup_coop_taskrun()
+                    .setup_taskrun_flag();
             }
             _ => {}
         }
         match builder.build(SQ_ENTRIES) {
-            Ok(ring) => return Ok((ring, text)),
+            Ok(ring) => return Ok((ring, text, set_up < 2)),
             // Only "I do not know this flag" is worth another try.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => first_error = Some(e),
             Err(e) => return Err(e),

@@ -2,6 +2,8 @@
 //! that nothing is lost or left behind.
 
 mod crowd;
+mod docker;
+mod flexvolume;
 mod formatting;
 mod killed;
 mod lifecycle;

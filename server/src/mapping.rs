@@ -1,0 +1,116 @@
+//! A file mapped so that its memory can lie in large pages: a disk takes a long write from one in a few pieces instead
+//! of one for each 4 KiB.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+/// A large page of x86-64 and of arm64 with 4 KiB pages. Elsewhere nothing is asked for in vain but one call.
+pub(crate) const LARGE_PAGE_BYTES: usize = 2 << 20;
+/// Gathers a range into large pages now, whatever the system's settings (Linux 6.1).
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// A shared mapping, readable and writable, that begins at a multiple of [`LARGE_PAGE_BYTES`].
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping owns its range of addresses and hands out references only through `&self` and `&mut self`.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Maps the first `len` bytes of a file and touches them all.
+    ///
+    /// # Safety
+    /// Nobody else writes to the file or truncates it while the mapping exists.
+    pub(crate) unsafe fn of(file: &File, len: usize) -> io::Result<Mapping> {
+        if len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // Addresses are taken first, so that an aligned range can be chosen among them.
+        let reserved = taken_bytes(len) + LARGE_PAGE_BYTES;
+        // SAFETY: a new range, which nothing refers to.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                reserved,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let before = at.align_offset(LARGE_PAGE_BYTES);
+        // SAFETY: inside the range reserved above, whose ends are given back and whose middle is mapped anew.
+        unsafe {
+            let start = at.byte_add(before);
+            let mapped = libc::mmap(
+                start,
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE,
+                file.as_raw_fd(),
+                0,
+            );
+            if mapped == libc::MAP_FAILED {
+                let error = io::Error::last_os_error();
+                libc::munmap(at, reserved);
+                return Err(error);
+            }
+            let end = start.byte_add(taken_bytes(len));
+            if before > 0 {
+                libc::munmap(at, before);
+            }
+            libc::munmap(end, at.byte_add(reserved).byte_offset_from_unsigned(end));
+            Ok(Mapping {
+                start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
+                len,
+            })
+        }
+    }
+
+    /// Has the kernel put what it holds into large pages. An error changes nothing but the speed.
+    pub(crate) fn use_large_pages(&mut self) -> io::Result<()> {
+        let whole = self.len / LARGE_PAGE_BYTES * LARGE_PAGE_BYTES;
+        // SAFETY: inside the mapping; its contents stay what they are.
+        if unsafe { libc::madvise(self.start.as_ptr().cast(), whole, MADV_COLLAPSE) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+/// The addresses that a mapping takes: whole pages of whatever size the system has.
+fn taken_bytes(len: usize) -> usize {
+    len.next_multiple_of(64 << 10)
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `of`; nothing refers to it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), taken_bytes(self.len)) };
+    }
+}
+
+impl std::ops::Deref for Mapping {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` mapped bytes; the file is nobody else's, as promised to `of`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl std::ops::DerefMut for Mapping {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `&mut self` makes the reference unique.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
