@@ -225,9 +225,7 @@ pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refu
     let begun = tokio::time::Instant::now();
     loop {
         match unmount(point, limit).await {
-            Err(refusal)
-                if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit =>
-            {
+            Err(refusal) if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit => {
                 tokio::time::sleep(RETRY).await;
             }
             done => return done,

@@ -232,7 +232,9 @@ impl Node {
             let unmounted = filesystem::unmount(target, UNMOUNT_LIMIT).await;
             if let Err(refusal) = unmounted {
                 if refusal.class != Class::DeadlineExceeded
-                    && !self.is_held_by_the_dead(volume, state.as_ref(), target).await?
+                    && !self
+                        .is_held_by_the_dead(volume, state.as_ref(), target)
+                        .await?
                 {
                     return Err(refusal);
                 }
@@ -259,12 +261,15 @@ impl Node {
         state: Option<&VolumeState>,
         target: &Path,
     ) -> Result<bool, Refusal> {
-        let others = state.is_some_and(|state| state.targets.iter().any(|other| other.path != target));
+        let others =
+            state.is_some_and(|state| state.targets.iter().any(|other| other.path != target));
         if others {
             return Ok(false);
         }
         match self.device_of(volume, state).await? {
-            Some(device) => Ok(self.is_dead(state.map(|state| &state.export), &device).await),
+            Some(device) => Ok(self
+                .is_dead(state.map(|state| &state.export), &device)
+                .await),
             None => Ok(false),
         }
     }

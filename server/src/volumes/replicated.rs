@@ -14,7 +14,7 @@ use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 
 use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
-use crate::data::ReplicatedSpec;
+use crate::data::{ReplicatedSpec, ReplicationStatus};
 use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
 use crate::replication::ReplicationEvent;
 
@@ -167,6 +167,11 @@ impl Volumes {
             service.get(&id.0.to_string())
         })
         .await
+    }
+
+    /// How a volume with replicas is doing, if its head is here.
+    pub async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus> {
+        self.host.replication(id).await
     }
 
     /// Waits until a volume that is being opened is served.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::archive::{Node, Tree};
+use crate::suites;
 use crate::tool::Tool;
 
 /// What a machine may load. What these need comes along.
@@ -30,17 +31,17 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// The one `ASHLAR_TESTS_VM_KERNEL` names (a directory with `boot/vmlinuz-VERSION` and `lib/modules/VERSION`), else the
-    /// one the set-up put beside the built programs.
+    /// one the set-up unpacked.
     pub(super) fn find() -> Kernel {
         let root = std::env::var_os("ASHLAR_TESTS_VM_KERNEL")
-            .map_or_else(|| super::target().join("vm-kernel"), PathBuf::from);
+            .map_or_else(|| suites::cache().join("vm-kernel"), PathBuf::from);
         let version = std::fs::read_dir(root.join("lib/modules"))
             .ok()
             .and_then(|mut entries| entries.next()?.ok())
             .and_then(|entry| entry.file_name().into_string().ok());
         let Some(version) = version else {
             panic!(
-                "no kernel for virtual machines in {} (`scripts/setup.sh vm` brings one; ASHLAR_TESTS_VM_KERNEL names another)",
+                "no kernel for virtual machines in {} (`scripts/setup.sh test` brings one; ASHLAR_TESTS_VM_KERNEL names another)",
                 root.display()
             );
         };

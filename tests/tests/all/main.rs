@@ -4,6 +4,7 @@ mod cluster;
 mod command_line;
 mod config;
 mod controls;
+mod copies;
 mod crash;
 mod csi;
 mod deploy;
