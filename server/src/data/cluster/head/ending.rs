@@ -55,7 +55,10 @@ impl DataThread {
     }
 
     /// How a replicated volume is doing.
-    pub(in super::super::super) fn replication_status(&self, key: usize) -> Option<ReplicationStatus> {
+    pub(in super::super::super) fn replication_status(
+        &self,
+        key: usize,
+    ) -> Option<ReplicationStatus> {
         let VolumeHead::Replicated(replication) = &self.volumes.get(key)?.head else {
             return None;
         };
@@ -79,7 +82,11 @@ impl DataThread {
     }
 
     /// The store of this thread that holds a current copy of a chunk of a replicated volume.
-    pub(in super::super::super) fn copy_here(&self, key: usize, extent: ExtentKey) -> Option<usize> {
+    pub(in super::super::super) fn copy_here(
+        &self,
+        key: usize,
+        extent: ExtentKey,
+    ) -> Option<usize> {
         let VolumeHead::Replicated(replication) = &self.volumes.get(key)?.head else {
             return None;
         };
