@@ -106,7 +106,7 @@ fn all_nodes_lose_power_and_what_was_flushed_is_there() {
         // Each block is as it was at the flush or as it was at some time since; one read decides, on every node.
         let mut after = flushed.or_later(&ledger);
         for at in [0, 1, 2, 0] {
-            if at > 0 || trio.volume(0, "disk").not_served_reason != "" {
+            if at > 0 || !trio.volume(0, "disk").not_served_reason.is_empty() {
                 trio.open_at(at, "disk");
             }
             let mut client = trio.nodes[at].daemon.open("disk", Wishes::SIMPLE);
