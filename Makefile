@@ -16,9 +16,9 @@ ARGS ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## ashlard and ashlar, into target/release
+build: ## ashlard, ashlar and ashlar-csi, into target/release
 	@scripts/setup.sh build
-	$(CARGO) build --release --locked -p ashlar-server
+	$(CARGO) build --release --locked -p ashlar-server -p ashlar-csi
 
 demo: ## a volume, an ext4 image in it, kill -9, restart, verify: shows that it works here
 	@scripts/setup.sh build demo

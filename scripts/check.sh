@@ -44,9 +44,13 @@ gate audit audit
 gate tidy tidy
 
 printf '\n'
-[ -z "$advisories" ] || printf 'note: %s\n' "$advisories"
 if [ "${#failed[@]}" -gt 0 ]; then
+    [ -z "$advisories" ] || printf 'and %s\n' "$advisories" >&2
     printf 'failed: %s\n' "${failed[*]}" >&2
     exit 1
 fi
-echo "check: all clean"
+if [ -n "$advisories" ]; then
+    echo "check: clean, but $advisories"
+else
+    echo "check: all clean"
+fi

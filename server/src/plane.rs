@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ashlar_core::store::{OpenReport, StoreStatus};
-use ashlar_core::units::{StoreId, VolumeId};
+use ashlar_core::units::{ExportToken, StoreId, VolumeId};
 use async_trait::async_trait;
 
 use crate::data::ScrubEnd;
@@ -45,6 +45,8 @@ pub struct ConnectionView {
     pub connected_at_unix_ms: u64,
     /// Changes are refused.
     pub read_only: bool,
+    /// What it was opened by; `None`: the volume's name or id.
+    pub token: Option<ExportToken>,
     /// Replies are structured; with extended headers they always are.
     pub structured_replies: bool,
     /// 64-bit requests.

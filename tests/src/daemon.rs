@@ -48,6 +48,8 @@ pub fn binary(name: &str) -> PathBuf {
                     "--release",
                     "-p",
                     "ashlar-server",
+                    "-p",
+                    "ashlar-csi",
                     "--bins",
                     "--target-dir",
                 ])

@@ -70,6 +70,7 @@ fn request(criterion: &mut Criterion) {
             style,
             base_allocation: true,
             read_only: false,
+            token: None,
             size_bytes: 1 << 30,
         };
         let header = write_header(style);

@@ -6,6 +6,7 @@
 pub mod nbd;
 pub mod placement;
 pub mod records;
+pub mod replication;
 pub mod store;
 pub mod units;
 pub mod volume;

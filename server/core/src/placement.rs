@@ -5,6 +5,10 @@
 //! twice as often, so stores of different sizes fill up together, and every stretch of the list is as even as it can be,
 //! so neighbouring chunks lie on different stores. The list is all a record has to hold, however large the volume grows.
 
+mod spread;
+
+pub use spread::{ClusterStore, TooFewNodes, spread};
+
 use crate::units::StoreId;
 
 /// Longest deal, unless there are more stores. With 64 entries a store's share is right to about 1 %, and the list is

@@ -39,8 +39,11 @@ pub struct LayerId(pub u64);
 #[serde(transparent)]
 pub struct ChunkIndex(pub u32);
 
-/// The number that fences: every claim of a head raises it. At most [`Epoch::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// The number that fences: every claim of a head and every change of the in-sync set raises it. At most
+/// [`Epoch::MAX`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Epoch(pub u32);
 
@@ -76,3 +79,22 @@ impl Version {
 }
 
 const _: () = assert!(CHUNK_LEAVES == 32 && CHUNK_BLOCKS == 16384);
+
+/// The secret half of the export name that a published volume is opened by: whoever has it has the volume. It appears
+/// in no log, so it is printed as dots.
+#[derive(Clone, Copy, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ExportToken(pub Uuid);
+
+impl PartialEq for ExportToken {
+    /// Takes the same time wherever two tokens differ, so that one cannot be guessed digit by digit.
+    fn eq(&self, other: &ExportToken) -> bool {
+        std::hint::black_box(self.0.as_u128() ^ other.0.as_u128()) == 0
+    }
+}
+
+impl std::fmt::Debug for ExportToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ExportToken(…)")
+    }
+}

@@ -1,15 +1,16 @@
 //! From the daemon's own words to those of the admin interface.
 
-use ashlar_core::records::{VolumeRecord, VolumeState};
+use ashlar_core::records::{Replica, ReplicaSet, ReplicaState, VolumeRecord, VolumeState};
 use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::admin;
 
+use super::orchestration;
 use crate::metrics::{
     BUCKET_BOUNDS_NS, Command, CommandMetrics, Damage, DiskMetrics, VolumeMetrics,
 };
 use crate::plane::{ConnectionView, StoreView};
 use crate::scrubs::StoreScrub;
-use crate::volumes::{VolumeRuntime, VolumeView};
+use crate::volumes::{Serving, VolumeRuntime, VolumeView};
 
 pub(super) fn volume(view: &VolumeView) -> admin::Volume {
     let record = &view.record;
@@ -29,6 +30,11 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         .into(),
         layers: record.layers.iter().map(|layer| layer.0).collect(),
         store_ids: each_once(&record.placement.stores),
+        replica_sets: record.placement.sets.iter().map(replica_set).collect(),
+        min_in_sync: record.min_in_sync,
+        head_node_id: record
+            .head
+            .map_or_else(String::new, |head| head.node.0.to_string()),
         runtime: view.runtime.map(
             |VolumeRuntime {
                  connections,
@@ -38,6 +44,37 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
                 inflight_requests,
             },
         ),
+        ever_written: view.ever_written,
+        filesystem: orchestration::filesystem(record),
+        publications: record
+            .publications
+            .iter()
+            .map(orchestration::publication)
+            .collect(),
+        annotations: view.annotations.entries.clone().into_iter().collect(),
+        annotations_revision: view.annotations.revision,
+        limits: Some(orchestration::limits(record.limits)),
+        not_served_reason: match &view.serving {
+            Serving::Yes => String::new(),
+            Serving::No(reason) => reason.clone(),
+        },
+    }
+}
+
+fn replica_set(set: &ReplicaSet) -> admin::ReplicaSet {
+    let replica = |replica: &Replica| admin::Replica {
+        node_id: replica.node.0.to_string(),
+        store_id: replica.store.0.to_string(),
+        state: match replica.state {
+            ReplicaState::InSync => admin::ReplicaState::InSync,
+            ReplicaState::Out => admin::ReplicaState::Out,
+            ReplicaState::Joining => admin::ReplicaState::Joining,
+        }
+        .into(),
+        linked: false,
+    };
+    admin::ReplicaSet {
+        replicas: set.replicas.iter().map(replica).collect(),
     }
 }
 
@@ -46,6 +83,7 @@ pub(super) fn connection(record: &VolumeRecord, view: ConnectionView) -> admin::
         id: view.id,
         volume_id: record.id.0.to_string(),
         volume_name: record.name.to_string(),
+        node_id: orchestration::node_of(record, view.token),
         peer: view.peer,
         connected_at_unix_ms: view.connected_at_unix_ms as i64,
         read_only: view.read_only,

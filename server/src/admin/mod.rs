@@ -3,6 +3,7 @@
 
 mod cluster;
 mod convert;
+mod orchestration;
 mod secure;
 mod service;
 mod status;

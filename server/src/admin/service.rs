@@ -11,7 +11,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{convert, status};
+use super::{convert, orchestration, status};
 use crate::daemon::{Phase, Services, State};
 use crate::plane::StoreView;
 use crate::volumes::{HostError, VolumeError, VolumeView, unix_ms};
@@ -35,7 +35,7 @@ impl Service {
         Service { state }
     }
 
-    fn services(&self) -> Result<&Services, Status> {
+    pub(super) fn services(&self) -> Result<&Services, Status> {
         match self.state.phase() {
             Phase::Draining => Err(Status::unavailable("the daemon is shutting down")),
             Phase::Starting | Phase::Ready => self.state.services().ok_or_else(|| {
@@ -45,8 +45,20 @@ impl Service {
     }
 
     /// A volume by the name or id in a request.
-    fn reference(volume: &str) -> Result<String, Status> {
+    pub(super) fn reference(volume: &str) -> Result<String, Status> {
         Ok(request::VolumeRef::parse(volume)?.to_string())
+    }
+
+    /// Where clients open volumes.
+    pub(super) fn nbd_listeners(&self) -> Vec<admin::Listener> {
+        let listeners = self.state.listeners();
+        let is_nbd = |listener: &admin::Listener| listener.kind() == admin::ListenerKind::Nbd;
+        listeners.into_iter().filter(is_nbd).collect()
+    }
+
+    /// How much of the stores may be promised to volumes.
+    pub(super) fn overcommit_percent(&self) -> u32 {
+        self.state.config().overcommit_percent
     }
 
     async fn stores(services: &Services) -> Vec<admin::Store> {
@@ -99,7 +111,7 @@ impl Service {
     }
 }
 
-fn refused(error: VolumeError) -> Status {
+pub(super) fn refused(error: VolumeError) -> Status {
     status::of_volume_error(&error)
 }
 
@@ -113,17 +125,11 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::CreateVolumeRequest>,
     ) -> Answer<admin::CreateVolumeResponse> {
-        let asked = request.into_inner();
+        let mut asked = request.into_inner();
+        let settings = orchestration::settings(&mut asked)?;
         let volumes = &self.services()?.volumes;
-        let view = volumes
-            .create(
-                &asked.name,
-                asked.size_bytes,
-                asked.read_only,
-                asked.write_through,
-            )
-            .await
-            .map_err(refused)?;
+        let created = volumes.create(&asked.name, asked.size_bytes, settings);
+        let view = created.await.map_err(refused)?;
         Ok(Response::new(admin::CreateVolumeResponse {
             volume: Some(convert::volume(&view)),
         }))
@@ -131,11 +137,18 @@ impl admin::admin_server::Admin for Service {
 
     async fn list_volumes(
         &self,
-        _: Request<admin::ListVolumesRequest>,
+        request: Request<admin::ListVolumesRequest>,
     ) -> Answer<admin::ListVolumesResponse> {
-        let views = self.services()?.volumes.list();
+        let services = self.services()?;
+        let views = services.volumes.list();
+        let (views, next_page_token) = orchestration::page(views, &request.into_inner())?;
+        let mut volumes = Vec::with_capacity(views.len());
+        for view in &views {
+            volumes.push(Service::volume(services, view).await);
+        }
         Ok(Response::new(admin::ListVolumesResponse {
-            volumes: views.iter().map(convert::volume).collect(),
+            volumes,
+            next_page_token,
         }))
     }
 
@@ -144,12 +157,11 @@ impl admin::admin_server::Admin for Service {
         request: Request<admin::GetVolumeRequest>,
     ) -> Answer<admin::GetVolumeResponse> {
         let reference = Service::reference(&request.into_inner().volume)?;
-        let view = self.services()?.volumes.get(&reference).map_err(refused)?;
-        let listeners = self.state.listeners();
-        let is_nbd = |listener: &admin::Listener| listener.kind() == admin::ListenerKind::Nbd;
+        let services = self.services()?;
+        let view = services.volumes.get(&reference).map_err(refused)?;
         Ok(Response::new(admin::GetVolumeResponse {
-            volume: Some(convert::volume(&view)),
-            nbd_listeners: listeners.into_iter().filter(is_nbd).collect(),
+            volume: Some(Service::volume(services, &view).await),
+            nbd_listeners: self.nbd_listeners(),
         }))
     }
 
@@ -209,15 +221,102 @@ impl admin::admin_server::Admin for Service {
         request: Request<admin::SetVolumeRequest>,
     ) -> Answer<admin::SetVolumeResponse> {
         let asked = request::SetVolume::try_from(request.into_inner())?;
-        let reference = asked.volume.to_string();
+        let services = self.services()?;
+        let view = Service::set(services, &asked).await.map_err(refused)?;
+        Ok(Response::new(admin::SetVolumeResponse {
+            volume: Some(Service::volume(services, &view).await),
+        }))
+    }
+
+    async fn set_annotations(
+        &self,
+        request: Request<admin::SetAnnotationsRequest>,
+    ) -> Answer<admin::SetAnnotationsResponse> {
+        Ok(Response::new(self.annotate(request.into_inner()).await?))
+    }
+
+    async fn publish_volume(
+        &self,
+        request: Request<admin::PublishVolumeRequest>,
+    ) -> Answer<admin::PublishVolumeResponse> {
+        Ok(Response::new(self.publish(request.into_inner()).await?))
+    }
+
+    async fn open_volume(
+        &self,
+        request: Request<admin::OpenVolumeRequest>,
+    ) -> Answer<admin::OpenVolumeResponse> {
+        let reference = Service::reference(&request.into_inner().volume)?;
+        let services = self.services()?;
+        let opened = services.volumes.open_here(&reference).await;
+        let view = opened.map_err(refused)?;
+        Ok(Response::new(admin::OpenVolumeResponse {
+            volume: Some(Service::volume(services, &view).await),
+        }))
+    }
+
+    async fn unpublish_volume(
+        &self,
+        request: Request<admin::UnpublishVolumeRequest>,
+    ) -> Answer<admin::UnpublishVolumeResponse> {
+        Ok(Response::new(self.unpublish(request.into_inner()).await?))
+    }
+
+    async fn begin_format(
+        &self,
+        request: Request<admin::BeginFormatRequest>,
+    ) -> Answer<admin::BeginFormatResponse> {
+        Ok(Response::new(self.begin(request.into_inner()).await?))
+    }
+
+    async fn end_format(
+        &self,
+        request: Request<admin::EndFormatRequest>,
+    ) -> Answer<admin::EndFormatResponse> {
+        Ok(Response::new(self.end(request.into_inner()).await?))
+    }
+
+    async fn close_connections(
+        &self,
+        request: Request<admin::CloseConnectionsRequest>,
+    ) -> Answer<admin::CloseConnectionsResponse> {
+        let reference = Service::reference(&request.into_inner().volume)?;
         let volumes = &self.services()?.volumes;
-        let view = volumes
-            .configure(&reference, asked.read_only, asked.write_through)
+        let closed = volumes
+            .close_connections(&reference)
             .await
             .map_err(refused)?;
-        Ok(Response::new(admin::SetVolumeResponse {
-            volume: Some(convert::volume(&view)),
+        Ok(Response::new(admin::CloseConnectionsResponse {
+            closed_connections: closed,
         }))
+    }
+
+    async fn get_capacity(
+        &self,
+        _: Request<admin::GetCapacityRequest>,
+    ) -> Answer<admin::GetCapacityResponse> {
+        Ok(Response::new(self.capacity().await?))
+    }
+
+    async fn register_node(
+        &self,
+        request: Request<admin::RegisterNodeRequest>,
+    ) -> Answer<admin::RegisterNodeResponse> {
+        Ok(Response::new(self.register(request.into_inner()).await?))
+    }
+
+    async fn unregister_node(
+        &self,
+        request: Request<admin::UnregisterNodeRequest>,
+    ) -> Answer<admin::UnregisterNodeResponse> {
+        Ok(Response::new(self.unregister(request.into_inner()).await?))
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<admin::ListNodesRequest>,
+    ) -> Answer<admin::ListNodesResponse> {
+        Ok(Response::new(self.nodes().await?))
     }
 
     async fn list_connections(

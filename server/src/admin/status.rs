@@ -1,6 +1,6 @@
 //! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
 
-use ashlar_core::records::{CreateError, RenameError};
+use ashlar_core::records::{CreateError, PublishError, RenameError};
 use tonic::{Code, Status};
 
 use crate::meta::MetadataError;
@@ -10,7 +10,22 @@ use crate::volumes::{HostError, VolumeError};
 pub(super) fn of_volume_error(error: &VolumeError) -> Status {
     let code = match error {
         VolumeError::NotFound { .. } => Code::NotFound,
-        VolumeError::Name(_) | VolumeError::Size(_) => Code::InvalidArgument,
+        VolumeError::Name(_)
+        | VolumeError::Size(_)
+        | VolumeError::FilesystemType(_)
+        | VolumeError::Annotations(_)
+        | VolumeError::Limits(_)
+        | VolumeError::ClientNode(_) => Code::InvalidArgument,
+        VolumeError::Publish(PublishError::UnknownNode { .. }) => Code::NotFound,
+        VolumeError::Publish(PublishError::OtherTerms { .. }) => Code::AlreadyExists,
+        VolumeError::Publish(PublishError::TooMany { .. }) => Code::ResourceExhausted,
+        VolumeError::Publish(
+            PublishError::Elsewhere { .. }
+            | PublishError::ReadOnly { .. }
+            | PublishError::Deleting { .. },
+        )
+        | VolumeError::Format(_) => Code::FailedPrecondition,
+        VolumeError::AnnotationsMoved(_) => Code::Aborted,
         VolumeError::Create(CreateError::NameTaken { .. })
         | VolumeError::Rename(RenameError::NameTaken { .. }) => Code::AlreadyExists,
         VolumeError::Create(CreateError::NoStore)
@@ -21,7 +36,10 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::Delete(_)
         | VolumeError::NotServed { .. }
         | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
-        VolumeError::Create(CreateError::LayersExhausted) => Code::ResourceExhausted,
+        VolumeError::NoCluster { .. } | VolumeError::Elsewhere { .. } => Code::FailedPrecondition,
+        VolumeError::Create(CreateError::LayersExhausted) | VolumeError::TooFewNodes(_) => {
+            Code::ResourceExhausted
+        }
         VolumeError::Metadata(error) => of_metadata_error(error),
         VolumeError::BadRecord { .. } => Code::DataLoss,
         VolumeError::Contended => Code::Aborted,

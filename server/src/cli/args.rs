@@ -77,6 +77,9 @@ pub(super) enum DaemonCommand {
     /// Create, list, show, change and delete volumes
     #[command(subcommand, visible_alias = "vol")]
     Volume(VolumeCommand),
+    /// The machines that volumes are published to
+    #[command(subcommand)]
+    ClientNode(ClientNodeCommand),
     /// Open NBD connections
     Connections {
         /// Only those of this volume (name or id)
@@ -196,6 +199,13 @@ pub(super) enum NodeCommand {
 }
 
 #[derive(Debug, Subcommand)]
+pub(super) enum ClientNodeCommand {
+    /// List the client nodes
+    #[command(visible_alias = "ls")]
+    List,
+}
+
+#[derive(Debug, Subcommand)]
 pub(super) enum VolumeCommand {
     /// Create a volume that reads as zeros
     Create {
@@ -210,12 +220,26 @@ pub(super) enum VolumeCommand {
         /// Refuse writes
         #[arg(long)]
         read_only: bool,
+        /// Copies of each chunk, on as many nodes [default: 3, or as many as a smaller cluster has nodes]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+        replicas: Option<u32>,
+        /// Requests a second that clients may ask of it at most, 10 or more
+        #[arg(long, value_name = "N")]
+        iops: Option<u64>,
+        /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB
+        #[arg(long, value_name = "SIZE")]
+        bps: Option<ByteCount>,
     },
     /// List all volumes
     #[command(visible_alias = "ls")]
     List,
     /// Show one volume and how to attach it
     Show {
+        /// Name or id
+        volume: String,
+    },
+    /// Serve a volume on the node that is asked, wherever it is served now; its old clients' connections end
+    Open {
         /// Name or id
         volume: String,
     },
@@ -246,6 +270,19 @@ pub(super) enum VolumeCommand {
     },
     /// Change the settings of a volume
     Set(SetArgs),
+    /// Take a volume back from a client node, gone or not: its connections end, and what it still sends is refused
+    Unpublish {
+        /// Name or id
+        volume: String,
+        /// Which client node; without it all of them
+        #[arg(long)]
+        node: Option<String>,
+    },
+    /// End the open connections of a volume once what they sent is answered; clients may connect again
+    Disconnect {
+        /// Name or id
+        volume: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -260,6 +297,12 @@ pub(super) struct SetArgs {
     /// Acknowledge a write only once it is durable on the device
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, group = "settings")]
     pub(super) write_through: Option<bool>,
+    /// Requests a second that clients may ask of it at most, 10 or more; 0: as many as they like
+    #[arg(long, value_name = "N", group = "settings")]
+    pub(super) iops: Option<u64>,
+    /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB; 0: as many as they like
+    #[arg(long, value_name = "SIZE", group = "settings")]
+    pub(super) bps: Option<ByteCount>,
 }
 
 /// What a daemon does for its stores.

@@ -8,6 +8,7 @@ mod error;
 mod offline;
 mod output;
 mod progress;
+mod publication;
 mod screen;
 mod size;
 mod status;
@@ -79,6 +80,7 @@ fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), Cl
 async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Result<(), CliError> {
     match command {
         DaemonCommand::Volume(command) => volume::run(daemon, format, command).await,
+        DaemonCommand::ClientNode(command) => publication::node(daemon, format, command).await,
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
         DaemonCommand::Node(command) => cluster::node(daemon, format, command).await,
         DaemonCommand::Top(args) => top::run(daemon, format, args).await,

@@ -1,9 +1,13 @@
 //! What is printed as JSON and YAML: the messages of the admin interface with their enums as words and their times as
 //! RFC 3339. Field names are those of the proto file.
 
+use std::collections::BTreeMap;
+
 use ashlar_proto::admin;
 use jiff::Timestamp;
 use serde::Serialize;
+
+use super::publication::{Filesystem, Publication};
 
 /// RFC 3339 with milliseconds, UTC. A time no calendar has (a daemon with a broken clock) is shown as the number it is.
 pub(super) fn time(unix_ms: i64) -> String {
@@ -36,9 +40,25 @@ pub(super) struct Volume {
     pub(super) state: &'static str,
     pub(super) layers: Vec<u64>,
     pub(super) store_ids: Vec<String>,
+    pub(super) ever_written: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) filesystem: Option<Filesystem>,
+    pub(super) publications: Vec<Publication>,
+    pub(super) annotations: BTreeMap<String, String>,
+    pub(super) annotations_revision: u64,
+    pub(super) limits: VolumeLimits,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) not_served_reason: String,
     /// Absent when the volume is not open in the daemon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) runtime: Option<VolumeRuntime>,
+}
+
+/// 0: no bound.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct VolumeLimits {
+    pub(super) iops: u64,
+    pub(super) bytes_per_second: u64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -65,6 +85,20 @@ impl From<admin::Volume> for Volume {
             created_at: time(volume.created_at_unix_ms),
             layers: volume.layers,
             store_ids: volume.store_ids,
+            ever_written: volume.ever_written,
+            filesystem: volume.filesystem.map(Filesystem::from),
+            publications: volume
+                .publications
+                .into_iter()
+                .map(Publication::from)
+                .collect(),
+            annotations: volume.annotations.into_iter().collect(),
+            annotations_revision: volume.annotations_revision,
+            limits: VolumeLimits {
+                iops: volume.limits.map_or(0, |limits| limits.iops),
+                bytes_per_second: volume.limits.map_or(0, |limits| limits.bytes_per_second),
+            },
+            not_served_reason: volume.not_served_reason,
             runtime: volume.runtime.map(|runtime| VolumeRuntime {
                 connections: runtime.connections,
                 inflight_requests: runtime.inflight_requests,
@@ -79,6 +113,9 @@ pub(super) struct Connection {
     pub(super) volume_id: String,
     pub(super) volume_name: String,
     pub(super) peer: String,
+    /// Empty when the volume is not published.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) node_id: String,
     pub(super) connected_at: String,
     pub(super) read_only: bool,
     pub(super) structured_replies: bool,
@@ -97,6 +134,7 @@ impl From<admin::Connection> for Connection {
             volume_id: connection.volume_id,
             volume_name: connection.volume_name,
             peer: connection.peer,
+            node_id: connection.node_id,
             connected_at: time(connection.connected_at_unix_ms),
             read_only: connection.read_only,
             structured_replies: connection.structured_replies,

@@ -4,7 +4,8 @@ use std::io::{self, IsTerminal, Write};
 
 use ashlar_proto::admin::{
     CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, Listener,
-    ListenerKind, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
+    ListenerKind, OpenVolumeRequest, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
+    VolumeLimits,
 };
 use serde::Serialize;
 
@@ -16,7 +17,7 @@ use super::{
     connect::Daemon,
     error::{CliError, Exit},
     output::{self, Answer},
-    progress,
+    progress, publication,
     size::{Exact, NewSize, human},
     view::Volume,
 };
@@ -32,12 +33,22 @@ pub(super) async fn run(
             size,
             write_through,
             read_only,
+            replicas,
+            iops,
+            bps,
         } => {
+            let limits = VolumeLimits {
+                iops: iops.unwrap_or(0),
+                bytes_per_second: bps.map_or(0, |bytes| bytes.0),
+            };
             let request = CreateVolumeRequest {
+                limits: Some(limits),
                 name,
                 size_bytes: size.0,
                 read_only,
                 write_through,
+                replicas: replicas.unwrap_or(0),
+                ..CreateVolumeRequest::default()
             };
             let volume = required(
                 daemon
@@ -59,7 +70,7 @@ pub(super) async fn run(
         VolumeCommand::List => {
             let answer = daemon
                 .client
-                .list_volumes(ListVolumesRequest {})
+                .list_volumes(ListVolumesRequest::default())
                 .await?
                 .into_inner();
             output::print(
@@ -79,7 +90,20 @@ pub(super) async fn run(
             output::print(
                 format,
                 &Shown {
-                    attach: attach_lines(&volume, &answer.nbd_listeners),
+                    attach: attach_lines(&volume, &answer.nbd_listeners)
+                        .filter(|_| volume.publications.is_empty()),
+                    volume,
+                },
+            )
+        }
+        VolumeCommand::Open { volume } => {
+            let request = OpenVolumeRequest { volume };
+            let answer = daemon.client.open_volume(request).await?;
+            let volume = required(answer.into_inner().volume)?;
+            output::print(
+                format,
+                &Changed {
+                    verb: "served here",
                     volume,
                 },
             )
@@ -104,15 +128,25 @@ pub(super) async fn run(
             )
         }
         VolumeCommand::Delete { volumes, yes } => delete(daemon, format, volumes, yes).await,
+        VolumeCommand::Unpublish { volume, node } => {
+            publication::unpublish(daemon, format, volume, node).await
+        }
+        VolumeCommand::Disconnect { volume } => {
+            publication::disconnect(daemon, format, volume).await
+        }
         VolumeCommand::Set(SetArgs {
             volume,
             read_only,
             write_through,
+            iops,
+            bps,
         }) => {
             let request = SetVolumeRequest {
                 volume,
                 read_only,
                 write_through,
+                iops,
+                bytes_per_second: bps.map(|bytes| bytes.0),
             };
             let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
             output::print(
@@ -391,6 +425,46 @@ impl Answer for Deleted {
     }
 }
 
+/// What there is to say of limits, filesystem and publications.
+fn orchestrated(volume: &Volume) -> Vec<(&'static str, String)> {
+    let mut fields = Vec::new();
+    let limits = match (volume.limits.iops, volume.limits.bytes_per_second) {
+        (0, 0) => None,
+        (iops, 0) => Some(format!("{iops} IOPS")),
+        (0, bytes) => Some(format!("{}/s", human(bytes))),
+        (iops, bytes) => Some(format!("{iops} IOPS, {}/s", human(bytes))),
+    };
+    fields.extend(limits.map(|limits| ("Limits", limits)));
+    let filesystem = volume.filesystem.as_ref().map(|filesystem| {
+        let state = match filesystem.state {
+            "formatted" => "",
+            _ => ", not finished",
+        };
+        format!("{} {}{state}", filesystem.r#type, filesystem.uuid)
+    });
+    let blank = (!volume.ever_written).then(|| "none; never written".to_owned());
+    fields.extend(filesystem.or(blank).map(|text| ("Filesystem", text)));
+    for publication in &volume.publications {
+        let text = format!(
+            "{}, {}{}, {} connection(s), since {}",
+            publication.node_id,
+            publication.access_mode,
+            if publication.read_only {
+                ", read-only"
+            } else {
+                ""
+            },
+            publication.connections,
+            publication.published_at,
+        );
+        fields.push(("Published to", text));
+    }
+    if !volume.not_served_reason.is_empty() {
+        fields.push(("Not served", volume.not_served_reason.clone()));
+    }
+    fields
+}
+
 #[derive(Serialize)]
 struct Shown {
     #[serde(flatten)]
@@ -414,6 +488,7 @@ impl Answer for Shown {
             ("Epoch", volume.epoch.to_string()),
             ("Stores", volume.store_ids.join(" ")),
         ];
+        fields.extend(orchestrated(volume));
         match volume.runtime {
             Some(runtime) => {
                 fields.push(("Connections", runtime.connections.to_string()));
@@ -430,6 +505,11 @@ impl Answer for Shown {
                 }
                 Ok(())
             }
+            None if !volume.publications.is_empty() => writeln!(
+                out,
+                "\nOnly the client nodes it is published to can open it. To attach it by hand: ashlar volume unpublish {}",
+                volume.name
+            ),
             None => writeln!(
                 out,
                 "\nThe daemon has no NBD listener: start it with --listen-nbd to attach this volume."

@@ -80,6 +80,8 @@ pub struct Config {
     pub listen_admin: Vec<Address>,
     /// Where other nodes reach the admin interface.
     pub advertise: Option<HostPort>,
+    /// Where the heads of other nodes reach this one's stores.
+    pub listen_link: Option<HostPort>,
     /// How to join a cluster, for a node without one.
     pub join: Option<JoinSetting>,
     /// Of this node when it joins.
@@ -103,6 +105,8 @@ pub struct Config {
     pub handshake_timeout: Duration,
     pub scrub_bytes_per_second: u64,
     pub scrub_every: Every,
+    /// At least 100.
+    pub overcommit_percent: u32,
     pub drain_timeout: Duration,
     pub io_flusher: bool,
     pub oom_score_adjust: Option<i32>,
@@ -244,6 +248,7 @@ impl Config {
             listen_nbd,
             listen_admin,
             advertise,
+            listen_link: settings.listen_link,
             join,
             labels: metadata::labels(&settings.label)?,
             certificate_lifetime: between(
@@ -304,6 +309,7 @@ impl Config {
                 64 << 10,
             )?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
+            overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings
@@ -330,6 +336,7 @@ impl Config {
             listen_nbd: self.listen_nbd.clone(),
             listen_admin: self.listen_admin.clone(),
             advertise: self.advertise.clone(),
+            listen_link: self.listen_link.clone(),
             label: self
                 .labels
                 .iter()
@@ -350,6 +357,7 @@ impl Config {
             handshake_timeout: Some(self.handshake_timeout.as_secs() as u32),
             scrub_rate: Some(ByteCount(self.scrub_bytes_per_second)),
             scrub_every: Some(self.scrub_every),
+            overcommit: Some(self.overcommit_percent),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,

@@ -54,6 +54,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<HostPort>,
 
+    /// Where the heads of other nodes reach this one's stores, with TLS; in a cluster only [default: the host of
+    /// --advertise and a port of the system's choice, which the others are told]
+    #[arg(long, env = "ASHLAR_LISTEN_LINK", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_link: Option<HostPort>,
+
     /// A node without a cluster joins one with this, as `ashlar cluster token` prints it; afterwards it means nothing
     #[arg(
         long,
@@ -171,6 +177,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_every: Option<Every>,
 
+    /// How much of the space of the stores the sizes of volumes may add up to before `GetCapacity` says that there is
+    /// no room for another: 100 promises nothing twice, 300 everything three times [default: 100]
+    #[arg(long, env = "ASHLAR_OVERCOMMIT", value_name = "PERCENT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<u32>,
+
     /// Seconds that SIGTERM waits for requests in flight before connections are cut [default: 30]
     #[arg(long, env = "ASHLAR_DRAIN_TIMEOUT", value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -211,6 +223,7 @@ impl Settings {
             listen_nbd: list(self.listen_nbd, below.listen_nbd),
             listen_admin: list(self.listen_admin, below.listen_admin),
             advertise: self.advertise.or(below.advertise),
+            listen_link: self.listen_link.or(below.listen_link),
             join: self.join.or(below.join),
             label: list(self.label, below.label),
             certificate_lifetime: self.certificate_lifetime.or(below.certificate_lifetime),
@@ -233,6 +246,7 @@ impl Settings {
             handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
             scrub_rate: self.scrub_rate.or(below.scrub_rate),
             scrub_every: self.scrub_every.or(below.scrub_every),
+            overcommit: self.overcommit.or(below.overcommit),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),
             io_flusher: self.io_flusher.or(below.io_flusher),
             oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),

@@ -199,6 +199,7 @@ fn what_cannot_work_is_refused_in_words() {
         (&["--max-connection-buffer=1MiB"], "at least 33MiB"),
         (&["--max-buffer=40MiB"], "at least 64MiB"),
         (&["--log-level=a=b=c"], "log-level"),
+        (&["--overcommit=99"], "between 100 and 100000"),
         (&["--oom-score-adjust=2000"], "between -1000 and 1000"),
         (&["--fault=nonsense"], "fault"),
     ];

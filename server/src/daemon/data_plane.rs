@@ -2,27 +2,39 @@
 
 use std::collections::BTreeMap;
 
-use ashlar_core::nbd::session::ReplyStyle;
+use ashlar_core::nbd::session::{Admitted, ReplyStyle};
 use ashlar_core::placement::StoreSpace;
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
-use crate::data::{self, DataError, DataPlane};
+use crate::data::{self, DataError, DataPlane, ReplicatedSpec, ReplicationStatus};
 use crate::metrics::Metrics;
 use crate::plane::{ConnectionView, Plane, StoreView};
+use crate::replication::{ReplicationEvent, Seals};
 use crate::volumes::{HostError, VolumeHost, VolumeRuntime, VolumeSpec, unix_ms_of};
+use ashlar_core::records::{Versioned, VolumeRecord};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 /// The data plane and what does not change while it runs.
 pub(super) struct Host {
     plane: DataPlane,
     metrics: Metrics,
+    seals: Seals,
+    replication: tokio::sync::Mutex<UnboundedReceiver<ReplicationEvent>>,
 }
 
 impl Host {
-    pub(super) fn new(plane: DataPlane) -> Host {
+    pub(super) fn new(
+        plane: DataPlane,
+        seals: Seals,
+        replication: UnboundedReceiver<ReplicationEvent>,
+    ) -> Host {
         Host {
             metrics: plane.metrics(),
             plane,
+            seals,
+            replication: tokio::sync::Mutex::new(replication),
         }
     }
 }
@@ -58,6 +70,9 @@ impl VolumeHost for Host {
             write_through: spec.write_through,
             read_only: spec.read_only,
             placement: spec.placement,
+            admitted: spec.admitted,
+            never_written: spec.never_written,
+            limits: spec.limits,
         };
         self.plane.open_volume(spec).await.map_err(refusal)
     }
@@ -72,6 +87,54 @@ impl VolumeHost for Host {
 
     async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError> {
         self.plane.renew_epoch(id, epoch).await.map_err(refusal)
+    }
+
+    async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), HostError> {
+        self.plane.admit(id, admitted).await.map_err(refusal)
+    }
+
+    async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, HostError> {
+        self.plane.fence(id, admitted).await.map_err(refusal)
+    }
+
+    async fn first_change(&self) -> Option<VolumeId> {
+        self.plane.first_change().await
+    }
+
+    async fn first_change_recorded(&self, id: VolumeId) -> Result<(), HostError> {
+        let recorded = self.plane.first_change_recorded(id).await;
+        recorded.map_err(refusal)
+    }
+
+    async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError> {
+        self.plane.set_limits(id, limits).await.map_err(refusal)
+    }
+
+    async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), HostError> {
+        self.plane.open_replicated(spec).await.map_err(refusal)
+    }
+
+    async fn replication_event(&self) -> Option<ReplicationEvent> {
+        self.replication.lock().await.recv().await
+    }
+
+    fn replication_ended(&self, id: VolumeId) {
+        self.plane.head_ended(id);
+    }
+
+    fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>) {
+        self.plane.record_read(id, false, record);
+    }
+
+    async fn forget_replicas(&self, id: VolumeId) {
+        self.plane.forget_replicas(id).await;
+        if let Err(error) = self.seals.forget(id).await {
+            tracing::warn!(id = %id.0, %error, "the seals of a deleted volume could not be removed");
+        }
+    }
+
+    async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus> {
+        self.plane.volume_status(id).await?.replication
     }
 
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
@@ -173,6 +236,7 @@ impl Plane for Host {
             peer: report.peer,
             connected_at_unix_ms: unix_ms_of(report.connected_at),
             read_only: report.read_only,
+            token: report.token,
             structured_replies: report.style != ReplyStyle::Simple,
             extended_headers: report.style == ReplyStyle::Extended,
             block_status: report.base_allocation,

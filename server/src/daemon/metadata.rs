@@ -105,6 +105,8 @@ pub enum MetadataOpenError {
 pub(crate) struct OpenMetadata {
     /// The records of volumes, stores and nodes.
     pub(crate) records: Arc<dyn MetadataStore>,
+    /// The node's own database: what no other node needs to know, and what must be there when the cluster's is not.
+    pub(crate) local: Arc<dyn MetadataStore>,
     /// This daemon.
     pub(crate) node: NodeId,
     /// In a cluster only.
@@ -125,7 +127,8 @@ impl OpenMetadata {
                     Err(MetadataOpenError::InCluster { cluster })
                 }
                 None => Ok(OpenMetadata {
-                    records: local,
+                    records: local.clone(),
+                    local,
                     node,
                     identity: None,
                 }),
@@ -161,6 +164,7 @@ impl OpenMetadata {
         announce(&*records, config, &identity).await?;
         Ok(OpenMetadata {
             records,
+            local,
             node,
             identity: Some(identity),
         })

@@ -27,6 +27,7 @@ use crate::nbd::activation::{self, ActivationError, Purpose};
 use crate::nbd::socket::{self, BindError, Bound, Reach};
 use crate::nbd::{ListenerConfig, Listeners, Security};
 use crate::plane::Plane;
+use crate::replication::{self, Dial, Driver, LinkListenError, Network, NoPeers, Seals};
 use crate::scrubs::Scrubs;
 use crate::volumes::{VolumeError, VolumeHost, Volumes};
 
@@ -58,6 +59,9 @@ pub enum DaemonError {
     /// Where the metadata is.
     #[error(transparent)]
     Metadata(#[from] MetadataOpenError),
+    /// Links of other nodes.
+    #[error(transparent)]
+    Links(#[from] LinkListenError),
     /// The metadata itself.
     #[error(transparent)]
     Records(#[from] MetadataError),
@@ -309,7 +313,7 @@ impl Daemon {
         let admin = crate::admin::serve(sockets.admin, state.clone(), stopped.clone());
         interfaces.spawn(watched("admin", admin));
 
-        let started = Daemon::start_serving(&state, sockets.nbd).await;
+        let started = Daemon::start_serving(&state, sockets.nbd, stopped.clone()).await;
         let (plane, volumes, listeners) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -342,6 +346,7 @@ impl Daemon {
     async fn start_serving(
         state: &Arc<State>,
         nbd: Vec<Bound>,
+        stop: watch::Receiver<bool>,
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         state.begin_step("the metadata is being opened");
@@ -360,8 +365,10 @@ impl Daemon {
 
         state.begin_step("the stores are being opened");
         let known = stores::recorded(&*metadata.records, node).await?;
-        let plane =
-            DataPlane::start(data_config(config, node, stores::lay_out(config, &known)?)).await?;
+        let seals = Seals::new(metadata.local.clone());
+        let mut data = data_config(config, node, stores::lay_out(config, &known)?);
+        data.seals = seals.load().await?;
+        let plane = DataPlane::start(data).await?;
         for opened in plane.stores() {
             tracing::info!(
                 store = %opened.id.0,
@@ -374,7 +381,33 @@ impl Daemon {
                 "store open"
             );
         }
-        let host = Arc::new(Host::new(plane.clone()));
+        let (tell, events) = tokio::sync::mpsc::unbounded_channel();
+        let dial: Arc<dyn Dial> = match &metadata.identity {
+            Some(identity) => Arc::new(Network::new(identity.clone(), metadata.records.clone())),
+            None => Arc::new(NoPeers),
+        };
+        Driver::start(
+            plane.clone(),
+            metadata.records.clone(),
+            seals.clone(),
+            dial,
+            tell,
+        );
+        let host = Arc::new(Host::new(plane.clone(), seals, events));
+        if let Some(identity) = &metadata.identity {
+            let listening = replication::listen(
+                identity.clone(),
+                plane.clone(),
+                metadata.records.clone(),
+                config.listen_link.clone(),
+                config.advertise.clone(),
+                stop,
+            );
+            if let Err(error) = listening.await {
+                plane.drain().await;
+                return Err(error.into());
+            }
+        }
         match Daemon::start_volumes(state, metadata, &known, host, &plane, nbd).await {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
@@ -410,8 +443,13 @@ impl Daemon {
             config.scrub_bytes_per_second,
         )
         .await?;
-        let volumes =
-            Volumes::start(store, host.clone() as Arc<dyn VolumeHost>, metadata.node).await?;
+        let volumes = Volumes::start(
+            store,
+            host.clone() as Arc<dyn VolumeHost>,
+            metadata.node,
+            metadata.identity.is_some(),
+        )
+        .await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,

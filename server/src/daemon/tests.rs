@@ -71,8 +71,7 @@ fn create(name: &str, size_bytes: u64) -> CreateVolumeRequest {
     CreateVolumeRequest {
         name: name.to_owned(),
         size_bytes,
-        read_only: false,
-        write_through: false,
+        ..CreateVolumeRequest::default()
     }
 }
 
@@ -133,7 +132,7 @@ async fn volumes_are_managed_and_survive_a_restart() {
     let set = SetVolumeRequest {
         volume: volume(),
         read_only: Some(true),
-        write_through: None,
+        ..SetVolumeRequest::default()
     };
     assert!(
         admin
@@ -176,7 +175,7 @@ async fn volumes_are_managed_and_survive_a_restart() {
         Code::NotFound
     );
     let listed = admin
-        .list_volumes(ListVolumesRequest {})
+        .list_volumes(ListVolumesRequest::default())
         .await
         .expect("list")
         .into_inner();

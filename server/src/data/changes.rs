@@ -77,9 +77,11 @@ impl DataThread {
         mut payload: Payload<'_>,
     ) {
         let key = self.operations.vacant_key();
-        let began = self.volumes[request.volume]
-            .head
-            .begin(Access::Exclusive, range, key as u64);
+        let began = self.volumes[request.volume].head.admission_mut().begin(
+            Access::Exclusive,
+            range,
+            key as u64,
+        );
         self.watch_epoch(request.volume);
         let mut taken = 0u64;
         let progress = match began {
@@ -169,9 +171,11 @@ impl DataThread {
                 request.buffer = Some(self.hold(request.connection, 2 * BLOCK_BYTES));
             }
         }
-        let began = self.volumes[request.volume]
-            .head
-            .begin(Access::Exclusive, range, key as u64);
+        let began = self.volumes[request.volume].head.admission_mut().begin(
+            Access::Exclusive,
+            range,
+            key as u64,
+        );
         self.watch_epoch(request.volume);
         let mut write = Write {
             edges,

@@ -2,20 +2,23 @@
 
 use std::time::Duration;
 
+use ashlar_core::nbd::session::Admitted;
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use ashlar_core::volume::{Head, HeadSpec};
 use tokio::sync::oneshot;
 
+use super::cluster::ClusterCommand;
 use super::config::{
     ConnectionReport, DataError, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
 };
 use super::connection::{Connection, Phase};
+use super::gate::Gate;
 use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::thread::{DataThread, Drain, Volume};
-use super::wire::Wire;
+use super::thread::{DataThread, Drain, Volume, VolumeHead};
 use crate::nbd::AttachedClient;
 
 /// The answer goes where the command says; nobody listening is no error.
@@ -43,6 +46,27 @@ pub(super) enum Command {
     RenewEpoch {
         id: VolumeId,
         epoch: Epoch,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// Serves these connections from now on, and was serving no other.
+    Admit {
+        id: VolumeId,
+        admitted: Admitted,
+        answer: Answer<Result<(), DataError>>,
+    },
+    /// Ends the connections that are not admitted any more.
+    Fence {
+        id: VolumeId,
+        admitted: Option<Admitted>,
+        answer: Answer<Result<(u32, oneshot::Receiver<()>), DataError>>,
+    },
+    SetLimits {
+        id: VolumeId,
+        limits: VolumeLimits,
+        answer: Answer<Result<(), DataError>>,
+    },
+    FirstChangeRecorded {
+        id: VolumeId,
         answer: Answer<Result<(), DataError>>,
     },
     /// As if a volume's head had given so many versions.
@@ -75,6 +99,8 @@ pub(super) enum Command {
         store: Option<StoreId>,
         answer: Answer<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
     },
+    /// Of replicated volumes.
+    Cluster(ClusterCommand),
     Drain {
         patience: Duration,
         answer: Answer<()>,
@@ -102,13 +128,36 @@ impl DataThread {
                 read_only,
                 answer,
             } => {
-                let found = self
-                    .volume_key(id)
-                    .map(|key| self.volumes[key].head.set_read_only(read_only));
+                let found = self.volume_key(id).map(|key| {
+                    self.volumes[key]
+                        .head
+                        .admission_mut()
+                        .set_read_only(read_only)
+                });
                 let _ = answer.send(found);
             }
             Command::RenewEpoch { id, epoch, answer } => {
                 let _ = answer.send(self.renew_epoch(id, epoch));
+            }
+            Command::Admit {
+                id,
+                admitted,
+                answer,
+            } => {
+                let _ = answer.send(self.admit(id, admitted));
+            }
+            Command::Fence {
+                id,
+                admitted,
+                answer,
+            } => {
+                let _ = answer.send(self.fence(id, admitted));
+            }
+            Command::SetLimits { id, limits, answer } => {
+                let _ = answer.send(self.set_limits(id, limits));
+            }
+            Command::FirstChangeRecorded { id, answer } => {
+                let _ = answer.send(self.first_change_recorded(id));
             }
             #[cfg(test)]
             Command::SetVersionsGiven {
@@ -118,7 +167,7 @@ impl DataThread {
             } => {
                 let found = self
                     .volume_key(id)
-                    .map(|key| self.volumes[key].head.set_counter(versions));
+                    .map(|key| self.volumes[key].head.admission_mut().set_counter(versions));
                 let _ = answer.send(found);
             }
             Command::VolumeStatus { id, answer } => {
@@ -158,12 +207,14 @@ impl DataThread {
                     .collect();
                 let _ = answer.send(answers);
             }
+            Command::Cluster(command) => self.cluster_command(command),
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
                     // One that is due is due again after the next start.
                     for driver in &mut self.stores {
                         driver.store.stop_scrub();
                     }
+                    self.lift_limits();
                     // What clients had sent by now is answered.
                     for key in 0..self.connections.capacity() {
                         if self.connections.get(key).is_some_and(|c| !c.is_paused) {
@@ -180,7 +231,7 @@ impl DataThread {
         }
     }
 
-    fn volume_key(&self, id: VolumeId) -> Result<usize, DataError> {
+    pub(super) fn volume_key(&self, id: VolumeId) -> Result<usize, DataError> {
         self.volume_keys
             .get(&id)
             .copied()
@@ -213,8 +264,11 @@ impl DataThread {
         });
         let metrics = self.registry.add_volume(spec.id, &spec.name);
         let id = spec.id;
+        let gate = Gate::new(spec.limits, spec.never_written);
         let key = self.volumes.insert(Volume {
-            head,
+            head: VolumeHead::Single(head),
+            head_ended: false,
+            gate,
             spec,
             stores,
             metrics,
@@ -239,7 +293,7 @@ impl DataThread {
                 connections: volume.connections.len(),
             });
         }
-        volume.head.drain();
+        volume.head.admission_mut().drain();
         let (closed, answer) = oneshot::channel();
         volume.closing = Some(closed);
         // Not found by name any more: what is left of it ends by itself.
@@ -256,11 +310,13 @@ impl DataThread {
         let Some(volume) = self.volumes.get(key) else {
             return;
         };
-        if volume.closing.is_none()
-            || !volume.connections.is_empty()
-            || volume.unlocked > 0
-            || !volume.head.is_idle()
-        {
+        let is_wanted = volume.closing.is_none() && !volume.head_ended;
+        if is_wanted || !volume.connections.is_empty() || volume.unlocked > 0 {
+            return;
+        }
+        // A head that is at its end gives no ranges back.
+        let is_idle = volume.head_ended || volume.head.admission().is_idle();
+        if !is_idle || !self.replication_may_close(key) {
             return;
         }
         let mut volume = self.volumes.remove(key);
@@ -277,6 +333,7 @@ impl DataThread {
         let volume = &mut self.volumes[key];
         volume
             .head
+            .admission_mut()
             .grow(size_bytes, volume.stores.len())
             .map_err(|refusal| DataError::Resize(refusal.to_string()))?;
         volume.spec.size_bytes = size_bytes;
@@ -293,7 +350,7 @@ impl DataThread {
     #[inline]
     pub(super) fn watch_epoch(&mut self, volume: usize) {
         let volume = &mut self.volumes[volume];
-        if volume.head.asks_for_epoch() {
+        if volume.head.admission_mut().asks_for_epoch() {
             // Nobody listens any more when the daemon stops.
             let _ = self.tells.epochs_wanted.send(volume.spec.id);
         }
@@ -303,8 +360,9 @@ impl DataThread {
         let key = self.volume_key(id)?;
         let volume = &mut self.volumes[key];
         // A volume that was opened again meanwhile has a newer one.
-        if epoch > volume.head.epoch() {
-            volume.head.renew_epoch(epoch);
+        let head = volume.head.admission_mut();
+        if epoch > head.epoch() {
+            head.renew_epoch(epoch);
             volume.spec.epoch = epoch;
         }
         Ok(())
@@ -312,7 +370,7 @@ impl DataThread {
 
     fn volume_status(&self, id: VolumeId) -> Option<VolumeRuntime> {
         let volume = &self.volumes[self.volume_key(id).ok()?];
-        let (in_flight, waiting) = volume.head.in_flight();
+        let (in_flight, waiting) = volume.head.admission().in_flight();
         let connections = volume
             .connections
             .iter()
@@ -324,6 +382,7 @@ impl DataThread {
                 style: connection.session.style,
                 base_allocation: connection.session.base_allocation,
                 read_only: connection.session.read_only,
+                token: connection.session.token,
                 in_flight: connection.in_flight,
                 requests: connection.requests,
                 read_bytes: connection.read_bytes,
@@ -331,10 +390,11 @@ impl DataThread {
             });
         Some(VolumeRuntime {
             connections: connections.collect(),
-            size_bytes: volume.head.size_bytes(),
-            epoch: volume.head.epoch(),
+            size_bytes: volume.head.admission().size_bytes(),
+            epoch: volume.head.admission().epoch(),
             in_flight,
             waiting,
+            replication: self.replication_status(*self.volume_keys.get(&id)?),
         })
     }
 
@@ -347,16 +407,23 @@ impl DataThread {
             tracing::info!(peer, "the volume was closed while a client was connecting");
             return;
         };
-        if let Err(error) = rustix::fs::fcntl_setfl(&client.stream, rustix::fs::OFlags::NONBLOCK) {
+        let admitted = &self.volumes[volume_key].spec.admitted;
+        if !admitted.admits(client.session.token) {
+            tracing::info!(
+                peer,
+                "the volume was published or unpublished while a client was connecting"
+            );
+            return;
+        }
+        if let Err(error) =
+            rustix::fs::fcntl_setfl(client.stream.socket(), rustix::fs::OFlags::NONBLOCK)
+        {
             tracing::warn!(peer, %error, "cannot take over a connection");
             return;
         }
         let entry = self.connections.vacant_entry();
         let key = entry.key() as u32;
-        let watch = match self
-            .engine
-            .watch(std::os::fd::AsRawFd::as_raw_fd(&client.stream), key)
-        {
+        let watch = match self.engine.watch(client.stream.fd(), key) {
             Ok(watch) => watch,
             Err(error) => {
                 tracing::warn!(peer, %error, "cannot watch a connection");
@@ -366,7 +433,7 @@ impl DataThread {
         let volume = &mut self.volumes[volume_key];
         let mut session = client.session;
         // It may have grown since the handshake.
-        session.size_bytes = volume.head.size_bytes();
+        session.size_bytes = volume.head.admission().size_bytes();
         tracing::debug!(
             peer,
             volume = volume.spec.name,
@@ -381,7 +448,6 @@ impl DataThread {
             peer,
             receiver: Receiver::new(&client.leftover, &mut self.pool),
             outbox: Outbox::default(),
-            wire: Wire::new(client.tls),
             phase: Phase::Open,
             connected_at: std::time::SystemTime::now(),
             requests: 0,
@@ -399,6 +465,7 @@ impl DataThread {
             was_idle: false,
             keeps_buffer: false,
             moved_at: self.now,
+            _certified: client.certified,
             _slot: client.slot,
         });
         self.next_serial += 1;

@@ -1,15 +1,18 @@
 //! What the data plane is told and what it answers, in the words of the rest of the daemon.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::records::Placement;
+use ashlar_core::nbd::session::{Admitted, ReplyStyle};
+use ashlar_core::records::{Placement, VolumeLimits};
+use ashlar_core::replication::Seal;
 use ashlar_core::store::{OpenError, OpenReport, StoreError, StoreStatus};
-use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, StoreId, VolumeId};
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::cluster::{ClusterTell, ReplicationStatus};
 use crate::engine::{EngineChoice, FaultPlan, OpenStoreError};
 use crate::tail::TailError;
 
@@ -42,6 +45,10 @@ pub struct DataConfig {
     /// How long at most a data thread that has just answered looks again for requests before it sleeps, when that has
     /// been paying. Zero: not at all.
     pub spin: Duration,
+    /// What the node's database knows of its replicas.
+    pub seals: HashMap<(VolumeId, StoreId), Seal>,
+    /// How long a head may serve reads after a sign of life of its replicas.
+    pub lease: Duration,
 }
 
 impl DataConfig {
@@ -62,9 +69,14 @@ impl DataConfig {
             drain_timeout: Duration::from_secs(10),
             accept_tail_loss: false,
             spin: DataConfig::SPIN,
+            seals: HashMap::new(),
+            lease: DataConfig::LEASE,
         }
     }
 
+    /// Default of [`DataConfig::lease`]: longer than any hiccup of a network that a client should not notice, short
+    /// enough that a dead node stops a volume only for seconds. The same on all daemons of a cluster.
+    pub const LEASE: Duration = Duration::from_secs(4);
     /// Default of [`DataConfig::spin`]: about what going to sleep and being woken costs.
     pub const SPIN: Duration = Duration::from_micros(20);
     /// Default of [`DataConfig::tail_bytes`]: what a disk of 1 GB/s carries away in 64 ms, so that bursts are taken
@@ -126,6 +138,11 @@ pub struct VolumeSpec {
     pub write_through: bool,
     pub read_only: bool,
     pub placement: Placement,
+    /// Whose connections it serves.
+    pub admitted: Admitted,
+    /// The record says that nothing was ever written: the first change waits until it says so no more.
+    pub never_written: bool,
+    pub limits: VolumeLimits,
 }
 
 /// A store that was opened.
@@ -173,7 +190,11 @@ pub struct ScrubEnd {
 pub(super) struct Tells {
     /// Volumes whose heads have few versions left.
     pub(super) epochs_wanted: UnboundedSender<VolumeId>,
+    /// Volumes whose first change waits for its record.
+    pub(super) first_changes: UnboundedSender<VolumeId>,
     pub(super) scrubs_ended: UnboundedSender<ScrubEnd>,
+    /// What replicated volumes need of the control plane.
+    pub(super) cluster: UnboundedSender<ClusterTell>,
 }
 
 /// A store, its layers and the highest epoch each was written under.
@@ -188,6 +209,8 @@ pub struct VolumeRuntime {
     /// Requests taken and not yet answered, and how many of them wait for another.
     pub in_flight: usize,
     pub waiting: usize,
+    /// Of a replicated volume.
+    pub replication: Option<ReplicationStatus>,
 }
 
 /// One client of a volume.
@@ -200,6 +223,8 @@ pub struct ConnectionReport {
     pub style: ReplyStyle,
     pub base_allocation: bool,
     pub read_only: bool,
+    /// What it was opened by.
+    pub token: Option<ExportToken>,
     pub in_flight: u32,
     pub requests: u64,
     pub read_bytes: u64,

@@ -1,15 +1,14 @@
 //! One client in transmission.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 use ashlar_core::nbd::session::Session;
 
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::wire::Wire;
 use crate::engine::WatchId;
 use crate::nbd::ConnectionSlot;
+use crate::stream::Stream;
 
 /// Names a connection from an operation that may outlive it: the key may have been given to another one since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +28,7 @@ pub(super) enum Phase {
 }
 
 pub(super) struct Connection {
-    pub(super) stream: OwnedFd,
+    pub(super) stream: Stream,
     pub(super) watch: WatchId,
     pub(super) serial: u64,
     /// Key of its volume.
@@ -38,7 +37,6 @@ pub(super) struct Connection {
     pub(super) peer: String,
     pub(super) receiver: Receiver,
     pub(super) outbox: Outbox,
-    pub(super) wire: Wire,
     pub(super) phase: Phase,
     pub(super) connected_at: std::time::SystemTime,
     /// Requests answered.
@@ -69,27 +67,25 @@ pub(super) struct Connection {
     pub(super) keeps_buffer: bool,
     /// When bytes last moved in either direction.
     pub(super) moved_at: Instant,
+    /// Ends the connection when the holder of its certificate is shut out.
+    pub(super) _certified: Option<crate::identity::Session>,
     /// Its place under the daemon's connection limit.
     pub(super) _slot: ConnectionSlot,
 }
 
 impl Connection {
-    pub(super) fn fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
-    }
-
     /// It makes the daemon hold memory and waits for its client: for the rest of a payload, or for replies to be read.
     pub(super) fn waits_for_client(&self) -> bool {
-        self.receiver.is_mid_payload() || !self.is_sent()
+        self.receiver.is_mid_payload() || !self.all_sent()
     }
 
     /// Everything taken has been answered and sent.
     pub(super) fn is_settled(&self) -> bool {
-        self.in_flight == 0 && self.is_sent()
+        self.in_flight == 0 && self.all_sent()
     }
 
-    /// Nothing waits for the socket.
-    pub(super) fn is_sent(&self) -> bool {
-        self.outbox.is_empty() && !self.wire.has_pending()
+    /// The socket has taken every answer.
+    pub(super) fn all_sent(&self) -> bool {
+        self.outbox.is_empty() && !self.stream.has_unsent()
     }
 }

@@ -35,7 +35,12 @@ impl DataThread {
         };
         let volume = connection.volume;
         let style = connection.session.style;
-        self.volumes[volume].metrics.in_flight.add(1);
+        let (now, born) = (self.now, self.born);
+        let of = &mut self.volumes[volume];
+        of.metrics.in_flight.add(1);
+        if let Some(gate) = &mut of.gate {
+            gate.passed(&parsed, now.duration_since(born).as_nanos() as u64);
+        }
         let mut request = Request {
             connection: ConnectionRef {
                 key,
@@ -59,8 +64,29 @@ impl DataThread {
             work: Work::Plain,
         };
         let (offset, length) = (parsed.offset, parsed.length);
+        if let Some(volume) = self.replicated(volume)
+            && length > 0
+            && matches!(
+                parsed.command,
+                Asked::Read { .. } | Asked::Write | Asked::Trim | Asked::WriteZeroes { .. }
+            )
+        {
+            if let Asked::WriteZeroes {
+                no_hole: true,
+                fast_only: true,
+            } = parsed.command
+            {
+                // Space can only be kept by writing it.
+                self.answer_error(request, RequestError::NotFast);
+                return;
+            }
+            return self.replicated_request(volume, request, parsed.command, payload);
+        }
         match parsed.command {
-            Asked::Flush => self.flush(request),
+            Asked::Flush => match self.replicated(volume) {
+                Some(volume) => self.replicated_request(volume, request, parsed.command, payload),
+                None => self.flush(request),
+            },
             Asked::BlockStatus {
                 payload_bytes: 1.., ..
             } => {
@@ -197,13 +223,17 @@ impl DataThread {
                 Work::Plain | Work::Read { .. } | Work::Flush(_) => {}
             },
             Some(Operation::DropLayer { .. }) => self.try_drop_layer(key),
-            Some(Operation::Task(_)) | None => {}
+            Some(Operation::Replica(_)) => self.resume_replica(key),
+            Some(Operation::Task(_) | Operation::Replicated(_)) | None => {}
         }
     }
 
     /// The range lock let a waiting request go.
     pub(super) fn start_waiting(&mut self, started: Started) {
         let key = started.tag as usize;
+        if let Some(Operation::Replicated(_)) = self.operations.get(key) {
+            return self.start_replicated(started);
+        }
         let Some(Operation::Request(request)) = self.operations.get_mut(key) else {
             return;
         };
@@ -257,7 +287,7 @@ impl DataThread {
                 let head = &mut self.volumes[volume];
                 head.unlocked -= 1;
                 if request.error.is_none() {
-                    head.head.flushed(plan);
+                    head.head.admission_mut().flushed(plan);
                 }
             }
             Work::Status { .. } => self.volumes[volume].unlocked -= 1,
@@ -277,7 +307,17 @@ impl DataThread {
 
     pub(super) fn release(&mut self, volume: usize, ticket: Ticket) {
         let mut started = SmallVec::new();
-        self.volumes[volume].head.finish(ticket, &mut started);
+        match self.replicated(volume) {
+            Some(volume) => {
+                self.with_head(volume, |head, _, actions| {
+                    head.finish(ticket, &mut started, actions);
+                });
+            }
+            None => {
+                let head = self.volumes[volume].head.admission_mut();
+                head.finish(ticket, &mut started);
+            }
+        }
         self.started.extend(started);
         // One that is started may end at once and let others go: a loop here, not a recursion as deep as they are many.
         if self.starting {
@@ -387,7 +427,7 @@ impl DataThread {
     pub(super) fn taken(&mut self, volume: usize, chunk: ChunkIndex) {
         let volume = &mut self.volumes[volume];
         let slot = volume.slot_of(chunk);
-        volume.head.taken(slot);
+        volume.head.admission_mut().taken(slot);
     }
 }
 

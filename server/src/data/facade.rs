@@ -4,11 +4,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
+use ashlar_core::nbd::session::Admitted;
+use ashlar_core::records::{Versioned, VolumeLimits, VolumeRecord};
+use ashlar_core::replication::{BootId, SwapOutcome};
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
+use super::cluster::{Cluster, ClusterCommand, ClusterTell, LinkEnds, ReplicatedSpec};
 use super::command::Command;
 use super::config::{
     DataConfig, DataError, OpenedStore, ScrubEnd, StartError, StoreLayers, StoreReport, Tells,
@@ -33,7 +37,10 @@ struct Inner {
     /// Volumes whose heads have few versions left; each is named once for each epoch, so this holds no more than there
     /// are volumes.
     epochs_wanted: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
+    /// Volumes whose first change waits, each named once for each opening.
+    first_changes: tokio::sync::Mutex<UnboundedReceiver<VolumeId>>,
     scrubs_ended: tokio::sync::Mutex<UnboundedReceiver<ScrubEnd>>,
+    cluster_tells: tokio::sync::Mutex<UnboundedReceiver<ClusterTell>>,
     drain_timeout: std::time::Duration,
     joins: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -93,10 +100,14 @@ impl DataPlane {
         let metrics = Metrics::new();
         let config = Arc::new(config);
         let (want_epoch, epochs_wanted) = tokio::sync::mpsc::unbounded_channel();
+        let (first_change, first_changes) = tokio::sync::mpsc::unbounded_channel();
         let (end_scrub, scrubs_ended) = tokio::sync::mpsc::unbounded_channel();
+        let (tell_cluster, cluster_tells) = tokio::sync::mpsc::unbounded_channel();
         let tells = Tells {
             epochs_wanted: want_epoch,
+            first_changes: first_change,
             scrubs_ended: end_scrub,
+            cluster: tell_cluster,
         };
         let mut starting = Vec::new();
         let mut joins = Vec::new();
@@ -155,7 +166,9 @@ impl DataPlane {
             volumes: Mutex::default(),
             metrics,
             epochs_wanted: tokio::sync::Mutex::new(epochs_wanted),
+            first_changes: tokio::sync::Mutex::new(first_changes),
             scrubs_ended: tokio::sync::Mutex::new(scrubs_ended),
+            cluster_tells: tokio::sync::Mutex::new(cluster_tells),
             drain_timeout: config.drain_timeout,
             joins: Mutex::new(joins),
         }));
@@ -214,6 +227,109 @@ impl DataPlane {
         Ok(())
     }
 
+    /// Begins to claim a replicated volume and to serve it; it is served when [`ClusterTell::Serving`] says so.
+    pub async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), DataError> {
+        let record = &spec.record.record;
+        let id = record.id;
+        // Where most of its copies in this daemon are; all of them must be on one thread, or none is used.
+        let sets = record.placement.sets.iter();
+        let mut here = sets
+            .flat_map(|set| set.replicas.iter())
+            .filter_map(|replica| self.0.stores.iter().find(|store| store.id == replica.store))
+            .map(|store| store.thread);
+        let thread = here.next().unwrap_or(0);
+        if here.any(|other| other != thread) {
+            return Err(DataError::StoresApart);
+        }
+        self.0.threads[thread]
+            .ask(|answer| Command::Cluster(ClusterCommand::Open(Box::new(spec), answer)))
+            .await??;
+        lock(&self.0.volumes).insert(id, thread);
+        Ok(())
+    }
+
+    /// A replicated head is at its end, and its volume may be opened anew.
+    pub fn head_ended(&self, volume: VolumeId) {
+        lock(&self.0.volumes).remove(&volume);
+    }
+
+    /// Takes no work for replicas of a volume any more, whoever sends it.
+    pub async fn forget_replicas(&self, volume: VolumeId) {
+        for thread in &self.0.threads {
+            let forget = |answer| Command::Cluster(ClusterCommand::Forget { volume, answer });
+            // A thread that has ended takes no work.
+            let _ = thread.ask(forget).await;
+        }
+    }
+
+    /// What data threads ask for replicated volumes. `None`: the threads have ended.
+    pub async fn cluster_tell(&self) -> Option<ClusterTell> {
+        self.0.cluster_tells.lock().await.recv().await
+    }
+
+    /// A volume's record: the answer to [`ClusterTell::ReadRecord`] (`asked`), or what a watch saw.
+    pub fn record_read(
+        &self,
+        volume: VolumeId,
+        asked: bool,
+        record: Option<Versioned<VolumeRecord>>,
+    ) {
+        let record = record.map(Box::new);
+        self.tell_volume(
+            volume,
+            ClusterCommand::Record {
+                volume,
+                asked,
+                record,
+            },
+        );
+    }
+
+    /// [`ClusterTell::Swap`] ended.
+    pub fn swapped(&self, volume: VolumeId, serial: u64, outcome: SwapOutcome) {
+        self.tell_volume(
+            volume,
+            ClusterCommand::Swapped {
+                volume,
+                serial,
+                outcome,
+            },
+        );
+    }
+
+    fn tell_volume(&self, volume: VolumeId, command: ClusterCommand) {
+        if let Ok(thread) = self.thread_of(volume) {
+            // A thread that has ended has no head.
+            let _ = thread.send(Command::Cluster(command));
+        }
+    }
+
+    /// [`ClusterTell::Persist`] is durable.
+    pub fn persisted(&self, volume: VolumeId, store: StoreId, serial: u64) {
+        if let Ok(thread) = self.thread_of_store(store) {
+            let _ = thread.send(Command::Cluster(ClusterCommand::Persisted {
+                volume,
+                store,
+                serial,
+            }));
+        }
+    }
+
+    /// A link that a thread wished for is up.
+    pub fn link_up(&self, thread: usize, ends: LinkEnds) {
+        if let Some(thread) = self.0.threads.get(thread) {
+            let _ = thread.send(Command::Cluster(ClusterCommand::LinkUp(Box::new(ends))));
+        }
+    }
+
+    /// A head of a peer wants to reach one of this daemon's stores.
+    pub fn link_accepted(&self, ends: LinkEnds) -> Result<(), DataError> {
+        let thread = self.thread_of_store(ends.peer.store)?;
+        thread.send(Command::Cluster(ClusterCommand::LinkAccepted(Box::new(
+            ends,
+        ))))
+    }
+
     /// Stops serving a volume: refused while it has connections unless `force`, which ends them after what they have
     /// in flight. Returns when nothing is in flight any more.
     pub async fn close_volume(&self, id: VolumeId, force: bool) -> Result<(), DataError> {
@@ -256,6 +372,52 @@ impl DataPlane {
     pub async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
         self.thread_of(id)?
             .ask(|answer| Command::RenewEpoch { id, epoch, answer })
+            .await?
+    }
+
+    /// Serves other connections from now on; [`DataError::InUse`], and nothing changed, while one is open that would
+    /// not be served.
+    pub async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::Admit {
+                id,
+                admitted,
+                answer,
+            })
+            .await?
+    }
+
+    /// Serves other connections from now on (`None`: the same, and ends all) and ends those that it does not serve.
+    /// Returns how many once everything that they had asked for is done or refused.
+    pub async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, DataError> {
+        let (ended, done) = self
+            .thread_of(id)?
+            .ask(|answer| Command::Fence {
+                id,
+                admitted,
+                answer,
+            })
+            .await??;
+        done.await.map_err(|_| DataError::Draining)?;
+        Ok(ended)
+    }
+
+    /// Changes the limits of a volume, open connections included.
+    pub async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::SetLimits { id, limits, answer })
+            .await?
+    }
+
+    /// The next volume whose first change waits until it is recorded. `None`: the threads have ended.
+    pub async fn first_change(&self) -> Option<VolumeId> {
+        self.0.first_changes.lock().await.recv().await
+    }
+
+    /// It is recorded; changes go on.
+    pub async fn first_change_recorded(&self, id: VolumeId) -> Result<(), DataError> {
+        self.thread_of(id)?
+            .ask(|answer| Command::FirstChangeRecorded { id, answer })
             .await?
     }
 
@@ -461,6 +623,8 @@ fn build_thread(
                 what: "the I/O engine refused a store",
                 source,
             })?;
+        let report = &opened.report.report;
+        let lost_answers = config.accept_tail_loss && report.tail_void && !report.clean;
         drivers.push(StoreDriver {
             store: opened.store,
             id: opened.report.id,
@@ -470,6 +634,7 @@ fn build_thread(
             metrics: metrics.add_store(opened.report.id),
             parked: Default::default(),
             waiting_for_index: Vec::new(),
+            lost_answers,
         });
         reports.push(opened.report);
     }
@@ -489,6 +654,14 @@ fn build_thread(
     };
     let mut limits = config.limits;
     limits.bytes /= count;
+    // An id that is never met again: without the real one no replica can know that it kept its memory.
+    let boot = crate::tail::boot_id().map_or_else(|_| uuid::Uuid::new_v4(), uuid::Uuid::from_bytes);
+    let cluster = Cluster::new(
+        BootId(boot),
+        config.seals.clone(),
+        tells.cluster.clone(),
+        config.lease.as_micros() as u64,
+    );
     let parts = Parts {
         index,
         engine,
@@ -496,6 +669,7 @@ fn build_thread(
         limits,
         registry: metrics,
         tells,
+        cluster,
         commands: inbox,
         spin: config.spin,
     };

@@ -21,7 +21,8 @@ impl Landed {
         request: &Request,
     ) -> Option<Landed> {
         let block = BLOCK_BYTES as u64;
-        if request.command != Command::Write
+        if volume.stores.is_empty()
+            || request.command != Command::Write
             || !request.offset.is_multiple_of(block)
             || !request.length.is_multiple_of(block)
         {

@@ -3,15 +3,18 @@
 //!
 //! [`DataPlane`] is what the rest of the daemon sees. Each thread (`thread`) runs one event loop over one
 //! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply
-//! (`reads`, `changes`), `receiver` and `outbox` are
+//! (`reads`, `changes`), `gate` and `fence` keep requests and connections out of a head, `receiver` and `outbox` are
 //! the two directions of a connection, `pool` lends the buffers between them and the disk.
 
 mod changes;
+mod cluster;
 mod command;
 mod config;
 mod connection;
 mod execute;
 mod facade;
+mod fence;
+mod gate;
 mod habit;
 mod halves;
 mod landed;
@@ -25,8 +28,11 @@ mod sockets;
 mod spin;
 mod stores;
 mod thread;
-mod wire;
 
+pub use cluster::{
+    ClusterTell, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec, ReplicationStatus,
+    greeting,
+};
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,
     StoreConfig, StoreLayers, StoreReport, VolumeRuntime, VolumeSpec,
@@ -35,4 +41,4 @@ pub use facade::DataPlane;
 pub use open::FileDisk;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

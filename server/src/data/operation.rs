@@ -10,6 +10,7 @@ use ashlar_core::volume::{BlockRange, FlushPlan, Ticket};
 use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
+use super::cluster::{ReplicaOperation, Replicated};
 use super::connection::ConnectionRef;
 use super::landed::Landed;
 use super::pool::Buffer;
@@ -174,6 +175,10 @@ impl Edges {
 /// An entry of the data thread's table of operations; its key is the store's [`OpId`].
 pub(super) enum Operation {
     Request(Request),
+    /// Of a client, on a volume with replicas elsewhere.
+    Replicated(Replicated),
+    /// Of a head, at a replica of this thread.
+    Replica(ReplicaOperation),
     /// Answers when the store says so.
     Task(oneshot::Sender<Result<(), StoreError>>),
     /// A layer to be dropped, tried again when the store can take it.

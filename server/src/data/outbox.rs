@@ -2,12 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
 
 use smallvec::SmallVec;
 
 use super::pool::{Buffer, Pool};
-use super::wire::Wire;
+use crate::stream::Stream;
 
 /// Pieces of one `sendmsg`: 64 reads of a 4 KiB block with their headers. The kernel's limit is 1024.
 const MAX_PIECES: usize = 128;
@@ -104,15 +103,9 @@ impl Outbox {
     }
 
     /// Sends until everything is gone or the socket is full.
-    pub(super) fn send(&mut self, wire: &mut Wire, fd: RawFd, pool: &mut Pool) -> io::Result<Sent> {
-        let mut sent = Sent {
-            blocked: !wire.flush(fd)?,
-            ..Sent::default()
-        };
-        if sent.blocked {
-            return Ok(sent);
-        }
-        while !self.parts.is_empty() {
+    pub(super) fn send(&mut self, stream: &mut Stream, pool: &mut Pool) -> io::Result<Sent> {
+        let mut sent = Sent::default();
+        while !self.parts.is_empty() || stream.has_unsent() {
             let mut pieces: SmallVec<[libc::iovec; MAX_PIECES]> = SmallVec::new();
             for part in self.parts.iter().take(MAX_PIECES) {
                 let (start, len) = match part {
@@ -132,22 +125,11 @@ impl Outbox {
             }
             // SAFETY: each piece lies in memory owned by `self` that does not change during the call; that of an early
             // piece belongs to a payload behind it, which goes after it.
-            let taken = unsafe { wire.send(fd, &mut pieces) };
+            let taken = unsafe { stream.send(&pieces)? };
             sent.calls += 1;
-            let taken = match taken {
-                Ok(taken) => taken,
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock => {
-                        sent.blocked = true;
-                        return Ok(sent);
-                    }
-                    _ => return Err(error),
-                },
-            };
             sent.bytes += taken.bytes as u64;
             self.advance(taken.bytes, pool, &mut sent.freed_bytes);
-            if taken.full {
+            if taken.blocked {
                 sent.blocked = true;
                 return Ok(sent);
             }
@@ -212,7 +194,6 @@ impl Outbox {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -220,9 +201,9 @@ mod tests {
     #[test]
     fn everything_arrives_in_order_through_a_socket_that_fills_up() {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        let mut ours = Stream::Plain(ours.into());
         let mut pool = Pool::new(0);
         let mut outbox = Outbox::default();
-        let mut wire = Wire::new(None);
         let mut expected = Vec::new();
         for i in 0..1000u32 {
             let header = i.to_be_bytes();
@@ -252,9 +233,7 @@ mod tests {
         let mut blocked = 0;
         let mut buf = vec![0; 50_000];
         while got.len() < expected.len() {
-            let sent = outbox
-                .send(&mut wire, ours.as_raw_fd(), &mut pool)
-                .expect("send");
+            let sent = outbox.send(&mut ours, &mut pool).expect("send");
             freed += sent.freed_bytes;
             blocked += usize::from(sent.blocked);
             let n = theirs.read(&mut buf).expect("read");
@@ -264,7 +243,7 @@ mod tests {
         assert!(outbox.is_empty() && freed == lent && pool.lent_bytes() == 0);
         outbox.push(b"x");
         drop(theirs);
-        assert!(outbox.send(&mut wire, ours.as_raw_fd(), &mut pool).is_err());
+        assert!(outbox.send(&mut ours, &mut pool).is_err());
         outbox.clear(&mut pool);
     }
 }

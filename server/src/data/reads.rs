@@ -3,7 +3,7 @@
 use ashlar_core::nbd::reply::{self, Allocation, Status};
 use ashlar_core::nbd::request::Command as Asked;
 use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::store::{ReadOutcome, StoreError};
+use ashlar_core::store::{Errno, ReadOutcome, StoreError};
 use ashlar_core::units::BLOCK_BYTES;
 use ashlar_core::volume::{Access, Began, Pieces, StoreSlot, blocks_touched};
 use smallvec::SmallVec;
@@ -24,10 +24,11 @@ impl DataThread {
             return self.answer_done(request);
         };
         let key = self.operations.vacant_key();
-        match self.volumes[request.volume]
-            .head
-            .begin(Access::Shared, range, key as u64)
-        {
+        match self.volumes[request.volume].head.admission_mut().begin(
+            Access::Shared,
+            range,
+            key as u64,
+        ) {
             Ok(Began::Now(started)) => {
                 request.ticket = Some(started.ticket);
                 self.start_read(key, request);
@@ -172,7 +173,7 @@ impl DataThread {
     pub(super) fn flush(&mut self, mut request: Request) {
         let key = self.operations.vacant_key();
         let volume = &mut self.volumes[request.volume];
-        let plan = volume.head.flush();
+        let plan = volume.head.admission().flush();
         let slots: SmallVec<[StoreSlot; 4]> = plan.stores().collect();
         if slots.is_empty() {
             self.answer_done(request);
@@ -217,6 +218,24 @@ impl DataThread {
         };
         let (volume, to, length) = (request.volume, request.reply, request.length);
         let mut status = Status::new(to, length, one_extent);
+        if self.replicated(volume).is_some() {
+            match self.replicated_status(volume, &mut status, (to.offset, length)) {
+                Ok(()) => return self.answer_status(key, volume, status),
+                Err(Some((store, extent, first_block, blocks))) => {
+                    let driver = &mut self.stores[store];
+                    driver.store.load_extents(extent, first_block, blocks);
+                    driver.waiting_for_index.push(key);
+                }
+                Err(None) => {
+                    let error = refusal_of(&StoreError::Poisoned(Errno::EIO));
+                    if let Operation::Request(mut request) = self.operations.remove(key) {
+                        request.error = Some(error);
+                        self.finish(request);
+                    }
+                }
+            }
+            return;
+        }
         'pieces: for piece in Pieces::new(to.offset, length) {
             let (store, extent) = self.volumes[volume].place(piece.chunk);
             let driver = &mut self.stores[store];
@@ -251,6 +270,10 @@ impl DataThread {
                 }
             }
         }
+        self.answer_status(key, volume, status);
+    }
+
+    fn answer_status(&mut self, key: usize, volume: usize, status: Status) {
         let Operation::Request(request) = self.operations.remove(key) else {
             return;
         };
@@ -269,7 +292,15 @@ impl DataThread {
     /// CACHE: fetches the index of the range, so that reads of it need one disk read each.
     pub(super) fn prefetch(&mut self, volume: usize, offset: u64, length: u64) {
         for piece in Pieces::new(offset, length).take(CACHE_CHUNKS) {
-            let (store, extent) = self.volumes[volume].place(piece.chunk);
+            let (store, extent) = if self.replicated(volume).is_some() {
+                let extent = self.volumes[volume].extent(piece.chunk);
+                match self.copy_here(volume, extent) {
+                    Some(store) => (store, extent),
+                    None => continue,
+                }
+            } else {
+                self.volumes[volume].place(piece.chunk)
+            };
             self.stores[store]
                 .store
                 .load_extents(extent, piece.first_block, piece.blocks);

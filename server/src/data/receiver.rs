@@ -6,17 +6,17 @@
 //! receiver holds no buffer at all.
 
 use std::io;
-use std::os::fd::RawFd;
 
 use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::nbd::request::{CloseReason, RawRequest, Request, Verdict};
 use ashlar_core::nbd::session::Session;
 use ashlar_core::units::BLOCK_BYTES;
 
+use super::gate::Hold;
 use super::landed::Landed;
 use super::pool::{Buffer, Pool};
 use super::thread::{StoreDriver, Volume};
-use super::wire::Wire;
+use crate::stream::Stream;
 
 /// Bytes received at a time: the default send buffer of a Unix socket peer (208 KiB) fits, with 32 requests of 4 KiB.
 pub(super) const RECEIVE_BYTES: usize = 256 << 10;
@@ -54,6 +54,8 @@ pub(super) enum Next {
     Incomplete,
     /// The limits do not allow the next request now; ask again when something has been given back.
     Paused,
+    /// The next request may not pass its volume's gate now.
+    Held(Hold),
     /// A request; a payload, if it has one, is bytes `from..from + len` of the receive buffer, valid until the next
     /// call of anything here.
     Request {
@@ -118,7 +120,7 @@ pub(super) struct Receiver {
 /// What one receive call brought.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Received {
-    /// So many bytes. `drained`: the socket is empty for now, or was when it had fewer than there was room for.
+    /// So many bytes. `drained`: fewer than there was room for, so the socket is empty for now.
     Bytes {
         count: usize,
         drained: bool,
@@ -180,8 +182,7 @@ impl Receiver {
     /// is a small one.
     pub(super) fn receive(
         &mut self,
-        wire: &mut Wire,
-        fd: RawFd,
+        stream: &mut Stream,
         pool: &mut Pool,
         stores: &mut [StoreDriver],
         scarce: bool,
@@ -231,10 +232,16 @@ impl Receiver {
         used += 1;
         debug_assert!(offered > 0);
         // SAFETY: the pieces lie in buffers and a landing claimed by `self`, past what has been received into them.
-        let received = unsafe { wire.receive(fd, &mut pieces[..used], offered)? };
-        let Received::Bytes { count, drained } = received else {
-            return Ok(received);
+        let count = match unsafe { stream.receive(&mut pieces[..used]) } {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(Received::WouldBlock);
+            }
+            Err(error) => return Err(error),
         };
+        if count == 0 {
+            return Ok(Received::End);
+        }
         let mut rest = count;
         if let Some(incoming) = &mut self.incoming {
             let taken = rest.min(incoming.left);
@@ -243,10 +250,13 @@ impl Receiver {
             rest -= taken;
         }
         self.end += rest;
-        Ok(Received::Bytes { count, drained })
+        Ok(Received::Bytes {
+            count,
+            drained: count < offered,
+        })
     }
 
-    /// The next request that is whole. `admit` is asked once a header is there, with the bytes of memory the request
+    /// The next request that is whole. The volume's gate and then `admit` are asked once a header is there, with the bytes of memory the request
     /// will need; when it says no, the request stays where it is.
     pub(super) fn next(
         &mut self,
@@ -254,6 +264,7 @@ impl Receiver {
         pool: &mut Pool,
         stores: &mut [StoreDriver],
         volume: &Volume,
+        now_ns: impl Fn() -> u64,
         admit: impl Fn(usize) -> bool,
     ) -> Next {
         if let Some(incoming) = self.incoming.take_if(|incoming| incoming.left == 0) {
@@ -300,6 +311,11 @@ impl Receiver {
             Verdict::Disconnect => return Next::Disconnect,
             Verdict::Close(reason) => return Next::Close(reason),
         };
+        if let Some(gate) = &volume.gate
+            && let Some(hold) = gate.hold(&request, now_ns())
+        {
+            return Next::Held(hold);
+        }
         let payload = request.payload_bytes() as usize;
         let needs = match request.command {
             ashlar_core::nbd::request::Command::Read { .. } => request.length as usize,

@@ -98,10 +98,8 @@ impl DataThread {
                 return;
             }
             let scarce = self.pool.lent_bytes() > self.limits.bytes;
-            let fd = connection.fd();
             let received = connection.receiver.receive(
-                &mut connection.wire,
-                fd,
+                &mut connection.stream,
                 &mut self.pool,
                 &mut self.stores,
                 scarce,
@@ -147,6 +145,7 @@ impl DataThread {
                 return false;
             }
             let limits = self.limits;
+            let (now, born) = (self.now, self.born);
             let lent = self.pool.lent_bytes();
             let (held, in_flight) = (
                 connection.held_bytes + connection.outbox.header_bytes(),
@@ -165,6 +164,7 @@ impl DataThread {
                 &mut self.pool,
                 &mut self.stores,
                 &self.volumes[connection.volume],
+                || now.duration_since(born).as_nanos() as u64,
                 admit,
             );
             match next {
@@ -176,6 +176,10 @@ impl DataThread {
                         self.metrics.pauses.add(1);
                         self.next_sweep.get_or_insert(self.now + SWEEP);
                     }
+                    return false;
+                }
+                Next::Held(hold) => {
+                    self.hold_back(key, hold);
                     return false;
                 }
                 Next::Request { request, from, len } => {
@@ -319,10 +323,9 @@ impl DataThread {
             if connection.phase == Phase::Dead || connection.is_blocked {
                 continue;
             }
-            let fd = connection.fd();
             match connection
                 .outbox
-                .send(&mut connection.wire, fd, &mut self.pool)
+                .send(&mut connection.stream, &mut self.pool)
             {
                 Ok(sent) => {
                     self.metrics.sends.add(sent.calls);
@@ -332,7 +335,7 @@ impl DataThread {
                         connection.moved_at = self.now;
                     }
                     self.freed |= sent.bytes > 0;
-                    if sent.blocked && !connection.is_sent() {
+                    if sent.blocked {
                         connection.is_blocked = true;
                         self.engine.watch_writable(connection.watch);
                     } else if connection.phase == Phase::Leaving && connection.is_settled() {
@@ -356,8 +359,6 @@ impl DataThread {
             let mut connection = self.connections.remove(key as usize);
             connection.receiver.clear(&mut self.pool, &mut self.stores);
             connection.outbox.clear(&mut self.pool);
-            let fd = connection.fd();
-            connection.wire.say_end(fd);
             self.engine.unwatch(connection.watch);
             self.freed = true;
             self.metrics.connections.sub(1);
@@ -369,6 +370,7 @@ impl DataThread {
             for list in [&mut self.ready, &mut self.dirty, &mut self.paused] {
                 list.retain(|k| *k != key);
             }
+            self.held.retain(|held| held.connection != key);
             if self.connections.is_empty() {
                 self.pool.trim();
             }

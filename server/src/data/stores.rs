@@ -154,7 +154,12 @@ impl DataThread {
             }
             Action::Done { op, result } => self.done(store, op, result),
             Action::Ready => self.retry_parked(store),
-            Action::Event(event) => self.store_event(store, &event),
+            Action::Event(event) => {
+                self.store_event(store, &event);
+                if let StoreEvent::Poisoned(_) = event {
+                    self.store_failed(store);
+                }
+            }
         }
     }
 
@@ -177,6 +182,8 @@ impl DataThread {
         let (key, part) = op_key(op);
         match self.operations.get(key) {
             Some(Operation::Request(_)) => self.request_done(key, part, result),
+            Some(Operation::Replicated(_)) => self.replicated_io_done(store, key, part, result),
+            Some(Operation::Replica(_)) => self.replica_io_done(key, result),
             Some(Operation::Task(_)) => {
                 if let Operation::Task(answer) = self.operations.remove(key) {
                     let _ = answer.send(result.map(|_| ()));

@@ -1,31 +1,34 @@
 //! The whole data plane in one process: real stores on real files, clients on socket pairs.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ashlar_core::nbd::request::{RawRequest, encode};
-use ashlar_core::nbd::session::{ReplyStyle, Session};
+use ashlar_core::nbd::session::{Admitted, ReplyStyle, Session};
 use ashlar_core::nbd::wire::{command, command_flag};
-use ashlar_core::records::Placement;
-use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
+use ashlar_core::records::{Placement, VolumeLimits};
+use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
+mod admission;
 mod epochs;
 mod fragments;
+mod random;
 mod tails;
 
+pub(crate) use self::random::Random;
 use super::*;
 use crate::engine::EngineChoice;
 use crate::nbd::{Attach, AttachedClient, ConnectionCount};
+use crate::stream::Stream;
 
 mod payloads;
 
 const MIB: u64 = 1 << 20;
 const NODE: NodeId = NodeId(Uuid::from_u128(7));
-const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
+pub(crate) const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
 
 fn config(dir: &Path, stores: usize) -> DataConfig {
     let stores = (0..stores)
@@ -58,25 +61,38 @@ fn spec(plane: &DataPlane, size_bytes: u64, epoch: u32) -> VolumeSpec {
                 .chain(plane.stores().first())
                 .map(|store| store.id)
                 .collect(),
+            sets: Vec::new(),
         },
+        admitted: Admitted::Anyone,
+        never_written: false,
+        limits: VolumeLimits::default(),
     }
 }
 
 /// A client that has its handshake behind it.
-struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
     style: ReplyStyle,
     cookie: u64,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Reply {
+pub(crate) enum Reply {
     Ok(Vec<u8>),
     Err(u32),
 }
 
 impl Client {
-    fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
+    pub(crate) fn attach(plane: &DataPlane, style: ReplyStyle, size_bytes: u64) -> Client {
+        Client::attach_by(plane, style, size_bytes, None)
+    }
+
+    fn attach_by(
+        plane: &DataPlane,
+        style: ReplyStyle,
+        size_bytes: u64,
+        token: Option<ExportToken>,
+    ) -> Client {
         let (ours, theirs) = UnixStream::pair().expect("pair");
         ours.set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
@@ -85,15 +101,16 @@ impl Client {
             style,
             base_allocation: true,
             read_only: false,
+            token,
             size_bytes,
         };
         let slot = ConnectionCount::new(100).try_slot().expect("slot");
         let client = AttachedClient {
-            stream: OwnedFd::from(theirs),
+            stream: Stream::Plain(theirs.into()),
             session,
             leftover: Vec::new(),
             peer: "test".to_owned(),
-            tls: None,
+            certified: None,
             slot,
         };
         plane.attach(client).expect("attach");
@@ -214,7 +231,7 @@ impl Client {
         }
     }
 
-    fn call(
+    pub(crate) fn call(
         &mut self,
         command: u16,
         flags: u16,
@@ -229,14 +246,14 @@ impl Client {
         reply
     }
 
-    fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+    pub(crate) fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         match self.call(command::READ, 0, offset, length, &[]) {
             Reply::Ok(data) => data,
             Reply::Err(code) => panic!("read at {offset}: error {code}"),
         }
     }
 
-    fn write(&mut self, flags: u16, offset: u64, payload: &[u8]) {
+    pub(crate) fn write(&mut self, flags: u16, offset: u64, payload: &[u8]) {
         assert_eq!(
             self.call(command::WRITE, flags, offset, payload.len() as u64, payload),
             Reply::Ok(vec![]),
@@ -244,28 +261,12 @@ impl Client {
         );
     }
 
-    fn is_closed(&mut self) -> bool {
+    pub(crate) fn is_closed(&mut self) -> bool {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => true,
             Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
         }
-    }
-}
-
-/// Small, fast, and the same every time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
     }
 }
 

@@ -17,9 +17,12 @@ use ashlar_core::volume::{Head, Started, StoreSlot};
 use slab::Slab;
 use tokio::sync::oneshot;
 
+use super::cluster::{self, Cluster, LINK_TOKEN, Replication};
 use super::command::Command;
 use super::config::{Limits, Tells, VolumeSpec};
 use super::connection::Connection;
+use super::fence::Fence;
+use super::gate::{Gate, Held};
 use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -43,11 +46,44 @@ pub(super) struct StoreDriver {
     pub(super) parked: VecDeque<usize>,
     /// Operations that wait for an index page.
     pub(super) waiting_for_index: Vec<usize>,
+    /// Opening it found less than it had answered, without the machine having been restarted.
+    pub(super) lost_answers: bool,
+}
+
+/// Who decides for a volume.
+pub(super) enum VolumeHead {
+    /// All of it is on stores of this thread, one copy each.
+    Single(Head),
+    /// Its chunks have replicas, here or elsewhere.
+    Replicated(Box<Replication>),
+}
+
+impl VolumeHead {
+    /// The part that both have: order of requests, size, versions.
+    #[inline]
+    pub(super) fn admission(&self) -> &Head {
+        match self {
+            VolumeHead::Single(head) => head,
+            VolumeHead::Replicated(replication) => replication.head.admission(),
+        }
+    }
+
+    #[inline]
+    pub(super) fn admission_mut(&mut self) -> &mut Head {
+        match self {
+            VolumeHead::Single(head) => head,
+            VolumeHead::Replicated(replication) => replication.head.admission_mut(),
+        }
+    }
 }
 
 /// An open volume.
 pub(super) struct Volume {
-    pub(super) head: Head,
+    pub(super) head: VolumeHead,
+    /// Its replicated head will do nothing more.
+    pub(super) head_ended: bool,
+    /// What its requests have to pass first, if anything.
+    pub(super) gate: Option<Box<Gate>>,
     pub(super) spec: VolumeSpec,
     /// Which of the thread's stores each store of the placement is.
     pub(super) stores: Vec<usize>,
@@ -66,15 +102,21 @@ impl Volume {
         StoreSlot((chunk.0 as usize % self.stores.len()) as u8)
     }
 
+    /// A chunk's name, wherever it is.
+    #[inline]
+    pub(super) fn extent(&self, chunk: ChunkIndex) -> ExtentKey {
+        ExtentKey {
+            layer: self.spec.layer,
+            chunk,
+        }
+    }
+
     /// The store of a chunk, and the chunk's name there.
     #[inline]
     pub(super) fn place(&self, chunk: ChunkIndex) -> (usize, ExtentKey) {
         (
             self.stores[usize::from(self.slot_of(chunk).0)],
-            ExtentKey {
-                layer: self.spec.layer,
-                chunk,
-            },
+            self.extent(chunk),
         )
     }
 
@@ -116,6 +158,7 @@ pub(super) struct DataThread {
     pub(super) metrics: Arc<ThreadMetrics>,
     pub(super) registry: Metrics,
     pub(super) tells: Tells,
+    pub(super) cluster: Cluster,
     pub(super) commands: mpsc::Receiver<Command>,
     /// Connections with bytes to take.
     pub(super) ready: Vec<u32>,
@@ -123,6 +166,9 @@ pub(super) struct DataThread {
     pub(super) dirty: Vec<u32>,
     /// Connections that wait until something was given back.
     pub(super) paused: Vec<u32>,
+    /// Connections whose next request may not pass its volume's gate.
+    pub(super) held: Vec<Held>,
+    pub(super) fences: Vec<Fence>,
     pub(super) dead: Vec<u32>,
     /// Operations that gave way to others and go on in the next turn.
     pub(super) resumable: Vec<usize>,
@@ -136,7 +182,7 @@ pub(super) struct DataThread {
     pub(super) stop: bool,
     /// The time of this turn.
     pub(super) now: Instant,
-    born: Instant,
+    pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
     /// One for answers that a disk gave, and one for those from memory, whose clients come back sooner.
@@ -161,6 +207,7 @@ pub(super) struct Parts {
     pub(super) limits: Limits,
     pub(super) registry: Metrics,
     pub(super) tells: Tells,
+    pub(super) cluster: Cluster,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) spin: Duration,
 }
@@ -184,10 +231,13 @@ impl DataThread {
             metrics: parts.registry.add_thread(),
             registry: parts.registry,
             tells: parts.tells,
+            cluster: parts.cluster,
             commands: parts.commands,
             ready: Vec::new(),
             dirty: Vec::new(),
             paused: Vec::new(),
+            held: Vec::new(),
+            fences: Vec::new(),
             dead: Vec::new(),
             resumable: Vec::new(),
             started: VecDeque::new(),
@@ -233,6 +283,12 @@ impl DataThread {
                     Event::Disk { tag, result } => {
                         self.disk_answered = true;
                         self.on_disk(tag, result);
+                    }
+                    Event::Readable { token, hang_up } if token & LINK_TOKEN != 0 => {
+                        self.on_link_readable(token, hang_up);
+                    }
+                    Event::Writable { token } if token & LINK_TOKEN != 0 => {
+                        self.on_link_writable(token);
                     }
                     Event::Readable { token, hang_up } => self.on_readable(token, hang_up),
                     Event::Writable { token } => self.on_writable(token),
@@ -295,13 +351,23 @@ impl DataThread {
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
         self.after_disk = std::mem::take(&mut self.disk_answered);
+        self.serve_links();
+        if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
+            self.end_holds();
+        }
         self.serve_ready();
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
         }
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
+        self.look_at_cluster();
+        // What heads want of stores, and what stores answer to heads.
+        while self.settle() {
+            self.run_stores();
+        }
         self.engine.begin_queued();
+        self.send_links();
         self.send_dirty();
         if std::mem::take(&mut self.freed) && !self.paused.is_empty() {
             for key in std::mem::take(&mut self.paused) {
@@ -313,6 +379,9 @@ impl DataThread {
         }
         self.sweep();
         self.bury();
+        if !self.fences.is_empty() {
+            self.go_on_fencing();
+        }
         if self.drain.is_some() {
             self.go_on_draining();
         }
@@ -329,6 +398,7 @@ impl DataThread {
     fn deadline(&mut self) -> Option<Instant> {
         let pauses_may_end = self.freed && !self.paused.is_empty();
         if pauses_may_end
+            || self.links_want_a_turn()
             || !self.ready.is_empty()
             || !self.resumable.is_empty()
             || !self.dead.is_empty()
@@ -346,20 +416,35 @@ impl DataThread {
             .drain
             .as_ref()
             .map(|drain| drain.give_up_at.max(self.now + Duration::from_millis(10)));
-        [stores, drain, self.next_sweep].into_iter().flatten().min()
+        let cluster = self.cluster.next_look_us.map(|at_us| {
+            let wait_us = at_us.saturating_sub(cluster::now_us());
+            Instant::now() + Duration::from_micros(wait_us)
+        });
+        let held = if self.held.is_empty() {
+            None
+        } else {
+            self.holds_end()
+        };
+        let all = [stores, drain, held, self.next_sweep, cluster];
+        all.into_iter().flatten().min()
     }
 
     pub(super) fn go_on_draining(&mut self) {
         let idle = self
             .operations
             .iter()
-            .all(|(_, op)| !matches!(op, Operation::Request(_)));
+            .all(|(_, op)| !matches!(op, Operation::Request(_) | Operation::Replicated(_)));
         let idle = idle && self.paused.is_empty() && self.ready.is_empty();
-        let sent = self.connections.iter().all(|(_, c)| c.is_sent());
+        let sent = self.connections.iter().all(|(_, c)| c.all_sent());
         let Some(drain) = &mut self.drain else { return };
         if !(idle && sent) && self.now < drain.give_up_at {
             return;
         }
+        if drain.closing.is_none() && idle && self.now < drain.give_up_at && !self.close_heads() {
+            return;
+        }
+        self.give_heads_up();
+        let Some(drain) = &mut self.drain else { return };
         match &mut drain.closing {
             None => {
                 if !idle {

@@ -21,8 +21,9 @@ pub use etcd::{
 };
 pub use sqlite::{OpenError, SqliteStore};
 
-/// Longest key, in bytes. Ours have at most 45; the bound keeps a wrong caller from storing a document as a key.
-pub const KEY_MAX_BYTES: usize = 256;
+/// Longest key, in bytes. Ours have at most 269, a client node's id of 256 bytes among them; the bound keeps a wrong
+/// caller from storing a document as a key.
+pub const KEY_MAX_BYTES: usize = 512;
 /// Largest record, in bytes: below etcd's default limit for a whole request (1.5 MiB), so that what one implementation
 /// takes the other takes too.
 pub const VALUE_MAX_BYTES: usize = 1 << 20;

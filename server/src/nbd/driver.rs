@@ -111,6 +111,7 @@ fn refusal(error: CatalogError) -> Resolution {
     match error {
         CatalogError::ShuttingDown => Resolution::ShuttingDown,
         CatalogError::Unavailable(text) => Resolution::Unavailable(text),
+        CatalogError::Forbidden(text) => Resolution::Forbidden(text),
     }
 }
 

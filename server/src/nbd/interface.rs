@@ -3,16 +3,17 @@
 use ashlar_core::nbd::handshake::{Export, ExportName};
 use ashlar_core::nbd::session::Session;
 use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::stream::Stream;
 
 /// A client that finished its handshake.
 #[derive(Debug)]
 pub struct AttachedClient {
     /// The connected socket, non-blocking, with TCP_NODELAY where that exists. Nothing is queued in user space for
     /// sending.
-    pub stream: OwnedFd,
+    pub stream: Stream,
     /// What was agreed, the volume among it.
     pub session: Session,
     /// Bytes the client sent behind its last option: the start of its requests.
@@ -20,19 +21,10 @@ pub struct AttachedClient {
     /// Who it is, for logs and listings: `unix:pid=4242,uid=0`, `tcp:127.0.0.1:50000` or, with the name in its
     /// certificate, `tcp:127.0.0.1:50000 (client db)`.
     pub peer: String,
-    /// `None`: it talks in the clear.
-    pub tls: Option<Secured>,
+    /// Cuts the connection when the holder of its certificate is shut out; keep it until the connection is closed.
+    pub certified: Option<crate::identity::Session>,
     /// Counts against the daemon's connection limit; keep it until the connection is closed.
     pub slot: ConnectionSlot,
-}
-
-/// A connection whose TLS handshake is done. Bytes that were received and not decrypted or not read yet are in it.
-#[derive(Debug)]
-pub struct Secured {
-    /// The TLS of this connection.
-    pub connection: rustls::ServerConnection,
-    /// Cuts the connection when its peer is shut out; kept until it is closed.
-    pub session: crate::identity::Session,
 }
 
 /// Takes over connections after the handshake.
@@ -77,6 +69,9 @@ pub enum CatalogError {
     /// The volume exists and cannot be used now; the reason, for people.
     #[error("{0}")]
     Unavailable(String),
+    /// The volume exists and this client may not have it; the reason, for people.
+    #[error("{0}")]
+    Forbidden(String),
 }
 
 /// Connections of the daemon, in whatever phase.
@@ -97,12 +92,20 @@ impl ConnectionCount {
 
     /// Room for one more, or `None`.
     pub fn try_slot(&self) -> Option<ConnectionSlot> {
-        self.open
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |open| {
-                (open < self.most).then_some(open + 1)
-            })
-            .ok()?;
-        Some(ConnectionSlot(Arc::clone(&self.open)))
+        let mut open = self.open.load(Ordering::Acquire);
+        while open < self.most {
+            let taken = self.open.compare_exchange_weak(
+                open,
+                open + 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match taken {
+                Ok(_) => return Some(ConnectionSlot(Arc::clone(&self.open))),
+                Err(now) => open = now,
+            }
+        }
+        None
     }
 
     /// How many there are.

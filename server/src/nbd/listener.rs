@@ -1,11 +1,10 @@
 //! Accepts connections and keeps those in the handshake few and short.
 
 use super::driver::{HandshakeError, Negotiated, negotiate};
-use super::interface::{
-    Attach, AttachedClient, ConnectionCount, ConnectionSlot, ExportCatalog, Secured,
-};
+use super::interface::{Attach, AttachedClient, ConnectionCount, ConnectionSlot, ExportCatalog};
 use super::socket::{Bound, BoundSocket, OwnedPath};
 use crate::identity::{Admitted, Identity, IdentityError, Peer};
+use crate::stream::Stream;
 use ashlar_core::nbd::handshake::{CloseReason, Handshake, Limits, TlsMode};
 use ashlar_core::nbd::session::Session;
 use std::collections::VecDeque;
@@ -376,7 +375,8 @@ struct Agreed<S> {
     stream: S,
     session: Session,
     leftover: Vec<u8>,
-    tls: Option<Secured>,
+    tls: Option<rustls::ServerConnection>,
+    certified: Option<crate::identity::Session>,
     /// In the client's certificate.
     name: Option<Peer>,
 }
@@ -405,6 +405,7 @@ async fn agree<S: Caller, C: ExportCatalog, A: Attach>(
                 session,
                 leftover,
                 tls: None,
+                certified: None,
                 name: None,
             });
         }
@@ -434,10 +435,8 @@ async fn agree<S: Caller, C: ExportCatalog, A: Attach>(
                 stream,
                 session: agreed,
                 leftover,
-                tls: Some(Secured {
-                    connection,
-                    session,
-                }),
+                tls: Some(connection),
+                certified: Some(session),
                 name: Some(name),
             })
         }
@@ -481,11 +480,14 @@ async fn welcome<S: Caller, C: ExportCatalog, A: Attach>(
     let volume = agreed.session.volume;
     let attached = agreed.stream.into_fd().map(|stream| {
         shared.attach.attach(AttachedClient {
-            stream,
+            stream: match agreed.tls {
+                Some(connection) => Stream::tls(stream, connection.into()),
+                None => Stream::Plain(stream),
+            },
             session: agreed.session,
             leftover: agreed.leftover,
             peer: peer.clone(),
-            tls: agreed.tls,
+            certified: agreed.certified,
             slot,
         })
     });

@@ -14,7 +14,7 @@ pub mod socket;
 pub use driver::HandshakeError;
 pub use interface::{
     Attach, AttachError, AttachedClient, CatalogError, ConnectionCount, ConnectionSlot,
-    ExportCatalog, Secured,
+    ExportCatalog,
 };
 pub use listener::{ListenerConfig, ListenerStats, Listeners, Security};
 

@@ -6,6 +6,7 @@ use super::{
     ListenerConfig, ListenerStats, Listeners,
 };
 use crate::config::{Address, HostPort};
+use crate::stream::Stream;
 use ashlar_core::nbd::handshake::{Export, ExportName};
 use ashlar_core::nbd::session::ReplyStyle;
 use ashlar_core::units::VolumeId;
@@ -35,6 +36,7 @@ fn export(name: &str) -> Export {
         description: "for tests".to_owned(),
         size_bytes: 64 << 20,
         read_only: false,
+        token: None,
     }
 }
 
@@ -137,6 +139,14 @@ impl Door {
     }
 }
 
+/// The socket of a client that uses no TLS.
+fn socket(stream: Stream) -> OwnedFd {
+    match stream {
+        Stream::Plain(socket) => socket,
+        Stream::Tls(_) => panic!("TLS was not asked for"),
+    }
+}
+
 fn greeted<S: Read>(stream: &mut S) {
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting).unwrap();
@@ -209,7 +219,7 @@ fn a_client_is_handed_over_with_what_it_sent_ahead() {
     let own = format!("unix:pid={},uid=", std::process::id());
     assert!(client.peer.starts_with(&own), "{}", client.peer);
     // The socket is whole: both ends talk over it.
-    let mut server = UnixStream::from(client.stream);
+    let mut server = UnixStream::from(socket(client.stream));
     stream.write_all(b"ping").unwrap();
     server.set_nonblocking(false).unwrap();
     let mut word = [0; 4];
@@ -369,7 +379,9 @@ fn stopping_ends_handshakes_and_removes_the_path() {
     closed(&mut idle);
     assert!(!door.path.exists());
     // The established one is the data threads' now.
-    UnixStream::from(client.stream).write_all(b"x").unwrap();
+    UnixStream::from(socket(client.stream))
+        .write_all(b"x")
+        .unwrap();
     attached.read_exact(&mut [0]).unwrap();
 }
 
@@ -453,7 +465,7 @@ fn tcp_is_for_loopback() {
     assert_eq!((reply(&mut stream), reply(&mut stream)), (3, 1));
     let client = door.client();
     assert!(client.peer.starts_with("tcp:127.0.0.1:"));
-    let socket = std::net::TcpStream::from(client.stream);
+    let socket = std::net::TcpStream::from(socket(client.stream));
     assert!(socket.nodelay().unwrap());
 }
 
@@ -490,7 +502,7 @@ fn nbdinfo_understands_the_door() {
     let clients = door.clients;
     let goodbyes = std::thread::spawn(move || {
         for client in clients {
-            let mut stream = UnixStream::from(client.stream);
+            let mut stream = UnixStream::from(socket(client.stream));
             stream.set_nonblocking(false).unwrap();
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let _ = stream.read(&mut [0; 28]);

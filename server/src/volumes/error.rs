@@ -1,9 +1,12 @@
 //! Why an operation on a volume failed.
 
+use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
-    ClaimError, ConfigureError, CreateError, DeleteError, NameError, RenameError, ResizeError,
-    SizeError,
+    AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ConfigureError, CreateError,
+    DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError, PublishError,
+    RenameError, ResizeError, SizeError,
 };
+use ashlar_core::units::NodeId;
 use thiserror::Error;
 
 use super::HostError;
@@ -42,6 +45,27 @@ pub enum VolumeError {
     /// A deletion was refused.
     #[error(transparent)]
     Delete(#[from] DeleteError),
+    /// A publication was refused.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The making of a filesystem was refused.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A type of filesystem that cannot be.
+    #[error(transparent)]
+    FilesystemType(#[from] FilesystemTypeError),
+    /// Annotations that cannot be.
+    #[error(transparent)]
+    Annotations(#[from] AnnotationsError),
+    /// Annotations that were changed meanwhile.
+    #[error(transparent)]
+    AnnotationsMoved(#[from] AnnotationsMoved),
+    /// Limits that cannot be.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// A client node that cannot be.
+    #[error(transparent)]
+    ClientNode(#[from] ClientNodeError),
     /// The metadata store failed.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -83,6 +107,28 @@ pub enum VolumeError {
         reference: String,
         /// Why.
         reason: String,
+    },
+    /// Copies on other nodes, and there are none.
+    #[error(
+        "{replicas} copies were asked for and this daemon is on its own; `ashlar cluster init` makes it the first of a cluster"
+    )]
+    NoCluster {
+        /// Copies asked for.
+        replicas: u32,
+    },
+    /// Not enough nodes for the copies.
+    #[error(transparent)]
+    TooFewNodes(#[from] TooFewNodes),
+    /// Another node's head has it.
+    #[error(
+        "volume {reference} is served by node {}; ask that node, or take the volume over with `ashlar volume open {reference}` first",
+        node.0
+    )]
+    Elsewhere {
+        /// The volume.
+        reference: String,
+        /// Where it is served.
+        node: NodeId,
     },
     /// The daemon is draining.
     #[error("the daemon is shutting down")]

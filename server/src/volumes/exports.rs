@@ -1,7 +1,7 @@
 //! The volumes as NBD exports.
 
 use ashlar_core::nbd::handshake::{Export, ExportName};
-use ashlar_core::records::{VolumeRecord, VolumeState};
+use ashlar_core::records::{VolumeRecord, VolumeState, parse_export_name};
 
 use super::{Serving, Volumes};
 use crate::nbd::{CatalogError, ExportCatalog};
@@ -11,19 +11,44 @@ impl ExportCatalog for Volumes {
         if self.is_draining() {
             return Err(CatalogError::ShuttingDown);
         }
-        let entry = self.catalog().find(name).cloned();
+        let published = parse_export_name(name);
+        let entry = match published {
+            Some((id, _)) => self.catalog().get(id).cloned(),
+            None => self.catalog().find(name).cloned(),
+        };
         let Some(entry) = entry.filter(|entry| entry.current.record.state == VolumeState::Active)
         else {
             return Ok(None);
         };
         let record = &entry.current.record;
+        let token = published.map(|(_, token)| token);
+        let publication = token.and_then(|token| record.publication_with(token));
+        if token.is_some() && publication.is_none() {
+            return Err(CatalogError::Forbidden(format!(
+                "volume {} is not published under this name; it was unpublished, or the name is wrong",
+                record.name
+            )));
+        }
+        if token.is_none()
+            && let Some(holder) = record.publications.first()
+        {
+            return Err(CatalogError::Forbidden(format!(
+                "volume {} is published to node {} and opened by nobody else; to use it by hand, run `ashlar volume unpublish {}` first",
+                record.name, holder.node, record.name
+            )));
+        }
         match entry.serving {
             Serving::Yes => Ok(Some(Export {
                 volume: record.id,
-                name: record.name.to_string(),
+                // A published volume has no name that it could be opened by but the one asked for.
+                name: match token {
+                    Some(_) => name.to_owned(),
+                    None => record.name.to_string(),
+                },
                 description: description(record),
                 size_bytes: record.size_bytes,
-                read_only: record.read_only,
+                read_only: record.read_only || publication.is_some_and(|p| p.read_only),
+                token,
             })),
             Serving::No(reason) => Err(CatalogError::Unavailable(format!(
                 "volume {} is not served: {reason}",
@@ -40,7 +65,9 @@ impl ExportCatalog for Volumes {
         let active = all
             .iter()
             .map(|entry| &entry.current.record)
-            .filter(|r| r.state == VolumeState::Active);
+            .filter(|r| r.state == VolumeState::Active)
+            // Clients go through a list and open each; a published volume is not there for them.
+            .filter(|r| r.publications.is_empty());
         Ok(active
             .map(|r| ExportName {
                 name: r.name.to_string(),
@@ -57,6 +84,9 @@ fn description(record: &VolumeRecord) -> String {
     }
     if record.write_through {
         text.push_str(", write-through");
+    }
+    if !record.publications.is_empty() {
+        text.push_str(", published");
     }
     text
 }

@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use ashlar_core::nbd::session::Admitted;
 use ashlar_core::placement::StoreSpace;
-use ashlar_core::records::Placement;
+use ashlar_core::records::{Placement, Versioned, VolumeLimits, VolumeRecord};
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 use thiserror::Error;
+
+use crate::data::{ReplicatedSpec, ReplicationStatus};
+use crate::replication::ReplicationEvent;
 
 /// A volume as its head must serve it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +31,12 @@ pub struct VolumeSpec {
     pub read_only: bool,
     /// Where its chunks lie.
     pub placement: Placement,
+    /// Whose connections it serves.
+    pub admitted: Admitted,
+    /// Nothing was ever written to it: its first change waits for [`VolumeHost::first_change_recorded`].
+    pub never_written: bool,
+    /// Bounds on what its clients may ask of it.
+    pub limits: VolumeLimits,
 }
 
 /// What is going on with an open volume.
@@ -83,6 +93,42 @@ pub trait VolumeHost: Send + Sync + 'static {
 
     /// Goes on serving a volume under an epoch that was claimed for this, clients unaware.
     async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError>;
+
+    /// Serves these connections from now on; [`HostError::Busy`], and nothing changed, while one is open that would not
+    /// be served.
+    async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), HostError>;
+
+    /// Serves these connections from now on (`None`: the same as before, and ends all) and ends those it does not
+    /// serve. Answers how many, when everything they had asked for is done or refused.
+    async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, HostError>;
+
+    /// The next volume whose first change waits until it is recorded; each is named once for each opening. Waits until
+    /// there is one. `None`: there will be none any more.
+    async fn first_change(&self) -> Option<VolumeId>;
+
+    /// It is recorded: changes go on.
+    async fn first_change_recorded(&self, id: VolumeId) -> Result<(), HostError>;
+
+    /// Changes the limits of an open volume, clients unaware but for the pace.
+    async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError>;
+
+    /// Begins to claim a replicated volume and to serve it; the events tell what becomes of it.
+    async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), HostError>;
+
+    /// The next thing that a head of a replicated volume tells. `None`: there will be none any more.
+    async fn replication_event(&self) -> Option<ReplicationEvent>;
+
+    /// The head of a replicated volume is at its end.
+    fn replication_ended(&self, id: VolumeId);
+
+    /// The record of a replicated volume, as a watch saw it; `None`: it is gone.
+    fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>);
+
+    /// Follows no head of a volume that is being deleted any more.
+    async fn forget_replicas(&self, id: VolumeId);
+
+    /// How a replicated volume is doing, if its head is here.
+    async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus>;
 
     /// Makes an open volume larger, connected clients included.
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError>;

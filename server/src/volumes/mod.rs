@@ -5,11 +5,17 @@
 //! * data is dropped only after a tombstone says so, and a tombstone goes only after the data;
 //! * a layer that no record names is never touched: it is reported, for a person to decide.
 
+mod annotations;
 mod catalog;
+mod changes;
 mod epochs;
 mod error;
 mod exports;
+mod formats;
 mod host;
+mod nodes;
+mod publications;
+mod replicated;
 mod start;
 
 use std::collections::BTreeMap;
@@ -18,17 +24,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ashlar_core::records::{
-    HeadClaim, LayerCounter, NameRecord, NewVolume, Placement, Record, Revision, RoundedSize,
-    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, begin_delete, claim, configure,
-    create, finish_delete, keys, rename, resize, round_up_to_block,
+    Annotations, AnnotationsRecord, HeadClaim, NameRecord, NewVolume, Placement, Record, Revision,
+    RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
+    begin_delete, configure, finish_delete, first_annotations, keys, round_up_to_block,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
 pub use catalog::Serving;
 use catalog::{Catalog, Entry};
+use changes::Change;
 pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
+pub use publications::Unpublished;
 
 use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 
@@ -38,30 +46,20 @@ const ATTEMPTS: usize = 64;
 /// Why a volume is not served before it was tried.
 const OPENING: &str = "it is being opened";
 
-/// A change of records, decided afresh from what is read at each attempt.
-enum Change<'a> {
-    Create(NewVolume),
-    Rename {
-        id: VolumeId,
-        name: &'a VolumeName,
-    },
-    Resize {
-        id: VolumeId,
-        size: RoundedSize,
-    },
-    Configure {
-        id: VolumeId,
-        read_only: Option<bool>,
-        write_through: Option<bool>,
-        connections: u32,
-    },
-    BeginDelete {
-        id: VolumeId,
-        connections: u32,
-    },
-    Claim {
-        id: VolumeId,
-    },
+/// How a volume is created.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VolumeSettings {
+    /// Changes are refused.
+    pub read_only: bool,
+    /// Every acknowledgement waits for durability.
+    pub write_through: bool,
+    /// Bounds on what its clients may ask of it.
+    pub limits: VolumeLimits,
+    /// What others keep with it.
+    pub annotations: Annotations,
+    /// Copies of each chunk; 0 is the daemon's default: three in a cluster of three nodes, as many as there are nodes in
+    /// a smaller one, one on a single node.
+    pub replicas: u32,
 }
 
 /// A volume and what is going on with it.
@@ -73,6 +71,10 @@ pub struct VolumeView {
     pub serving: Serving,
     /// `None` when it is not open.
     pub runtime: Option<VolumeRuntime>,
+    /// False only when it is certain that no block of it was ever changed.
+    pub ever_written: bool,
+    /// What others keep with it.
+    pub annotations: Arc<AnnotationsRecord>,
 }
 
 /// The volume service of one daemon.
@@ -81,6 +83,12 @@ pub struct Volumes {
     host: Arc<dyn VolumeHost>,
     head: HeadClaim,
     catalog: Mutex<Catalog>,
+    /// Those of volumes that have any.
+    annotations: Mutex<BTreeMap<VolumeId, Arc<AnnotationsRecord>>>,
+    /// Whether other daemons share the records; then new volumes have replica sets.
+    is_shared: bool,
+    /// Told whenever serving a volume begins or ends.
+    served: tokio::sync::watch::Sender<()>,
     /// Layers found in stores that no record names.
     unknown_layers: Mutex<Vec<LayerId>>,
     /// What the stores held at the start, and the highest epoch of each.
@@ -97,6 +105,7 @@ impl Volumes {
         store: Arc<dyn MetadataStore>,
         host: Arc<dyn VolumeHost>,
         node: NodeId,
+        is_shared: bool,
     ) -> Result<Arc<Volumes>, VolumeError> {
         let head = HeadClaim {
             node,
@@ -107,16 +116,25 @@ impl Volumes {
             host,
             head,
             catalog: Mutex::default(),
+            annotations: Mutex::default(),
+            is_shared,
+            served: tokio::sync::watch::Sender::new(()),
             unknown_layers: Mutex::default(),
             written: Mutex::default(),
             draining: AtomicBool::new(false),
             changes: Arc::default(),
         });
         service.load().await?;
+        service.load_annotations().await?;
         service.survey_stores().await?;
         service.open_all().await?;
         service.resume_deletions();
         service.renew_epochs();
+        service.record_first_changes();
+        service.follow_heads();
+        if is_shared {
+            service.follow_records();
+        }
         Ok(service)
     }
 
@@ -125,17 +143,12 @@ impl Volumes {
         self: &Arc<Self>,
         name: &str,
         size_bytes: u64,
-        read_only: bool,
-        write_through: bool,
+        settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let name = VolumeName::parse(name)?;
         let size = round_up_to_block(size_bytes)?;
-        self.to_the_end(|service| async move {
-            service
-                .create_now(name, size, read_only, write_through)
-                .await
-        })
-        .await
+        self.to_the_end(|service| async move { service.create_now(name, size, settings).await })
+            .await
     }
 
     /// Gives a volume another name.
@@ -174,6 +187,34 @@ impl Volumes {
             service
                 .configure_now(&reference, read_only, write_through)
                 .await
+        })
+        .await
+    }
+
+    /// Changes the limits of a volume; `None` leaves a bound as it is, 0 removes it. Nobody has to disconnect.
+    pub async fn limit(
+        self: &Arc<Self>,
+        reference: &str,
+        iops: Option<u64>,
+        bytes_per_second: Option<u64>,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (before, _guard) = service.lock_volume(&reference).await?;
+            let (id, now) = (before.record.id, before.record.limits);
+            let limits = VolumeLimits::check(
+                iops.unwrap_or(now.iops.unwrap_or(0)),
+                bytes_per_second.unwrap_or(now.bytes_per_second.unwrap_or(0)),
+            )?;
+            if let Some(limited) = service.change(&Change::Limit { id, limits }).await? {
+                tracing::info!(volume = %limited.record.name, id = %id.0, ?limits, "volume limited");
+                service.update(limited);
+            }
+            match service.host.set_limits(id, limits).await {
+                // It gets them when it is opened.
+                Ok(()) | Err(HostError::NotOpen) => service.get(&id.0.to_string()),
+                Err(source) => Err(VolumeError::Host { reference, source }),
+            }
         })
         .await
     }
@@ -232,6 +273,8 @@ impl Volumes {
         let record = entry.current.record.clone();
         let runtime = self.host.runtime(record.id);
         VolumeView {
+            ever_written: self.ever_written(&record, &entry.serving),
+            annotations: self.annotations_of(record.id),
             record,
             serving: entry.serving.clone(),
             runtime,
@@ -282,24 +325,31 @@ impl Volumes {
         &self,
         name: VolumeName,
         size: RoundedSize,
-        read_only: bool,
-        write_through: bool,
+        settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let id = VolumeId(Uuid::new_v4());
+        let (replicas, placement) = self.place(id, size.bytes, settings.replicas).await?;
+        let first_annotations = first_annotations(id, &settings.annotations);
         let new = NewVolume {
             id,
             name,
             size,
-            read_only,
-            write_through,
+            read_only: settings.read_only,
+            write_through: settings.write_through,
             created_at_unix_ms: unix_ms(),
-            placement: self.place(id).await,
+            replicas,
+            placement,
+            limits: settings.limits,
+            annotations: settings.annotations,
         };
         let created = self.change(&Change::Create(new)).await?;
         // `change` answers None only when the decision was to do nothing.
         let created = created.ok_or(VolumeError::Contended)?;
         let id = created.record.id;
         tracing::info!(volume = %created.record.name, id = %id.0, size_bytes = size.bytes, "volume created");
+        if let Some((annotations, _)) = first_annotations {
+            lock(&self.annotations).insert(id, Arc::new(annotations));
+        }
         // Locked before anybody can see it, so that nobody changes it while it is being opened.
         let _guard = {
             let mut catalog = self.catalog();
@@ -366,6 +416,7 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         if configure(&before, read_only, write_through, 0)?.is_some() {
+            self.is_here(&before)?;
             let connections = self.close(id).await?;
             if connections == 0 {
                 let closed = Serving::No("its settings are being changed".to_owned());
@@ -398,7 +449,10 @@ impl Volumes {
     async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
+        self.is_here(&before)?;
         if before.record.state == VolumeState::Active {
+            // One that is published stays open: its node may be on its way back to it.
+            begin_delete(&before, 0)?;
             let connections = self.close(id).await?;
             let decided = self.change(&Change::BeginDelete { id, connections }).await;
             match decided {
@@ -427,6 +481,9 @@ impl Volumes {
         let Some(entry) = self.catalog().get(id).cloned() else {
             return Ok(());
         };
+        if entry.current.record.placement.is_replicated() {
+            return self.drop_replicas(id).await;
+        }
         let name = entry.current.record.name.to_string();
         let not_freed = |reason: String| VolumeError::NotFreed {
             reference: name.clone(),
@@ -450,6 +507,7 @@ impl Volumes {
             Err(error) => return Err(not_freed(error.to_string())),
         }
         self.catalog().remove(id);
+        lock(&self.annotations).remove(&id);
         tracing::info!(volume = %name, id = %id.0, "volume deleted");
         Ok(())
     }
@@ -457,6 +515,11 @@ impl Volumes {
     /// Claims a volume and opens it. The outcome is kept for those who ask why it is not served.
     async fn serve(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
         let id = current.record.id;
+        if current.record.placement.is_replicated() {
+            let current = self.reread(id).await?;
+            self.open_replicated(current).await?;
+            return self.wait_until_served(id).await;
+        }
         let claimed = self.change(&Change::Claim { id }).await;
         let outcome = match claimed {
             Ok(Some(claimed)) => return self.open(claimed).await,
@@ -480,6 +543,9 @@ impl Volumes {
             write_through: record.write_through,
             read_only: record.read_only,
             placement: record.placement.clone(),
+            admitted: record.admitted(),
+            never_written: record.never_written,
+            limits: record.limits,
         };
         let open_stores = self.host.stores();
         let opened = match record
@@ -532,12 +598,24 @@ impl Volumes {
         }
     }
 
-    /// The stores for a new volume; the id decides where in the deal it begins.
-    async fn place(&self, id: VolumeId) -> Placement {
+    /// Where a new volume goes, and in how many copies; the id decides where in the deal of a single node it begins.
+    async fn place(
+        &self,
+        id: VolumeId,
+        size_bytes: u64,
+        replicas: u32,
+    ) -> Result<(u32, Placement), VolumeError> {
+        if self.is_shared {
+            return self.place_replicas(size_bytes, replicas).await;
+        }
+        if replicas > 1 {
+            return Err(VolumeError::NoCluster { replicas });
+        }
         let groups = self.host.store_groups().await;
         let all = self.catalog().all();
         let records = all.iter().map(|entry| &entry.current.record);
-        Placement::choose(&groups, records, id.0.as_u128() as u64)
+        let placement = Placement::choose(&groups, records, id.0.as_u128() as u64);
+        Ok((1, placement))
     }
 
     async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {
@@ -557,75 +635,6 @@ impl Volumes {
                 reference: reference(),
                 problem: problem.to_owned(),
             }),
-        }
-    }
-
-    /// Reads, decides and commits until there is no conflict; `None` when nothing had to change. When the outcome is
-    /// unknown, the record is read again: if it is the decided one, the transaction happened (an id is drawn once, a
-    /// claim carries this run's incarnation, and the volume is locked, so nobody else writes that record).
-    async fn change(
-        &self,
-        change: &Change<'_>,
-    ) -> Result<Option<Versioned<VolumeRecord>>, VolumeError> {
-        for _ in 0..ATTEMPTS {
-            let Some((record, transaction)) = self.decide(change).await? else {
-                return Ok(None);
-            };
-            match self.store.commit(transaction).await {
-                Ok(Outcome::Committed(changed_at)) => {
-                    return Ok(Some(Versioned { record, changed_at }));
-                }
-                Ok(Outcome::Conflict) => {}
-                Err(unknown @ MetadataError::Unknown { .. }) => {
-                    let key = keys::volume(record.id);
-                    let found = meta::read::<VolumeRecord>(&*self.store, &key).await?;
-                    return match found {
-                        Some(found) if found.record == record => Ok(Some(found)),
-                        _ => Err(unknown.into()),
-                    };
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(VolumeError::Contended)
-    }
-
-    /// Reads what a change depends on and lets the pure half decide.
-    async fn decide(
-        &self,
-        change: &Change<'_>,
-    ) -> Result<Option<(VolumeRecord, Transaction)>, VolumeError> {
-        match *change {
-            Change::Create(ref new) => {
-                let holder = self.name_holder(&new.name).await?;
-                let counter = meta::read::<LayerCounter>(&*self.store, keys::NEXT_LAYER).await?;
-                let creation = create(new.clone(), holder, counter)?;
-                Ok(Some((creation.record, creation.transaction)))
-            }
-            Change::Rename { id, name } => {
-                let holder = self.name_holder(name).await?;
-                Ok(rename(&self.reread(id).await?, name, holder)?)
-            }
-            Change::Resize { id, size } => Ok(resize(&self.reread(id).await?, size)?),
-            Change::Configure {
-                id,
-                read_only,
-                write_through,
-                connections,
-            } => Ok(configure(
-                &self.reread(id).await?,
-                read_only,
-                write_through,
-                connections,
-            )?),
-            Change::BeginDelete { id, connections } => {
-                Ok(begin_delete(&self.reread(id).await?, connections)?)
-            }
-            Change::Claim { id } => {
-                let current = self.reread(id).await?;
-                let written = self.written_epoch(&current.record);
-                Ok(Some(claim(&current, self.head, written)?))
-            }
         }
     }
 }

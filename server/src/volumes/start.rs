@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ashlar_core::records::{
-    LayerCounter, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim, keys,
-    pass_over_layers,
+    LayerCounter, Record, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim,
+    keys, pass_over_layers,
 };
 use ashlar_core::units::{Epoch, LayerId, StoreId};
 
@@ -15,6 +15,8 @@ use crate::meta::{self, MetadataError, Outcome};
 /// Volumes claimed by one transaction at the start: a condition and an effect each, within
 /// [`meta::TRANSACTION_MAX_STEPS`]. One sync for all of them keeps the start short.
 const CLAIMS_AT_ONCE: usize = 100;
+/// Bytes of their records, which name every client node: two thirds of etcd's default limit for a request.
+const CLAIMED_BYTES_AT_ONCE: usize = 1 << 20;
 
 impl Volumes {
     pub(super) async fn load(&self) -> Result<(), VolumeError> {
@@ -30,7 +32,8 @@ impl Volumes {
                 });
             }
             let stores = &current.record.placement.stores;
-            if stores.iter().all(|store| elsewhere.contains(store)) {
+            let is_replicated = current.record.placement.is_replicated();
+            if !is_replicated && stores.iter().all(|store| elsewhere.contains(store)) {
                 continue;
             }
             self.catalog().put(current, Serving::No(OPENING.to_owned()));
@@ -59,7 +62,17 @@ impl Volumes {
             .map(|entry| entry.current)
             .filter(|current| current.record.state == VolumeState::Active)
             .collect();
-        for batch in active.chunks(CLAIMS_AT_ONCE) {
+        let (replicated, active): (Vec<_>, Vec<_>) = active
+            .into_iter()
+            .partition(|current| current.record.placement.is_replicated());
+        for current in replicated {
+            // What this node served last it serves again; what another serves is left to it.
+            let head = current.record.head;
+            if head.is_some_and(|head| head.node == self.head.node) {
+                self.log_unserved(self.open_replicated(current).await);
+            }
+        }
+        for batch in batches(&active) {
             match self.claim_batch(batch).await? {
                 Some(claimed) => {
                     for volume in claimed {
@@ -187,6 +200,25 @@ impl Volumes {
             });
         }
     }
+}
+
+/// Cut so that each is one transaction.
+fn batches(volumes: &[Versioned<VolumeRecord>]) -> Vec<&[Versioned<VolumeRecord>]> {
+    let mut batches = Vec::new();
+    let (mut from, mut bytes) = (0, 0);
+    for (index, volume) in volumes.iter().enumerate() {
+        let more = volume.record.encode().len();
+        if index - from == CLAIMS_AT_ONCE || (index > from && bytes + more > CLAIMED_BYTES_AT_ONCE)
+        {
+            batches.push(&volumes[from..index]);
+            (from, bytes) = (index, 0);
+        }
+        bytes += more;
+    }
+    if from < volumes.len() {
+        batches.push(&volumes[from..]);
+    }
+    batches
 }
 
 /// The highest epoch among a volume's layers.

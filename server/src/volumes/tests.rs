@@ -1,9 +1,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU32;
 
+use ashlar_core::nbd::session::Admitted;
 use ashlar_core::placement::StoreSpace;
 use ashlar_core::units::{Epoch, StoreId};
 use async_trait::async_trait;
+
+use ashlar_core::records::create;
 
 use super::*;
 use crate::meta::{SqliteStore, Watch};
@@ -23,6 +26,10 @@ struct Host {
     /// Volumes that ask for a new epoch.
     wanted: Mutex<Vec<VolumeId>>,
     wants: tokio::sync::Notify,
+    /// Volumes whose first change waits.
+    changing: Mutex<Vec<VolumeId>>,
+    changes: tokio::sync::Notify,
+    recorded: tokio::sync::Notify,
     renewed: tokio::sync::Notify,
 }
 
@@ -73,6 +80,68 @@ impl VolumeHost for Host {
         spec.epoch = epoch;
         self.renewed.notify_one();
         Ok(())
+    }
+
+    async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), HostError> {
+        let connections = lock(&self.connections).get(&id).copied().unwrap_or(0);
+        let mut open = lock(&self.open);
+        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
+        if connections > 0 && spec.admitted == Admitted::Anyone {
+            return Err(HostError::Busy { connections });
+        }
+        spec.admitted = admitted;
+        Ok(())
+    }
+
+    async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, HostError> {
+        let mut open = lock(&self.open);
+        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
+        if admitted.as_ref() == Some(&spec.admitted) {
+            return Ok(0);
+        }
+        spec.admitted = admitted.unwrap_or_else(|| spec.admitted.clone());
+        Ok(lock(&self.connections).remove(&id).unwrap_or(0))
+    }
+
+    async fn first_change(&self) -> Option<VolumeId> {
+        loop {
+            if let Some(id) = lock(&self.changing).pop() {
+                return Some(id);
+            }
+            self.changes.notified().await;
+        }
+    }
+
+    async fn first_change_recorded(&self, id: VolumeId) -> Result<(), HostError> {
+        let mut open = lock(&self.open);
+        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
+        spec.never_written = false;
+        self.recorded.notify_one();
+        Ok(())
+    }
+
+    async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError> {
+        let mut open = lock(&self.open);
+        open.get_mut(&id).ok_or(HostError::NotOpen)?.limits = limits;
+        Ok(())
+    }
+
+    async fn open_replicated(&self, _: crate::data::ReplicatedSpec) -> Result<(), HostError> {
+        unreachable!("these volumes have one copy")
+    }
+
+    async fn replication_event(&self) -> Option<crate::replication::ReplicationEvent> {
+        std::future::pending().await
+    }
+
+    fn replication_ended(&self, _: VolumeId) {}
+
+    fn record_seen(&self, _: VolumeId, _: Option<Versioned<VolumeRecord>>) {}
+
+    async fn forget_replicas(&self, _: VolumeId) {}
+
+    async fn replication(&self, _: VolumeId) -> Option<crate::data::ReplicationStatus> {
+        None
     }
 
     async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
@@ -163,7 +232,7 @@ impl Daemon {
     async fn start_over(&self, store: Arc<dyn MetadataStore>) -> Arc<Volumes> {
         lock(&self.host.open).clear();
         let node = node_record(&*store).await.expect("node").id;
-        let service = Volumes::start(store, self.host.clone(), node)
+        let service = Volumes::start(store, self.host.clone(), node, false)
             .await
             .expect("start");
         service.catalog().check_invariants();
@@ -184,7 +253,14 @@ async fn a_volume_lives_from_creation_to_deletion() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
     let made = service
-        .create("db", 5000, false, true)
+        .create(
+            "db",
+            5000,
+            VolumeSettings {
+                write_through: true,
+                ..VolumeSettings::default()
+            },
+        )
         .await
         .expect("create");
     let id = made.record.id;
@@ -236,7 +312,7 @@ async fn a_restart_serves_the_same_volumes_under_new_epochs() {
         for number in 0..205 {
             ids.push(
                 service
-                    .create(&format!("v{number}"), 1 << 20, false, false)
+                    .create(&format!("v{number}"), 1 << 20, VolumeSettings::default())
                     .await
                     .expect("create")
                     .record
@@ -258,23 +334,23 @@ async fn what_is_taken_in_use_or_too_small_is_refused() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
     let id = service
-        .create("a", 1 << 20, false, false)
+        .create("a", 1 << 20, VolumeSettings::default())
         .await
         .expect("create")
         .record
         .id;
     let refusal = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect_err("taken")
         .to_string();
     assert!(refusal.contains("taken"), "{refusal}");
     assert!(matches!(
-        service.create("A", 4096, false, false).await,
+        service.create("A", 4096, VolumeSettings::default()).await,
         Err(VolumeError::Name(_))
     ));
     assert!(matches!(
-        service.create("b", 0, false, false).await,
+        service.create("b", 0, VolumeSettings::default()).await,
         Err(VolumeError::Size(_))
     ));
     assert!(matches!(
@@ -314,7 +390,7 @@ async fn a_deletion_cut_short_is_finished_by_the_next_start() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
     let id = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("create")
         .record
@@ -339,7 +415,7 @@ async fn a_deletion_cut_short_is_finished_by_the_next_start() {
     );
     // The name is free at once, and the layer is not the old one.
     let next = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("create");
     assert_ne!(next.record.id, id);
@@ -376,7 +452,7 @@ async fn metadata_from_an_old_backup_takes_no_epoch_and_no_layer_again() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
     let old = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("create")
         .record;
@@ -388,7 +464,7 @@ async fn metadata_from_an_old_backup_takes_no_epoch_and_no_layer_again() {
     assert_eq!(daemon.spec(old.id).expect("open").epoch, Epoch(51));
     assert_eq!(service.unknown_layers(), [LayerId(30)]);
     let new = service
-        .create("b", 4096, false, false)
+        .create("b", 4096, VolumeSettings::default())
         .await
         .expect("create")
         .record;
@@ -406,7 +482,7 @@ async fn a_layer_nobody_names_is_reported_and_kept() {
     lock(&daemon.host.layers).insert(LayerId(77));
     let service = daemon.start().await;
     service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("create");
     assert_eq!(service.unknown_layers(), [LayerId(77)]);
@@ -425,7 +501,9 @@ async fn many_at_once_get_a_layer_each_and_one_gets_the_name() {
             } else {
                 format!("v{number}")
             };
-            tokio::spawn(async move { service.create(&name, 4096, false, false).await })
+            tokio::spawn(
+                async move { service.create(&name, 4096, VolumeSettings::default()).await },
+            )
         })
         .collect();
     let mut refused = 0;
@@ -450,7 +528,14 @@ async fn exports_are_found_by_name_and_id_until_the_daemon_drains() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
     let id = service
-        .create("a", 4096, true, false)
+        .create(
+            "a",
+            4096,
+            VolumeSettings {
+                read_only: true,
+                ..VolumeSettings::default()
+            },
+        )
         .await
         .expect("create")
         .record
@@ -471,7 +556,7 @@ async fn exports_are_found_by_name_and_id_until_the_daemon_drains() {
         Err(CatalogError::ShuttingDown)
     ));
     assert_eq!(
-        service.create("b", 4096, false, false).await,
+        service.create("b", 4096, VolumeSettings::default()).await,
         Err(VolumeError::ShuttingDown)
     );
 }
@@ -513,7 +598,7 @@ async fn a_head_that_asks_gets_a_new_epoch_even_if_the_metadata_store_is_away_fo
     let store = Arc::new(Away(daemon.store(), AtomicU32::new(0)));
     let service = daemon.start_over(store.clone()).await;
     let id = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("create")
         .record
@@ -575,7 +660,7 @@ async fn an_unknown_outcome_is_looked_up_and_not_assumed() {
     node_record(&*store).await.expect("node");
     let service = daemon.start_over(Arc::new(Forgetful(store))).await;
     let made = service
-        .create("a", 4096, false, false)
+        .create("a", 4096, VolumeSettings::default())
         .await
         .expect("it happened");
     assert_eq!((made.record.epoch, made.serving), (Epoch(1), Serving::Yes));
@@ -595,9 +680,13 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         read_only: false,
         write_through: false,
         created_at_unix_ms: 0,
+        replicas: 1,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(9))],
+            sets: Vec::new(),
         },
+        limits: VolumeLimits::default(),
+        annotations: Annotations::default(),
     };
     store
         .commit(create(elsewhere, None, None).expect("create").transaction)
@@ -605,7 +694,7 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         .expect("commit");
     let service = daemon.start_over(store).await;
     service
-        .create("near", 4096, false, false)
+        .create("near", 4096, VolumeSettings::default())
         .await
         .expect("others are served");
     let Serving::No(reason) = service.get("far").expect("listed").serving else {
@@ -620,3 +709,5 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         Err(CatalogError::Unavailable(_))
     ));
 }
+
+mod orchestration;

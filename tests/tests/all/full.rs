@@ -105,7 +105,10 @@ struct Churn {
     longest: Duration,
 }
 
-fn churn(test: &str, percent: u64, times: u64) -> Churn {
+fn churn(test: &str, percent: u64) -> Churn {
+    let times: u64 = std::env::var("ASHLAR_TESTS_CHURN_TIMES")
+        .ok()
+        .map_or(3, |text| text.parse().expect("a number"));
     let daemon = Setup::default().start(test);
     let counter = |name: &str| {
         let metrics = daemon.metrics();
@@ -117,7 +120,7 @@ fn churn(test: &str, percent: u64, times: u64) -> Churn {
     let size = capacity * percent / 100 / (1 << 20) * (1 << 20);
     daemon.create("disk", &size.to_string());
     let uri = daemon.uri("disk");
-    let limit = Duration::from_secs(180);
+    let limit = Duration::from_secs(60 * times);
     Fio::plain(&uri)
         .args([
             "--rw=write",
@@ -169,14 +172,14 @@ fn churn(test: &str, percent: u64, times: u64) -> Churn {
     }
 }
 
-/// The issue asks for ten times the store's size (`bench/` does that); this is enough to be in the steady state.
+/// Three times the store's size is enough to be in the steady state; `ASHLAR_TESTS_CHURN_TIMES=10` goes on for longer.
 #[test]
 fn cleaning_keeps_up_at_three_quarters_full() {
     let Churn {
         mut daemon,
         amplification,
         longest,
-    } = churn("churn-75", 75, 3);
+    } = churn("churn-75", 75);
     assert!(amplification <= 2.0, "{amplification}");
     // The promise is 1 s; other tests use the same disk and processors meanwhile.
     assert!(longest < Duration::from_secs(3), "{longest:?}");
@@ -186,6 +189,6 @@ fn cleaning_keeps_up_at_three_quarters_full() {
 
 #[test]
 fn cleaning_is_cheap_below_half_full() {
-    let Churn { amplification, .. } = churn("churn-45", 45, 3);
+    let Churn { amplification, .. } = churn("churn-45", 45);
     assert!(amplification <= 1.2, "{amplification}");
 }

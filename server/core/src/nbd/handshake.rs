@@ -20,7 +20,7 @@ use super::session::{ReplyStyle, Session, transmission_flags};
 use super::wire::{
     GREETING_MAGIC, Greeting, OPTION_MAGIC, OptionHeader, handshake_flag, option, option_reply,
 };
-use crate::units::VolumeId;
+use crate::units::{ExportToken, VolumeId};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// An export, as a look-up finds it.
@@ -36,6 +36,8 @@ pub struct Export {
     pub size_bytes: u64,
     /// Changes are refused.
     pub read_only: bool,
+    /// What it was found by; `None`: the volume's name or id.
+    pub token: Option<ExportToken>,
 }
 
 /// An entry of a list of exports.
@@ -56,6 +58,8 @@ pub enum Resolution {
     Unknown,
     /// It cannot be served now; the text goes to the client.
     Unavailable(String),
+    /// This client may not have it, now or later; the text goes to the client.
+    Forbidden(String),
     /// The daemon is going away.
     ShuttingDown,
 }
@@ -560,6 +564,7 @@ impl Handshake {
             style: self.style,
             base_allocation: self.has_base_allocation(export),
             read_only: export.read_only,
+            token: export.token,
             size_bytes: export.size_bytes,
         });
     }

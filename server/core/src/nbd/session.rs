@@ -1,6 +1,6 @@
 //! What a client and we agreed on.
 
-use crate::units::VolumeId;
+use crate::units::{ExportToken, VolumeId};
 
 /// Transmission flags, as advertised with an export.
 pub mod transmission_flag {
@@ -44,6 +44,26 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 /// Its id: unique within a session, which has one context at most.
 pub const BASE_ALLOCATION_ID: u32 = 1;
 
+/// Whose connections a volume's head serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// Those that were opened by the volume's name or id.
+    Anyone,
+    /// Those that were opened by one of these tokens.
+    Holders(Vec<ExportToken>),
+}
+
+impl Admitted {
+    /// Whether a connection opened by this token, or without one, is among them.
+    pub fn admits(&self, token: Option<ExportToken>) -> bool {
+        match (self, token) {
+            (Admitted::Anyone, None) => true,
+            (Admitted::Holders(holders), Some(token)) => holders.contains(&token),
+            (Admitted::Anyone, Some(_)) | (Admitted::Holders(_), None) => false,
+        }
+    }
+}
+
 /// What a connection carries from the handshake into transmission.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
@@ -55,6 +75,8 @@ pub struct Session {
     pub base_allocation: bool,
     /// No change is accepted on this connection.
     pub read_only: bool,
+    /// What it was opened by; `None`: the volume's name or id.
+    pub token: Option<ExportToken>,
     /// Bytes of the export. Raise it when the volume grows: requests are checked against this figure.
     pub size_bytes: u64,
 }

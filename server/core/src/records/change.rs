@@ -3,10 +3,11 @@
 use thiserror::Error;
 
 use super::{
-    Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement, Record, RoundedSize,
-    Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, keys,
+    Annotations, ClientNodeId, Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement,
+    Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
+    VolumeState, default_min_in_sync, first_annotations, keys,
 };
-use crate::units::{Epoch, LayerId, VolumeId};
+use crate::units::{Epoch, LayerId, Version, VolumeId};
 
 /// A volume to create. The id was drawn by the caller, who can therefore tell, when the outcome of the transaction is
 /// unknown, whether it happened: the record of that id is there or it is not.
@@ -24,8 +25,14 @@ pub struct NewVolume {
     pub write_through: bool,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_at_unix_ms: u64,
-    /// Where its chunks will lie.
+    /// Copies of each chunk, at least 1.
+    pub replicas: u32,
+    /// Where its chunks will lie: with replica sets exactly when `replicas` is more than 1 or the daemon is in a cluster.
     pub placement: Placement,
+    /// Bounds on what its clients may ask of it.
+    pub limits: VolumeLimits,
+    /// What others keep with it.
+    pub annotations: Annotations,
 }
 
 /// A creation that was decided.
@@ -69,7 +76,7 @@ pub fn create(
             holder: holder.volume,
         });
     }
-    if new.placement.stores.is_empty() {
+    if new.placement.stores.is_empty() && new.placement.sets.is_empty() {
         return Err(CreateError::NoStore);
     }
     let (layer, counter_condition) = match &counter {
@@ -93,7 +100,10 @@ pub fn create(
         name: new.name,
         size_bytes: new.size.bytes,
         layers: vec![layer],
-        replicas: 1,
+        replicas: new.replicas,
+        min_in_sync: default_min_in_sync(new.replicas),
+        client_generation: 0,
+        settled: Version::NONE,
         read_only: new.read_only,
         write_through: new.write_through,
         epoch: Epoch(0),
@@ -101,8 +111,12 @@ pub fn create(
         created_at_unix_ms: new.created_at_unix_ms,
         state: VolumeState::Active,
         placement: new.placement,
+        never_written: true,
+        filesystem: None,
+        limits: new.limits,
+        publications: Vec::new(),
     };
-    let transaction = Transaction {
+    let mut transaction = Transaction {
         conditions: vec![
             Condition::Absent {
                 key: keys::name(&record.name),
@@ -127,6 +141,9 @@ pub fn create(
             },
         ],
     };
+    if let Some((_, step)) = first_annotations(record.id, &new.annotations) {
+        transaction = transaction.and(step);
+    }
     Ok(Creation {
         record,
         transaction,
@@ -319,6 +336,16 @@ pub enum ConfigureError {
         /// How many.
         connections: u32,
     },
+    /// A client node counts on them, connected or not.
+    #[error(
+        "volume {name} is published to node {node}, which counts on its settings; unpublish it first"
+    )]
+    Published {
+        /// Its name.
+        name: VolumeName,
+        /// To whom.
+        node: ClientNodeId,
+    },
     /// It is being deleted.
     #[error("volume {name} is being deleted")]
     Deleting {
@@ -348,6 +375,12 @@ pub fn configure(
     if configured == *record {
         return Ok(None);
     }
+    if let Some(publication) = record.publications.first() {
+        return Err(ConfigureError::Published {
+            name: record.name.clone(),
+            node: publication.node.clone(),
+        });
+    }
     if connections > 0 {
         return Err(ConfigureError::InUse {
             name: record.name.clone(),
@@ -371,6 +404,16 @@ pub enum DeleteError {
         /// How many.
         connections: u32,
     },
+    /// A client node has it, connected or not.
+    #[error(
+        "volume {name} is published to node {node}; unpublish it first (`ashlar volume unpublish {name}`)"
+    )]
+    Published {
+        /// Its name.
+        name: VolumeName,
+        /// To whom.
+        node: ClientNodeId,
+    },
 }
 
 /// Decides the first half of a deletion: the volume becomes a tombstone and its name is free. `None`: it is one
@@ -383,6 +426,12 @@ pub fn begin_delete(
     let record = &current.record;
     if record.state == VolumeState::Deleting {
         return Ok(None);
+    }
+    if let Some(publication) = record.publications.first() {
+        return Err(DeleteError::Published {
+            name: record.name.clone(),
+            node: publication.node.clone(),
+        });
     }
     if connections > 0 {
         return Err(DeleteError::InUse {
@@ -409,11 +458,12 @@ pub fn finish_delete(tombstone: &Versioned<VolumeRecord>) -> Transaction {
     Transaction::new()
         .when_unchanged(key.clone(), tombstone.changed_at)
         .delete(key)
+        .delete(keys::annotations(tombstone.record.id))
 }
 
 /// Replaces a volume's record. The name record needs no condition of its own: while the volume's record is unchanged,
 /// `names/<its name>` points to it, because every change of one goes through a condition on the other.
-fn rewrite(current: &Versioned<VolumeRecord>, record: &VolumeRecord) -> Transaction {
+pub(super) fn rewrite(current: &Versioned<VolumeRecord>, record: &VolumeRecord) -> Transaction {
     let key = keys::volume(record.id);
     Transaction::new()
         .when_unchanged(key.clone(), current.changed_at)

@@ -4,17 +4,31 @@
 //! [`Transaction`], which names everything it relied on, or a closed error. Carrying the transaction out, and reading
 //! again when it meets a conflict, is the shell's part. No decision looks at a clock or draws an id: both come in.
 
+mod annotations;
 mod change;
+mod client_node;
 mod cluster;
+mod fabric;
+mod filesystem;
+mod limits;
 mod name;
+mod publication;
 mod record;
+mod replica;
 mod size;
 mod transaction;
 
+pub use annotations::{
+    ANNOTATIONS_MAX_BYTES, Annotations, AnnotationsError, AnnotationsMoved, AnnotationsRecord,
+    annotate, first_annotations,
+};
 pub use change::{
     ClaimError, ConfigureError, CreateError, Creation, DeleteError, NewVolume, RenameError,
     ResizeError, begin_delete, claim, configure, create, finish_delete, pass_over_layers, rename,
     resize,
+};
+pub use client_node::{
+    ClientNodeError, ClientNodeId, ClientNodeRecord, register_node, unregister_node,
 };
 pub use cluster::{
     CLIENT_NAME_MAX_BYTES, ClientNameError, ClientRecord, ClientRole, ClusterId, ClusterRecord,
@@ -22,10 +36,21 @@ pub use cluster::{
     MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name, check_label,
     join, label, put_member, remove,
 };
-pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
-pub use record::{
-    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, Placement, Record, ScrubRecord,
-    StoreRecord, VolumeRecord, VolumeState, keys,
+pub use fabric::{LinkRecord, SpaceRecord};
+pub use filesystem::{
+    Filesystem, FilesystemState, FilesystemType, FilesystemTypeError, FormatError, begin_format,
+    end_format, mark_written,
 };
+pub use limits::{LimitsError, VolumeLimits, set_limits};
+pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
+pub use publication::{
+    AccessMode, NewPublication, PUBLICATIONS_MAX, Publication, PublishError, parse_export_name,
+    publish, unpublish,
+};
+pub use record::{
+    DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, PLACEMENT_ENTRIES_MAX, Placement,
+    Record, ScrubRecord, StoreRecord, VolumeRecord, VolumeState, keys,
+};
+pub use replica::{REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, default_min_in_sync};
 pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
 pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};

@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::VolumeName;
+use super::publication::{self, Publication};
+use super::{Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName};
 use crate::placement::{StoreSpace, deal};
-use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, VolumeId};
+use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
 
 /// The keys of the metadata store.
 pub mod keys {
+    use super::super::ClientNodeId;
     use super::{NodeId, StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
@@ -25,6 +27,14 @@ pub mod keys {
     pub const STORES: &str = "stores/";
     /// Every [`ScrubRecord`](super::ScrubRecord) has this prefix.
     pub const SCRUBS: &str = "scrubs/";
+    /// Every [`AnnotationsRecord`](super::super::AnnotationsRecord) has this prefix.
+    pub const ANNOTATIONS: &str = "annotations/";
+    /// Every [`ClientNodeRecord`](super::super::ClientNodeRecord) has this prefix.
+    pub const CLIENT_NODES: &str = "client-nodes/";
+    /// Every [`LinkRecord`](super::super::LinkRecord) has this prefix.
+    pub const LINKS: &str = "links/";
+    /// Every [`SpaceRecord`](super::super::SpaceRecord) has this prefix.
+    pub const SPACES: &str = "spaces/";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
@@ -50,9 +60,39 @@ pub mod keys {
         format!("{NAMES}{name}")
     }
 
+    /// Node `node` has dropped what it had of a volume that is being deleted.
+    pub fn dropped(volume: VolumeId, node: NodeId) -> String {
+        format!("dropped/{}/{}", volume.0, node.0)
+    }
+
+    /// Every [`dropped`] of a volume has this prefix.
+    pub fn dropped_by(volume: VolumeId) -> String {
+        format!("dropped/{}/", volume.0)
+    }
+
+    /// Where a daemon's links are.
+    pub fn link(id: NodeId) -> String {
+        format!("{LINKS}{}", id.0)
+    }
+
+    /// The room of a store.
+    pub fn space(id: StoreId) -> String {
+        format!("{SPACES}{}", id.0)
+    }
+
     /// The key of a store's record.
     pub fn store(id: StoreId) -> String {
         format!("{STORES}{}", id.0)
+    }
+
+    /// The key of a volume's annotations.
+    pub fn annotations(id: VolumeId) -> String {
+        format!("{ANNOTATIONS}{}", id.0)
+    }
+
+    /// The key of a client node's record.
+    pub fn client_node(id: &ClientNodeId) -> String {
+        format!("{CLIENT_NODES}{id}")
     }
 
     /// The key of a cluster's node.
@@ -117,8 +157,20 @@ pub struct VolumeRecord {
     pub size_bytes: u64,
     /// The live layer first, then its parents. Never empty.
     pub layers: Vec<LayerId>,
-    /// Copies of each chunk.
+    /// Copies of each chunk that there should be.
     pub replicas: u32,
+    /// Copies that must be in sync for a write to be answered; see [`default_min_in_sync`](super::default_min_in_sync).
+    /// Absent in records of unreplicated volumes, where it is 1.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub min_in_sync: u32,
+    /// Raised whenever acknowledged writes may be gone because every copy lost power: clients that were connected under
+    /// a smaller number must not go on as if nothing had happened.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub client_generation: u64,
+    /// Every block whose newest version is below this is the same on all replicas in sync. Only what is at or above it
+    /// has to be compared when a head takes over. Zero: nothing is known.
+    #[serde(default, skip_serializing_if = "is_none_yet")]
+    pub settled: Version,
     /// Served read-only.
     pub read_only: bool,
     /// Every acknowledgement waits for durability.
@@ -134,9 +186,38 @@ pub struct VolumeRecord {
     pub state: VolumeState,
     /// Where its chunks lie.
     pub placement: Placement,
+    /// No change of any block was ever let through to a store. False when that is not known: records of older versions
+    /// do not say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub never_written: bool,
+    /// The filesystem that was made on it, or begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem: Option<Filesystem>,
+    /// Bounds on what its clients may ask of it.
+    #[serde(default, skip_serializing_if = "VolumeLimits::is_none")]
+    pub limits: VolumeLimits,
+    /// Whom it was given to, in the order it was. While there is one, nobody else can open it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publications: Vec<Publication>,
 }
 
 impl Record for VolumeRecord {}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_one(number: &u32) -> bool {
+    *number == 1
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+fn is_none_yet(version: &Version) -> bool {
+    *version == Version::NONE
+}
 
 impl VolumeRecord {
     /// The layer that writes go to.
@@ -170,10 +251,14 @@ impl VolumeRecord {
         if self.epoch > Epoch::MAX {
             return Err("epoch past its largest value");
         }
-        if self.placement.stores.is_empty() {
-            return Err("no store");
+        if self.min_in_sync == 0 || self.min_in_sync > self.replicas {
+            return Err("min_in_sync is not between one and the number of replicas");
         }
-        Ok(())
+        if self.state == VolumeState::Deleting && !self.publications.is_empty() {
+            return Err("published and being deleted");
+        }
+        publication::check(&self.publications)?;
+        self.placement.check_invariants()
     }
 }
 
@@ -198,15 +283,23 @@ pub enum VolumeState {
     Deleting,
 }
 
-/// Where the chunks of a volume lie: chunk `c` on store number `c mod n` of the list, in which a store may come more
-/// than once. The list never changes in a
-/// volume's life on one node, so a chunk is always found where it was written.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Where the chunks of a volume lie: chunk `c` on entry number `c mod n` of a list, whose length never changes in a
+/// volume's life, so a chunk is always found where it was written. The entries are stores of the one node that serves
+/// an unreplicated volume, in which a store may come more than once, or the replica sets of a replicated one; never
+/// both.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Placement {
-    /// At least one store, in the order chunks are dealt out.
+    /// Of an unreplicated volume, in the order chunks are dealt out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stores: Vec<StoreId>,
+    /// Of a replicated volume, in the order chunks are dealt out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sets: Vec<ReplicaSet>,
 }
+
+/// Most entries of a placement: a head counts per entry in small numbers.
+pub const PLACEMENT_ENTRIES_MAX: usize = 256;
 
 impl Placement {
     /// Chooses stores for a new volume: of the groups whose stores may hold a volume together, the one with the least
@@ -236,7 +329,43 @@ impl Placement {
             stores: emptiest
                 .map(|(stores, _)| deal(stores, turn))
                 .unwrap_or_default(),
+            sets: Vec::new(),
         }
+    }
+
+    /// The placement has replica sets.
+    pub fn is_replicated(&self) -> bool {
+        !self.sets.is_empty()
+    }
+
+    /// The replica set of a chunk of a replicated volume.
+    pub fn set_of(&self, chunk: ChunkIndex) -> SetIndex {
+        SetIndex((chunk.0 as usize % self.sets.len()) as u16)
+    }
+
+    /// The same chunks on the same stores, as replica sets of one replica each, all on `node`: what the volume of a
+    /// single node becomes when the node joins a cluster.
+    pub fn into_sets(self, node: NodeId) -> Placement {
+        let sole = |store| ReplicaSet {
+            replicas: vec![Replica::in_sync(node, store)],
+        };
+        Placement {
+            sets: self.stores.into_iter().map(sole).chain(self.sets).collect(),
+            stores: Vec::new(),
+        }
+    }
+
+    fn check_invariants(&self) -> Result<(), &'static str> {
+        if self.stores.is_empty() && self.sets.is_empty() {
+            return Err("no store");
+        }
+        if !self.stores.is_empty() && !self.sets.is_empty() {
+            return Err("both stores and replica sets");
+        }
+        if self.stores.len().max(self.sets.len()) > PLACEMENT_ENTRIES_MAX {
+            return Err("more than 256 entries of placement");
+        }
+        self.sets.iter().try_for_each(ReplicaSet::check_invariants)
     }
 
     /// The store that holds a chunk.
@@ -329,6 +458,9 @@ mod tests {
             size_bytes: 8192,
             layers: vec![LayerId(3)],
             replicas: 1,
+            min_in_sync: 1,
+            client_generation: 0,
+            settled: Version::NONE,
             read_only: false,
             write_through: false,
             epoch: Epoch(2),
@@ -337,7 +469,12 @@ mod tests {
             state: VolumeState::Active,
             placement: Placement {
                 stores: vec![StoreId(Uuid::from_u128(7))],
+                sets: Vec::new(),
             },
+            never_written: false,
+            filesystem: None,
+            limits: VolumeLimits::default(),
+            publications: vec![],
         }
     }
 
@@ -394,7 +531,7 @@ mod tests {
         );
         assert!(
             VolumeRecord {
-                placement: Placement { stores: vec![] },
+                placement: Placement::default(),
                 ..sample()
             }
             .check_invariants()
@@ -407,6 +544,7 @@ mod tests {
         let stores: Vec<_> = (1..=3).map(|n| StoreId(Uuid::from_u128(n))).collect();
         let placement = Placement {
             stores: stores.clone(),
+            sets: Vec::new(),
         };
         for chunk in 0..9 {
             assert_eq!(

@@ -93,7 +93,10 @@ pub(super) struct Hot {
     /// A sync somebody beside the waiters asked for: run one that starts after now.
     pub(super) sync_wanted: u64,
     pub(super) unsynced_blocks: u64,
+    /// Log that the newest checkpoint does not hold: what a start would replay.
     pub(super) checkpoint_log_blocks: u64,
+    /// How much of it is not applied, so that no checkpoint begun now would hold it.
+    pub(super) unapplied_blocks: u64,
     /// Since when something acknowledged is not durable.
     pub(super) dirty_since_ms: Option<u64>,
     /// Turns with writes since the last flush, and whether this one has any.
@@ -136,6 +139,7 @@ impl Hot {
             sync_wanted: 0,
             unsynced_blocks: 0,
             checkpoint_log_blocks: 0,
+            unapplied_blocks: 0,
             dirty_since_ms: None,
             write_turns: 0,
             wrote: false,
@@ -172,6 +176,10 @@ impl Hot {
         assert!(self.applied_seq <= self.written_seq && self.written_seq <= self.issued_seq);
         assert!(self.durable_seq <= self.written_seq && self.durable_seq <= self.durable_chain);
         assert!(self.issued_seq < self.next_seq && self.reclaimed_seq <= self.written_seq);
+        let waiting = self.frames.iter().filter(|f| f.seq > self.applied_seq);
+        let unapplied: u64 = waiting.map(|f| u64::from(f.blocks)).sum();
+        assert_eq!(self.unapplied_blocks, unapplied);
+        assert!(self.checkpoint_log_blocks >= unapplied);
     }
 }
 
@@ -262,6 +270,7 @@ impl Store {
         self.tail.end(blocks);
         self.hot.next_block += blocks;
         self.hot.checkpoint_log_blocks += u64::from(blocks);
+        self.hot.unapplied_blocks += u64::from(blocks);
         self.counters.log_blocks += u64::from(blocks);
         self.counters.frames += 1;
         self.hot.frames.push_back(Frame {

@@ -56,6 +56,7 @@ impl Store {
                 frame.bytes = bytes;
             } else {
                 self.reserved -= frame.reserved;
+                self.hot.unapplied_blocks -= u64::from(frame.blocks);
                 self.hot.cursor = (FRAME_FIXED_BYTES, 0);
                 self.hot.applied_seq = seq;
                 self.release_frames();

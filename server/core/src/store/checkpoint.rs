@@ -61,7 +61,8 @@ pub(super) struct CheckpointState {
     freeing: Vec<u32>,
     /// Segments that are free but for a read under way in them.
     released: Vec<u32>,
-    log_blocks_at_start: u64,
+    /// Log that it holds and the one before did not.
+    log_blocks: u64,
     started_ms: u64,
     /// Mark the store as closed in order.
     clean_close: bool,
@@ -152,8 +153,11 @@ impl Store {
     }
 
     fn start_checkpoint_if_wanted(&mut self) {
-        let by_log = self.hot.checkpoint_log_blocks >= self.params.checkpoint_log_blocks;
-        let by_leaves = self.index.dirty_leaves >= self.params.leaf_cache.max(16) / 2;
+        // What is not applied stays behind it: when most of the log is that, a checkpoint would gain little.
+        let gains = self.hot.checkpoint_log_blocks - self.hot.unapplied_blocks;
+        let by_log = self.hot.checkpoint_log_blocks >= self.params.checkpoint_log_blocks
+            && gains >= self.params.checkpoint_log_blocks / 4;
+        let by_leaves = self.index.dirty_leaves as u64 >= self.changed_leaves_wanted();
         let by_space = self.wants_checkpoint_for_space();
         let applied = self.hot.applied_seq;
         let asked = self
@@ -180,7 +184,7 @@ impl Store {
 
     fn collect_dirty_leaves(&mut self) {
         self.checkpoint.phase = Phase::Leaves;
-        self.checkpoint.log_blocks_at_start = self.hot.checkpoint_log_blocks;
+        self.checkpoint.log_blocks = self.hot.checkpoint_log_blocks - self.hot.unapplied_blocks;
         self.checkpoint.started_ms = self.now_ms;
         self.checkpoint.leaves = self.index.dirty_slots();
         self.checkpoint.leaves_written = self.checkpoint.leaves.len() as u32;
@@ -408,10 +412,7 @@ impl Store {
                 self.checkpoint.released.push(s);
             }
         }
-        self.hot.checkpoint_log_blocks -= self
-            .checkpoint
-            .log_blocks_at_start
-            .min(self.hot.checkpoint_log_blocks);
+        self.hot.checkpoint_log_blocks -= self.checkpoint.log_blocks;
         let took_ms = self.now_ms - self.checkpoint.started_ms;
         self.counters.checkpoints += 1;
         self.counters.checkpoints_took_ms += took_ms;

@@ -199,11 +199,17 @@ impl Index {
         }
     }
 
-    /// Removes a row whose leaves are gone and which has nothing pending.
+    /// Removes a row whose leaves are gone. What is still pending in it goes too: a tail that was saved twice, because
+    /// the first save was cut off, has writes to a layer behind its end, and the row's number may be given out again.
     pub(super) fn remove_row(&mut self, id: RowId) {
         let row = self.rows.remove(id as usize);
-        debug_assert!(row.pending.iter().all(|&p| p == 0) && row.zero_marks == 0);
         debug_assert!(row.slots.iter().all(|&s| s == NO_SLOT));
+        if row.pending.iter().any(|&p| p > 0) {
+            self.pending.retain(|key, _| (key >> 14) as RowId != id);
+        }
+        if row.zero_marks != 0 {
+            self.zero_marks.retain(|key, _| (key >> 5) as RowId != id);
+        }
         self.by_key.remove(&row.key);
     }
 
@@ -432,5 +438,74 @@ impl Index {
             }
         }
         assert_eq!(pending, self.pending.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::ChunkIndex;
+
+    fn key(chunk: u32) -> ExtentKey {
+        ExtentKey {
+            layer: LayerId(1),
+            chunk: ChunkIndex(chunk),
+        }
+    }
+
+    fn pending(seq: u64) -> Pending {
+        Pending {
+            version: seq,
+            seq,
+            addr: Addr(7),
+            crc: 0,
+        }
+    }
+
+    /// Entries come and go at random places, which leaves a table of them full of places that are used up.
+    #[test]
+    fn the_pending_table_is_never_larger_than_what_its_bound_needs() {
+        let mut index = Index::default();
+        let rows: Vec<RowId> = (0..512)
+            .map(|c| index.insert_row(key(c), [Mapping::UNMAPPED; CHUNK_LEAVES as usize]))
+            .collect();
+        let most = super::super::write::PENDING_MAX + 4096;
+        let mut held = std::collections::VecDeque::new();
+        let (mut random, mut largest) = (1u64, 0);
+        for seq in 1..4_000_000u64 {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let (row, block) = (
+                rows[(random >> 50) as usize % 512],
+                (random >> 20) as u32 % 16_384,
+            );
+            index.set_pending(row, block, pending(seq));
+            held.push_back((row, block, seq));
+            while index.pending_len() >= most {
+                let (row, block, seq) = held.pop_front().expect("something is held");
+                index.clear_pending(row, block, seq, seq);
+            }
+            largest = largest.max(index.pending.allocation_size());
+        }
+        assert!(largest < 36 << 20, "{largest} bytes");
+    }
+
+    #[test]
+    fn a_row_that_goes_leaves_nothing_to_the_one_that_gets_its_number() {
+        let mut index = Index::default();
+        let gone = index.insert_row(key(1), [Mapping::UNMAPPED; CHUNK_LEAVES as usize]);
+        index.set_pending(gone, 5, pending(3));
+        index.set_zero_mark(gone, 2, ZeroMark { version: 3, seq: 3 });
+        index.remove_row(gone);
+        let next = index.insert_row(key(2), [Mapping::UNMAPPED; CHUNK_LEAVES as usize]);
+        assert_eq!(next, gone, "the number is given out again");
+        index.set_pending(next, 6, pending(9));
+        index.set_zero_mark(next, 3, ZeroMark { version: 9, seq: 9 });
+        assert_eq!(index.lookup(next, 5), Lookup::Hole);
+        assert_eq!(index.pending_len(), 2);
+        // The entry of the row that is gone is applied late.
+        index.clear_pending(next, 5, 3, 3);
+        index.check_invariants();
     }
 }

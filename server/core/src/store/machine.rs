@@ -98,6 +98,8 @@ pub(super) struct Load {
     pub(super) reads: Vec<u32>,
     /// Apply, cleaning or a drop waits for it.
     pub(super) background: bool,
+    /// Somebody was told to come again when it is here.
+    pub(super) awaited: bool,
 }
 
 impl Store {

@@ -31,6 +31,7 @@ mod root;
 mod scrub;
 mod segment;
 mod tail;
+mod versions;
 mod write;
 
 pub use buf::AlignedBuf;
@@ -216,7 +217,7 @@ pub enum Event {
 pub struct Params {
     /// Leaves kept in memory, 8 KiB each.
     pub leaf_cache: usize,
-    /// Client log between checkpoints, in blocks: bounds what is replayed at open.
+    /// Client log between checkpoints, in blocks, and the most that may wait to be applied: a start replays at most both.
     pub checkpoint_log_blocks: u64,
     /// An open frame is appended and synced when it is this old, milliseconds.
     pub writeback_ms: u64,

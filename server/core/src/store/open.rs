@@ -13,6 +13,7 @@ use super::log::{LogReader, data_is_whole, entries_match};
 use super::root::{read_checkpoint, read_superblock, write_superblock};
 use super::segment::{SegmentState, Segments};
 use super::tail::{Tail, TailIdentity, TailMemory};
+use super::write::most_new_blocks;
 use super::{AlignedBuf, Errno, Params, Store};
 use crate::units::BLOCK_BYTES;
 
@@ -334,12 +335,19 @@ impl Store {
     fn take_log_frame(&mut self, header: FrameHeader, block: &[u8]) {
         let segment = self.segments.geometry.segment_of(header.addr);
         self.segments.all[segment as usize].last_seq = header.seq;
+        // As when it was admitted: the start must not admit more than fits beside it.
+        let mut reserved = 0;
         for entry in Entries::new(&header, block) {
             let e = entry.expect("checked by the reader");
+            if e.entry.kind == EntryKind::Data {
+                reserved += most_new_blocks(e.entry.first_block, e.entry.count);
+            }
             self.note_pending(&e.entry, header.seq, header.addr, |i| e.crc(i));
         }
         let used = FRAME_FIXED_BYTES + usize::from(header.progress.entry_bytes);
+        self.reserved += reserved;
         self.hot.checkpoint_log_blocks += u64::from(header.blocks());
+        self.hot.unapplied_blocks += u64::from(header.blocks());
         self.hot.frames.push_back(Frame {
             seq: header.seq,
             addr: header.addr,
@@ -347,7 +355,7 @@ impl Store {
             tail_at: None,
             header,
             bytes: block[..used].to_vec(),
-            reserved: 0,
+            reserved,
             written: true,
             synced: true,
         });

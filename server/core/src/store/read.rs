@@ -485,7 +485,7 @@ impl Store {
             if self.index.slot_of(row, leaf).is_none()
                 && self.index.row(row).leaves[leaf as usize].addr().is_stored()
             {
-                self.load_leaf(row, leaf);
+                self.load_leaf(row, leaf).awaited = true;
             }
         }
         self.want_ready = true;

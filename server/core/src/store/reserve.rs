@@ -54,6 +54,17 @@ impl Store {
         self.leaf_blocks(leaves).div_ceil(self.segment_blocks()) as usize
     }
 
+    /// A checkpoint is due when so many leaves have changed. Where not all leaves have room in memory, half of it is kept
+    /// for those that are only read; where they have, changes collect, and are written once.
+    pub(super) fn changed_leaves_wanted(&self) -> u64 {
+        let cache = self.params.leaf_cache.max(16) as u64;
+        if self.index.leaf_count <= cache / 8 * 7 {
+            cache
+        } else {
+            cache / 2
+        }
+    }
+
     /// Leaves that may have changed when a checkpoint begins: those the cache holds, and what is on its way.
     fn changed_leaves_max(&self) -> u64 {
         let copies = (COLD_FRAMES + 1) as u64 * u64::from(FRAME_DATA_BLOCKS);
@@ -76,7 +87,7 @@ impl Store {
     /// Segments emptied before a checkpoint makes them free. Many, because each checkpoint writes every leaf that
     /// changed; not more, because what is kept free is not there to be half empty.
     pub(super) fn clean_batch(&self) -> usize {
-        let leaves = self.index.leaf_count.min(self.params.leaf_cache as u64 / 2);
+        let leaves = self.index.leaf_count.min(self.changed_leaves_wanted());
         let wanted = (BATCH_PER_LEAVES * self.leaf_blocks(leaves)).div_ceil(self.segment_blocks());
         let most = (self.segments.all.len() / 20).max(2);
         (wanted as usize).clamp(2, most)

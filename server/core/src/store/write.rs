@@ -7,8 +7,15 @@ use super::index::{Lookup, Pending, RowId, ZeroMark, leaf_of};
 use super::{MAX_WRITE_BLOCKS, OpId, Store, StoreError, WriteError};
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS, LayerId, Version};
 
-/// Entries that may wait to be applied; 40 bytes each, so some 80 MiB at the worst.
-const PENDING_MAX: usize = 2 << 20;
+/// Blocks that may wait to be applied: bounds what they take in memory. A table of so many never has more than 2^20
+/// places of 33 bytes, however often it was written to.
+pub(super) const PENDING_MAX: usize = 1 << 18;
+
+/// What writing these blocks of a chunk adds to the blocks in use at the most, their leaves included.
+pub(super) fn most_new_blocks(first_block: u32, count: u32) -> u64 {
+    let leaves = leaf_of(first_block + count - 1) - leaf_of(first_block) + 1;
+    u64::from(count + leaves * LEAF_DISK_BLOCKS)
+}
 
 impl Store {
     /// Writes whole blocks, at most [`MAX_WRITE_BLOCKS`], inside one chunk. On `Ok` the write is acknowledged: it is
@@ -117,7 +124,7 @@ impl Store {
     ) -> Result<(), WriteError> {
         assert!(count > 0 && first_block + count <= CHUNK_BLOCKS);
         self.healthy()?;
-        if self.index.pending_len() > PENDING_MAX {
+        if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
         }
@@ -205,6 +212,13 @@ impl Store {
         Ok(())
     }
 
+    /// Whether clients must wait until more is applied. That bounds the memory that it takes, and the log that a start
+    /// replays: to what comes between two checkpoints, and as much again.
+    fn backlog_is_full(&self) -> bool {
+        self.index.pending_len() > PENDING_MAX
+            || self.hot.unapplied_blocks > self.params.checkpoint_log_blocks
+    }
+
     /// Whether a write may go on, and how many blocks it may add to those in use.
     pub(super) fn admit_write(
         &mut self,
@@ -214,7 +228,7 @@ impl Store {
     ) -> Result<u64, WriteError> {
         assert!(first_block + count <= CHUNK_BLOCKS);
         self.healthy()?;
-        if self.index.pending_len() > PENDING_MAX {
+        if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
         }
@@ -224,13 +238,12 @@ impl Store {
     /// Whether `count` blocks may be written, and how many blocks they may add to those in use.
     fn admit(&mut self, key: ExtentKey, first_block: u32, count: u32) -> Result<u64, WriteError> {
         let capacity = self.ready_blocks();
-        let leaves = u64::from(leaf_of(first_block + count - 1) - leaf_of(first_block) + 1);
         let row = self.index.row_of(key);
         if row.is_none() && self.index.row_count() >= self.rows_max() {
             return Err(StoreError::DirectoryFull.into());
         }
         // Far from full, all may be new.
-        let most = u64::from(count) + leaves * u64::from(LEAF_DISK_BLOCKS);
+        let most = most_new_blocks(first_block, count);
         if self.used_blocks() + self.reserved + most <= capacity {
             return Ok(most);
         }
@@ -244,7 +257,9 @@ impl Store {
                         Lookup::Stored { .. } | Lookup::Lost => {}
                         Lookup::Hole | Lookup::Zero => new += 1,
                         Lookup::NeedLeaf => {
-                            self.load_leaf(row, leaf_of(block)).background = true;
+                            let load = self.load_leaf(row, leaf_of(block));
+                            load.background = true;
+                            load.awaited = true;
                             self.want_ready = true;
                             return Err(WriteError::Busy { accepted: 0 });
                         }
@@ -277,7 +292,8 @@ impl Store {
 
     /// Whether a writer that was told "busy" has a chance now.
     pub(super) fn could_accept(&self) -> bool {
-        if self.index.pending_len() > PENDING_MAX || !self.loads.is_empty() || self.growth.wanted {
+        let leaf_is_coming = || self.loads.values().any(|load| load.awaited);
+        if self.backlog_is_full() || self.growth.wanted || leaf_is_coming() {
             return false;
         }
         let near_full =

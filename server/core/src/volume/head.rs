@@ -151,6 +151,33 @@ impl Head {
         })
     }
 
+    /// As [`Head::begin`] of a change, for copying that clients' requests may be waiting for without knowing: it goes
+    /// before those that have not started.
+    pub fn begin_ahead(&mut self, range: BlockRange, tag: u64) -> Result<Began, Refusal> {
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if range.end() > self.size_bytes / BLOCK_BYTES as u64 {
+            return Err(Refusal::PastEnd);
+        }
+        if self.read_only {
+            return Err(Refusal::ReadOnly);
+        }
+        if self.counter + u64::from(self.lock.waiting_exclusive()) >= Version::COUNTER_MAX {
+            return Err(Refusal::VersionsExhausted);
+        }
+        let (ticket, now) = self.lock.enter_ahead(range, tag);
+        Ok(if now {
+            Began::Now(self.start(Unblocked {
+                ticket,
+                tag,
+                access: Access::Exclusive,
+            }))
+        } else {
+            Began::Waiting(ticket)
+        })
+    }
+
     #[inline]
     fn start(&mut self, request: Unblocked) -> Started {
         let version = match request.access {
@@ -165,6 +192,21 @@ impl Head {
             tag: request.tag,
             version,
         }
+    }
+
+    /// A further version for a change that was started: it is written again, to other copies than the first time.
+    /// `None`: the epoch has none left.
+    pub fn next_version(&mut self) -> Option<Version> {
+        if self.counter + u64::from(self.lock.waiting_exclusive()) >= Version::COUNTER_MAX {
+            return None;
+        }
+        self.counter += 1;
+        Some(Version::new(self.epoch, self.counter))
+    }
+
+    /// Every version given from now on is at least this.
+    pub fn versions_from(&self) -> Version {
+        Version::new(self.epoch, self.counter + 1)
     }
 
     /// Ends a request (or gives up one that waits) and appends those that may start now, oldest first.

@@ -53,6 +53,14 @@ pub struct Ticket {
     sequence: u64,
 }
 
+impl Ticket {
+    /// Holds nothing: of a request that was let in without a lock.
+    pub(crate) const NONE: Ticket = Ticket {
+        slot: u32::MAX,
+        sequence: 0,
+    };
+}
+
 /// Blocks in a region of the filter (1 MiB): most requests touch one or two regions.
 const REGION_SHIFT: u32 = 8;
 /// Counters in the filter, a power of two. With 128 requests in flight one scan in eight is for nothing.
@@ -139,8 +147,21 @@ struct Slot {
     /// The caller's name for the request.
     tag: u64,
     access: Access,
-    /// Earlier conflicting requests not yet finished; 0 means started.
+    /// Conflicting requests that go first and are not yet finished; 0 means started.
     blockers: u32,
+    /// Goes before what had come earlier and not started.
+    ahead: bool,
+}
+
+impl Slot {
+    /// Whether, of two conflicting requests that are both here, this one goes before the other.
+    fn goes_before(&self, other: &Slot) -> bool {
+        if self.sequence < other.sequence {
+            !other.ahead || self.blockers == 0
+        } else {
+            self.ahead && other.blockers > 0
+        }
+    }
 }
 
 const FREE: Slot = Slot {
@@ -148,6 +169,7 @@ const FREE: Slot = Slot {
     tag: 0,
     access: Access::Shared,
     blockers: 0,
+    ahead: false,
 };
 /// A range that overlaps nothing.
 const NOWHERE: BlockRange = BlockRange { first: 0, end: 0 };
@@ -200,6 +222,36 @@ impl RangeLock {
         } else {
             0
         };
+        self.insert(access, range, tag, blockers, false)
+    }
+
+    /// Enters a change that waits only for what has started, and goes before everything else: it is part of what those
+    /// that have started wait for.
+    pub(super) fn enter_ahead(&mut self, range: BlockRange, tag: u64) -> (Ticket, bool) {
+        let mut blockers = 0;
+        for (index, other) in self.ranges.iter().enumerate() {
+            if !other.overlaps(&range) {
+                continue;
+            }
+            let slot = &mut self.slots[index];
+            if slot.blockers == 0 {
+                blockers += 1;
+            } else {
+                slot.blockers += 1;
+            }
+        }
+        self.insert(Access::Exclusive, range, tag, blockers, true)
+    }
+
+    #[inline]
+    fn insert(
+        &mut self,
+        access: Access,
+        range: BlockRange,
+        tag: u64,
+        blockers: u32,
+        ahead: bool,
+    ) -> (Ticket, bool) {
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let slot = Slot {
@@ -207,6 +259,7 @@ impl RangeLock {
             tag,
             access,
             blockers,
+            ahead,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -273,8 +326,8 @@ impl RangeLock {
         for (index, other) in self.ranges.iter().enumerate() {
             let slot = &mut self.slots[index];
             if !other.overlaps(range)
-                || slot.sequence < gone.sequence
                 || slot.blockers == 0
+                || !gone.goes_before(slot)
                 || (slot.access == Access::Shared && gone.access == Access::Shared)
             {
                 continue;
@@ -339,10 +392,11 @@ impl RangeLock {
             if slot.access == Access::Exclusive {
                 exclusive.add(range);
             }
-            // A request waits for exactly the earlier conflicting ones that are still here.
+            // A request waits for exactly the conflicting ones that go before it and are still here.
             let earlier = live()
                 .filter(|(other, other_range)| {
-                    other.sequence < slot.sequence
+                    other.sequence != slot.sequence
+                        && other.goes_before(slot)
                         && other_range.overlaps(range)
                         && (other.access == Access::Exclusive || slot.access == Access::Exclusive)
                 })

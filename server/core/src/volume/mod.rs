@@ -7,9 +7,11 @@
 mod durability;
 mod head;
 mod lock;
+mod pace;
 mod pieces;
 
 pub use durability::{FlushPlan, StoreSlot};
 pub use head::{Began, EPOCH_RESERVE, Head, HeadSpec, Refusal, ResizeRefusal, Started};
 pub use lock::{Access, BlockRange, Ticket};
+pub use pace::Pace;
 pub use pieces::{Piece, Pieces, blocks_touched, whole_blocks};

@@ -7,5 +7,6 @@ mod faults;
 mod oracle;
 mod power_cut;
 mod ram;
+mod restart;
 mod rng;
 mod world;

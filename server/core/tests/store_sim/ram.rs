@@ -87,6 +87,8 @@ impl Ram {
 
     pub(crate) fn open(&mut self) -> Result<(), ashlar_core::store::OpenError> {
         self.store = None;
+        // Its memory is gone with it.
+        self.begun.clear();
         let options = OpenOptions {
             node: NODE,
             boot: [1; 16],

@@ -100,6 +100,7 @@ pub(super) fn found(resolution: Resolution) -> Result<Export, OptionRefusal<Stri
             "no volume has this name or id".to_owned(),
         )),
         Resolution::Unavailable(text) => Err((option_reply::ERR_PLATFORM, clip(&text).to_owned())),
+        Resolution::Forbidden(text) => Err((option_reply::ERR_POLICY, clip(&text).to_owned())),
         Resolution::ShuttingDown => Err((
             option_reply::ERR_SHUTDOWN,
             "the server is shutting down".to_owned(),

@@ -13,6 +13,7 @@ fn export(id: u128, name: &str) -> Export {
         description: format!("the {name} volume"),
         size_bytes: 64 << 20,
         read_only: false,
+        token: None,
     }
 }
 
@@ -64,10 +65,12 @@ fn catalogue(name: &str) -> Resolution {
         "disk" | "00000000-0000-0000-0000-000000000001" => Resolution::Found(export(1, "disk")),
         "other" => Resolution::Found(Export {
             read_only: true,
+            token: None,
             description: String::new(),
             ..export(2, "other")
         }),
         "broken" => Resolution::Unavailable("its store is poisoned".to_owned()),
+        "held" => Resolution::Forbidden("somebody else has it".to_owned()),
         "late" => Resolution::ShuttingDown,
         _ => Resolution::Unknown,
     }
@@ -308,6 +311,7 @@ fn an_export_that_cannot_be_served_is_an_error_and_the_talk_goes_on() {
         ("nowhere", option_reply::ERR_UNKNOWN),
         ("", option_reply::ERR_UNKNOWN),
         ("broken", option_reply::ERR_PLATFORM),
+        ("held", option_reply::ERR_POLICY),
         ("late", option_reply::ERR_SHUTDOWN),
     ] {
         for option in [option::INFO, option::GO] {

@@ -15,6 +15,7 @@ fn session(style: ReplyStyle) -> Session {
         style,
         base_allocation: style != ReplyStyle::Simple,
         read_only: false,
+        token: None,
         size_bytes: SIZE,
     }
 }
@@ -22,6 +23,7 @@ fn session(style: ReplyStyle) -> Session {
 fn read_only(style: ReplyStyle) -> Session {
     Session {
         read_only: true,
+        token: None,
         ..session(style)
     }
 }

@@ -110,9 +110,13 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
         read_only: false,
         write_through: false,
         created_at_unix_ms: 0,
+        replicas: 1,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(1))],
+            sets: Vec::new(),
         },
+        limits: VolumeLimits::default(),
+        annotations: Annotations::default(),
     }
 }
 
@@ -185,7 +189,7 @@ fn layers_are_not_reused_after_a_deletion() {
 #[test]
 fn create_refuses_no_store_and_no_layer() {
     let nowhere = NewVolume {
-        placement: Placement { stores: vec![] },
+        placement: Placement::default(),
         ..new_volume(1, "a")
     };
     assert_eq!(create(nowhere, None, None), Err(CreateError::NoStore));

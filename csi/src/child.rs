@@ -1,0 +1,254 @@
+//! Programs of the system, each with a deadline.
+//!
+//! What touches a device runs in a child, never in this process: a thread that waits for a device whose server is gone
+//! cannot be interrupted, a child can at least be left behind.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::Command;
+
+/// Most output that is kept of each stream, bytes.
+const OUTPUT_MAX: u64 = 64 << 10;
+/// How long a killed child gets to be gone. One that waits for a device in the kernel goes when the device answers.
+const KILL_GRACE: Duration = Duration::from_secs(2);
+
+/// How a child ended.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The program and what it was told, without secrets.
+    pub line: String,
+    /// Its exit code, or 128 and the signal that ended it.
+    pub code: i32,
+    /// At most [`OUTPUT_MAX`] bytes.
+    pub stdout: String,
+    /// At most [`OUTPUT_MAX`] bytes.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// True for exit code 0.
+    pub fn succeeded(&self) -> bool {
+        self.code == 0
+    }
+}
+
+impl fmt::Display for Finished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let said = if self.stderr.trim().is_empty() {
+            &self.stdout
+        } else {
+            &self.stderr
+        };
+        // The end of it is where programs say what was wrong.
+        let said: Vec<&str> = said.trim().lines().rev().take(6).collect();
+        let said: Vec<&str> = said.into_iter().rev().collect();
+        write!(
+            f,
+            "{} ended with {}: {}",
+            self.line,
+            self.code,
+            said.join("; ")
+        )
+    }
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    /// Not installed, or not to be run.
+    #[error("{program} cannot be run: {source}")]
+    Start {
+        /// Which.
+        program: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// It did not end in time. It was killed, and may still sit in the kernel waiting for its device.
+    #[error("{line} did not end within {} s and was killed", limit.as_secs())]
+    TimedOut {
+        /// The program and its arguments.
+        line: String,
+        /// What it was given.
+        limit: Duration,
+    },
+    /// Its output could not be read.
+    #[error("{line}: {source}")]
+    Output {
+        /// The program and its arguments.
+        line: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// A program to run.
+#[derive(Debug)]
+pub struct Child {
+    program: &'static str,
+    command: Command,
+    line: String,
+}
+
+impl Child {
+    /// `program` from the PATH, with an empty standard input and messages in English.
+    pub fn new(program: &'static str) -> Child {
+        let mut command = Command::new(program);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .env("LC_ALL", "C")
+            .env_remove("NOTIFY_SOCKET")
+            .process_group(0);
+        if std::env::var_os("PATH").is_none_or(|path| !path.to_string_lossy().contains("/sbin")) {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"));
+        }
+        Child {
+            program,
+            command,
+            line: program.to_owned(),
+        }
+    }
+
+    /// An argument that may be shown.
+    #[must_use]
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Child {
+        let argument = argument.as_ref();
+        self.line.push(' ');
+        self.line.push_str(&argument.to_string_lossy());
+        self.command.arg(argument);
+        self
+    }
+
+    /// Arguments that may be shown.
+    #[must_use]
+    pub fn args<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(self, arguments: I) -> Child {
+        arguments.into_iter().fold(self, Child::arg)
+    }
+
+    /// An argument that stands as `...` in messages.
+    #[must_use]
+    pub fn secret_arg(mut self, argument: impl AsRef<OsStr>) -> Child {
+        self.line.push_str(" ...");
+        self.command.arg(argument);
+        self
+    }
+
+    /// Runs it to its end, or kills it after `limit`.
+    pub async fn run(mut self, limit: Duration) -> Result<Finished, ChildError> {
+        let mut child = self.command.spawn().map_err(|source| ChildError::Start {
+            program: self.program.to_owned(),
+            source,
+        })?;
+        let pid = child.id();
+        let stdout = child.stdout.take();
+        let stderr = child.stderr.take();
+        let ending = async {
+            let (stdout, stderr, status) =
+                tokio::join!(collect(stdout), collect(stderr), child.wait());
+            Ok::<_, std::io::Error>((stdout?, stderr?, status?))
+        };
+        match tokio::time::timeout(limit, ending).await {
+            Ok(Ok((stdout, stderr, status))) => Ok(Finished {
+                line: self.line,
+                code: code_of(status),
+                stdout,
+                stderr,
+            }),
+            Ok(Err(source)) => Err(ChildError::Output {
+                line: self.line,
+                source,
+            }),
+            Err(_) => {
+                if let Some(pid) = pid.and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
+                    let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+                }
+                let _ = tokio::time::timeout(KILL_GRACE, child.wait()).await;
+                Err(ChildError::TimedOut {
+                    line: self.line,
+                    limit,
+                })
+            }
+        }
+    }
+}
+
+fn code_of(status: ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
+}
+
+async fn collect<R: AsyncRead + Unpin>(stream: Option<R>) -> std::io::Result<String> {
+    let Some(mut stream) = stream else {
+        return Ok(String::new());
+    };
+    let mut kept = Vec::new();
+    (&mut stream)
+        .take(OUTPUT_MAX)
+        .read_to_end(&mut kept)
+        .await?;
+    // The rest is read, so that the child does not wait for room, and dropped.
+    tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
+    Ok(String::from_utf8_lossy(&kept).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENOUGH: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_child_is_reported_with_its_code_and_words() {
+        let finished = Child::new("sh")
+            .args(["-c", "echo out; echo why >&2; exit 3"])
+            .run(ENOUGH)
+            .await
+            .expect("runs");
+        assert_eq!((finished.code, finished.stdout.as_str()), (3, "out\n"));
+        assert!(
+            finished.to_string().ends_with("ended with 3: why"),
+            "{finished}"
+        );
+        let killed = Child::new("sh")
+            .args(["-c", "kill -9 $$"])
+            .run(ENOUGH)
+            .await;
+        assert_eq!(killed.expect("runs").code, 137);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_hangs_is_killed_with_all_it_started() {
+        let error = Child::new("sh")
+            .args(["-c", "tail -f /dev/null & tail -f /dev/null"])
+            .run(Duration::from_millis(200))
+            .await
+            .expect_err("it hangs");
+        assert!(matches!(error, ChildError::TimedOut { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn output_is_bounded_and_secrets_are_not_shown() {
+        let finished = Child::new("sh")
+            .args(["-c", "yes | head -c 300000; exit 1"])
+            .secret_arg("hunter2")
+            .run(ENOUGH)
+            .await
+            .expect("runs");
+        assert_eq!(finished.stdout.len(), OUTPUT_MAX as usize);
+        assert!(!finished.to_string().contains("hunter2"));
+        assert!(
+            Child::new("no-such-program-here")
+                .run(ENOUGH)
+                .await
+                .is_err()
+        );
+    }
+}

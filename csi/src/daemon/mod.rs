@@ -1,0 +1,303 @@
+//! The daemon, as the driver asks it things: its administrative interface in the driver's own types.
+
+mod volume;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ashlar_proto::admin;
+use ashlar_proto::admin::admin_client::AdminClient;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use crate::address::Address;
+use crate::attach::Export;
+use crate::capability::{AccessMode, Filesystem};
+use crate::refusal::{Class, Refusal};
+
+pub use volume::{Limits, NewVolume, NodeInfo, Publication, Space, Summary, Volume};
+
+/// Reads and small changes. A daemon that takes longer is as good as gone, and the caller asks again.
+const CALL_LIMIT: Duration = Duration::from_secs(15);
+/// Deleting waits until the blocks are durably dropped, publishing until older connections are ended.
+const LONG_CALL_LIMIT: Duration = Duration::from_secs(100);
+
+/// One daemon; cheap to clone. Connects when it is first asked, and again after every break.
+#[derive(Clone, Debug)]
+pub struct Daemon {
+    client: AdminClient<Channel>,
+    address: Address,
+}
+
+impl Daemon {
+    /// The daemon at `address`, which need not be there yet.
+    pub fn new(address: &Address) -> Result<Daemon, Refusal> {
+        let uri = match address {
+            Address::Unix(path) => format!("unix:{}", path.display()),
+            Address::Tcp(host) => format!("http://{host}"),
+        };
+        let endpoint = Endpoint::from_shared(uri)
+            .map_err(|error| Refusal::invalid(format!("{address}: {error}")))?
+            .connect_timeout(Duration::from_secs(5));
+        Ok(Daemon {
+            client: AdminClient::new(endpoint.connect_lazy()),
+            address: address.clone(),
+        })
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    fn client(&self) -> AdminClient<Channel> {
+        self.client.clone()
+    }
+
+    /// What the daemon is and how it does.
+    pub async fn status(&self) -> Result<Summary, Refusal> {
+        let request = asking(admin::GetStatusRequest {}, CALL_LIMIT);
+        let answer = self.client().get_status(request).await;
+        Ok(Summary::from(answer.map_err(refusal)?.into_inner()))
+    }
+
+    /// One volume.
+    pub async fn volume(&self, id: Uuid) -> Result<Volume, Refusal> {
+        let request = asking(
+            admin::GetVolumeRequest {
+                volume: id.to_string(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().get_volume(request).await.map_err(refusal)?;
+        one(answer.into_inner().volume)
+    }
+
+    /// One volume by its name; `None` when there is none.
+    pub async fn volume_named(&self, name: &str) -> Result<Option<Volume>, Refusal> {
+        let request = asking(
+            admin::GetVolumeRequest {
+                volume: name.to_owned(),
+            },
+            CALL_LIMIT,
+        );
+        match self.client().get_volume(request).await {
+            Ok(answer) => one(answer.into_inner().volume).map(Some),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(refusal(status)),
+        }
+    }
+
+    /// A page of volumes and where to go on; an empty token begins, and an empty one is answered at the end.
+    pub async fn volumes(&self, most: u32, token: &str) -> Result<(Vec<Volume>, String), Refusal> {
+        let request = asking(
+            admin::ListVolumesRequest {
+                max_volumes: most,
+                page_token: token.to_owned(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().list_volumes(request).await;
+        let answer = answer.map_err(refusal)?.into_inner();
+        let volumes = answer.volumes.into_iter().map(Volume::try_from);
+        Ok((volumes.collect::<Result<_, _>>()?, answer.next_page_token))
+    }
+
+    /// Creates a volume. [`Class::AlreadyExists`] when the name is taken.
+    pub async fn create(&self, new: NewVolume) -> Result<Volume, Refusal> {
+        let request = asking(admin::CreateVolumeRequest::from(new), CALL_LIMIT);
+        let answer = self.client().create_volume(request).await;
+        one(answer.map_err(refusal)?.into_inner().volume)
+    }
+
+    /// Deletes a volume; one that is not there is fine.
+    pub async fn delete(&self, id: Uuid) -> Result<(), Refusal> {
+        let request = asking(
+            admin::DeleteVolumeRequest {
+                volume: id.to_string(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        match self.client().delete_volume(request).await {
+            Ok(_) => Ok(()),
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            Err(status) => Err(refusal(status)),
+        }
+    }
+
+    /// Makes a volume larger.
+    pub async fn resize(&self, id: Uuid, size_bytes: u64) -> Result<Volume, Refusal> {
+        let request = asking(
+            admin::ResizeVolumeRequest {
+                volume: id.to_string(),
+                size_bytes,
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().resize_volume(request).await;
+        one(answer.map_err(refusal)?.into_inner().volume)
+    }
+
+    /// Changes the limits of a volume; what is `None` stays.
+    pub async fn set_limits(
+        &self,
+        id: Uuid,
+        iops: Option<u64>,
+        bytes_per_second: Option<u64>,
+    ) -> Result<Volume, Refusal> {
+        let request = asking(
+            admin::SetVolumeRequest {
+                volume: id.to_string(),
+                iops,
+                bytes_per_second,
+                ..admin::SetVolumeRequest::default()
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().set_volume(request).await;
+        one(answer.map_err(refusal)?.into_inner().volume)
+    }
+
+    /// Gives a volume to a node. The same node on the same terms gets the same export again.
+    pub async fn publish(
+        &self,
+        id: Uuid,
+        node: &str,
+        mode: AccessMode,
+        read_only: bool,
+    ) -> Result<Export, Refusal> {
+        let request = asking(
+            admin::PublishVolumeRequest {
+                volume: id.to_string(),
+                node_id: node.to_owned(),
+                read_only: read_only || mode.is_reader_only(),
+                access_mode: volume::access_mode(mode).into(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        let answer = self.client().publish_volume(request).await;
+        let answer = answer.map_err(refusal)?.into_inner();
+        let servers = answer
+            .nbd_listeners
+            .iter()
+            .filter_map(|listener| listener.address.parse().ok())
+            .collect();
+        Ok(Export {
+            volume: id,
+            name: answer.export_name,
+            servers,
+            read_only: answer.read_only,
+            epoch: answer.epoch,
+        })
+    }
+
+    /// Takes a volume back from a node, or from all of them, and fences it. What is not published is fine.
+    pub async fn unpublish(&self, id: Uuid, node: Option<&str>) -> Result<(), Refusal> {
+        let request = asking(
+            admin::UnpublishVolumeRequest {
+                volume: id.to_string(),
+                node_id: node.unwrap_or_default().to_owned(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        let answer = self.client().unpublish_volume(request).await;
+        answer.map(drop).map_err(refusal)
+    }
+
+    /// Announces a filesystem. Refused unless nothing of a user's can be on the volume.
+    pub async fn begin_format(
+        &self,
+        id: Uuid,
+        filesystem: Filesystem,
+        uuid: Uuid,
+    ) -> Result<(), Refusal> {
+        let request = asking(
+            admin::BeginFormatRequest {
+                volume: id.to_string(),
+                filesystem: filesystem.name().to_owned(),
+                uuid: uuid.to_string(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().begin_format(request).await;
+        answer.map(drop).map_err(refusal)
+    }
+
+    /// Records that the announced filesystem is made and durable.
+    pub async fn end_format(&self, id: Uuid, uuid: Uuid) -> Result<(), Refusal> {
+        let request = asking(
+            admin::EndFormatRequest {
+                volume: id.to_string(),
+                uuid: uuid.to_string(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().end_format(request).await;
+        answer.map(drop).map_err(refusal)
+    }
+
+    /// Makes a node known, or moves it.
+    pub async fn register(
+        &self,
+        node: &str,
+        topology: &BTreeMap<String, String>,
+    ) -> Result<(), Refusal> {
+        let request = asking(
+            admin::RegisterNodeRequest {
+                node_id: node.to_owned(),
+                topology: topology.clone().into_iter().collect(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().register_node(request).await;
+        answer.map(drop).map_err(refusal)
+    }
+
+    /// Every node that volumes can be published to.
+    pub async fn nodes(&self) -> Result<Vec<NodeInfo>, Refusal> {
+        let request = asking(admin::ListNodesRequest {}, CALL_LIMIT);
+        let answer = self.client().list_nodes(request).await;
+        let nodes = answer.map_err(refusal)?.into_inner().nodes;
+        Ok(nodes.into_iter().map(NodeInfo::from).collect())
+    }
+
+    /// What new volumes may take.
+    pub async fn space(&self) -> Result<Space, Refusal> {
+        let request = asking(admin::GetCapacityRequest {}, CALL_LIMIT);
+        let answer = self.client().get_capacity(request).await;
+        Ok(Space::from(answer.map_err(refusal)?.into_inner()))
+    }
+}
+
+fn asking<T>(message: T, limit: Duration) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(limit);
+    request
+}
+
+fn one(volume: Option<admin::Volume>) -> Result<Volume, Refusal> {
+    volume
+        .ok_or_else(|| Refusal::internal("the daemon answered without the volume"))?
+        .try_into()
+}
+
+/// What the daemon's answers mean to the driver's callers.
+fn refusal(status: Status) -> Refusal {
+    let class = match status.code() {
+        Code::InvalidArgument => Class::InvalidArgument,
+        Code::NotFound => Class::NotFound,
+        Code::AlreadyExists => Class::AlreadyExists,
+        Code::FailedPrecondition => Class::FailedPrecondition,
+        Code::ResourceExhausted => Class::ResourceExhausted,
+        Code::OutOfRange => Class::OutOfRange,
+        Code::Aborted => Class::Aborted,
+        // A broken connection leaves open whether the daemon did it: the work may go on.
+        Code::Unavailable | Code::Cancelled | Code::Unknown => Class::Unavailable,
+        Code::DeadlineExceeded => Class::DeadlineExceeded,
+        Code::PermissionDenied | Code::Unauthenticated => Class::PermissionDenied,
+        Code::Unimplemented => Class::Unimplemented,
+        Code::Ok | Code::Internal | Code::DataLoss => Class::Internal,
+    };
+    Refusal::new(class, format!("the daemon: {}", status.message()))
+}

@@ -1,0 +1,211 @@
+//! What the daemon tells, checked and in the driver's types.
+
+use std::collections::BTreeMap;
+
+use ashlar_proto::admin;
+use uuid::Uuid;
+
+use crate::capability::AccessMode;
+use crate::node::format::Recorded;
+use crate::refusal::Refusal;
+
+/// A volume as the daemon has it.
+#[derive(Clone, Debug)]
+pub struct Volume {
+    /// What it is called everywhere in the interface.
+    pub id: Uuid,
+    /// Its name in the daemon.
+    pub name: String,
+    /// A multiple of 4096.
+    pub size_bytes: u64,
+    /// False only when the store is certain that nothing was ever written.
+    pub ever_written: bool,
+    /// Its filesystem.
+    pub filesystem: Recorded,
+    /// To whom it is published.
+    pub publications: Vec<Publication>,
+    /// What this driver keeps with it.
+    pub annotations: BTreeMap<String, String>,
+    /// Bounds on what its clients may ask.
+    pub limits: Limits,
+    /// True when it is being deleted.
+    pub is_deleting: bool,
+    /// Why clients cannot reach it.
+    pub not_served: Option<String>,
+}
+
+/// A volume given to a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publication {
+    /// To whom.
+    pub node_id: String,
+    /// Whether its writes are refused.
+    pub read_only: bool,
+    /// Its open connections.
+    pub connections: u32,
+}
+
+/// Bounds on a volume; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests a second.
+    pub iops: u64,
+    /// Payload a second.
+    pub bytes_per_second: u64,
+}
+
+/// What a new volume shall be.
+#[derive(Clone, Debug)]
+pub struct NewVolume {
+    /// Its name in the daemon.
+    pub name: String,
+    /// Rounded up by the daemon to a multiple of 4096.
+    pub size_bytes: u64,
+    /// Acknowledge only what is durable.
+    pub write_through: bool,
+    /// Bounds.
+    pub limits: Limits,
+    /// What this driver keeps with it.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// A node that volumes can be published to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeInfo {
+    /// As the node plugin called itself.
+    pub id: String,
+    /// Where it is.
+    pub topology: BTreeMap<String, String>,
+    /// Volumes published to it.
+    pub volumes: usize,
+}
+
+/// Space for new volumes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// What may still be provisioned.
+    pub provisionable_bytes: u64,
+    /// The largest volume.
+    pub volume_max_bytes: u64,
+}
+
+/// How the daemon does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Whether it serves.
+    pub is_ready: bool,
+    /// What needs a person.
+    pub warnings: Vec<String>,
+}
+
+impl TryFrom<admin::Volume> for Volume {
+    type Error = Refusal;
+
+    fn try_from(volume: admin::Volume) -> Result<Volume, Refusal> {
+        let is_deleting = volume.state() == admin::VolumeState::Deleting;
+        let wrong = |what: &str| Refusal::internal(format!("the daemon sent a volume with {what}"));
+        let filesystem = match volume.filesystem {
+            None => Recorded::Nothing,
+            Some(made) => {
+                let uuid = made.uuid.parse().map_err(|_| wrong("an odd filesystem"))?;
+                match made.state() {
+                    admin::FilesystemState::Formatting => Recorded::Begun {
+                        filesystem: made.r#type,
+                        uuid,
+                    },
+                    // An unknown state is the one that allows least.
+                    admin::FilesystemState::Formatted | admin::FilesystemState::Unspecified => {
+                        Recorded::Made {
+                            filesystem: made.r#type,
+                            uuid,
+                        }
+                    }
+                }
+            }
+        };
+        Ok(Volume {
+            id: volume.id.parse().map_err(|_| wrong("an odd id"))?,
+            name: volume.name,
+            size_bytes: volume.size_bytes,
+            ever_written: volume.ever_written,
+            filesystem,
+            publications: volume
+                .publications
+                .into_iter()
+                .map(|each| Publication {
+                    node_id: each.node_id,
+                    read_only: each.read_only,
+                    connections: each.connections,
+                })
+                .collect(),
+            annotations: volume.annotations.into_iter().collect(),
+            limits: volume.limits.map(Limits::from).unwrap_or_default(),
+            is_deleting,
+            not_served: Some(volume.not_served_reason).filter(|reason| !reason.is_empty()),
+        })
+    }
+}
+
+impl From<admin::VolumeLimits> for Limits {
+    fn from(limits: admin::VolumeLimits) -> Limits {
+        Limits {
+            iops: limits.iops,
+            bytes_per_second: limits.bytes_per_second,
+        }
+    }
+}
+
+impl From<NewVolume> for admin::CreateVolumeRequest {
+    fn from(new: NewVolume) -> admin::CreateVolumeRequest {
+        admin::CreateVolumeRequest {
+            name: new.name,
+            size_bytes: new.size_bytes,
+            write_through: new.write_through,
+            limits: Some(admin::VolumeLimits {
+                iops: new.limits.iops,
+                bytes_per_second: new.limits.bytes_per_second,
+            }),
+            annotations: new.annotations.into_iter().collect(),
+            ..admin::CreateVolumeRequest::default()
+        }
+    }
+}
+
+impl From<admin::ClientNode> for NodeInfo {
+    fn from(node: admin::ClientNode) -> NodeInfo {
+        NodeInfo {
+            id: node.node_id,
+            topology: node.topology.into_iter().collect(),
+            volumes: node.volume_ids.len(),
+        }
+    }
+}
+
+impl From<admin::GetCapacityResponse> for Space {
+    fn from(answer: admin::GetCapacityResponse) -> Space {
+        Space {
+            provisionable_bytes: answer.provisionable_bytes,
+            volume_max_bytes: answer.volume_max_bytes,
+        }
+    }
+}
+
+impl From<admin::GetStatusResponse> for Summary {
+    fn from(answer: admin::GetStatusResponse) -> Summary {
+        Summary {
+            is_ready: answer.state() == admin::DaemonState::Ready,
+            warnings: answer.warnings,
+        }
+    }
+}
+
+/// The daemon's name for a mode.
+pub(super) fn access_mode(mode: AccessMode) -> admin::AccessMode {
+    match mode {
+        AccessMode::SingleNodeWriter => admin::AccessMode::SingleNodeWriter,
+        AccessMode::SingleNodeReaderOnly => admin::AccessMode::SingleNodeReaderOnly,
+        AccessMode::MultiNodeReaderOnly => admin::AccessMode::MultiNodeReaderOnly,
+        AccessMode::SingleNodeSingleWriter => admin::AccessMode::SingleNodeSingleWriter,
+        AccessMode::SingleNodeMultiWriter => admin::AccessMode::SingleNodeMultiWriter,
+    }
+}

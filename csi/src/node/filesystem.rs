@@ -1,0 +1,288 @@
+//! Making, checking, mounting and growing filesystems: the system's own programs, each with a deadline.
+
+use std::path::Path;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::format::Found;
+use crate::capability::Filesystem;
+use crate::child::{Child, ChildError, Finished};
+use crate::mountinfo::Mounts;
+use crate::refusal::{Class, Refusal};
+
+/// Reading a few blocks. Longer than a request may be parked while a server restarts.
+const PROBE_LIMIT: Duration = Duration::from_secs(45);
+/// Making a filesystem writes megabytes, not gigabytes: inode tables are made later by the kernel.
+const MAKE_LIMIT: Duration = Duration::from_secs(300);
+/// Checking may read every inode.
+const CHECK_LIMIT: Duration = Duration::from_secs(1800);
+/// Mounting replays a log of at most some hundred megabytes.
+const MOUNT_LIMIT: Duration = Duration::from_secs(120);
+/// Growing writes new group descriptors.
+const GROW_LIMIT: Duration = Duration::from_secs(600);
+
+impl From<ChildError> for Refusal {
+    fn from(error: ChildError) -> Refusal {
+        let class = match &error {
+            ChildError::TimedOut { .. } => Class::DeadlineExceeded,
+            ChildError::Start { .. } | ChildError::Output { .. } => Class::Internal,
+        };
+        Refusal::new(class, error.to_string())
+    }
+}
+
+fn demand(finished: Finished) -> Result<Finished, Refusal> {
+    if finished.succeeded() {
+        Ok(finished)
+    } else {
+        Err(Refusal::internal(finished.to_string()))
+    }
+}
+
+/// What is on a device. Whether the places where a signature would be can be *read* is found out first and separately,
+/// because blkid does not tell the difference.
+pub async fn look(device: &Path, size_bytes: u64) -> Result<Found, Refusal> {
+    if let Err(why) = is_readable(device, size_bytes).await? {
+        return Ok(Found::Unreadable(why));
+    }
+    let finished = Child::new("blkid")
+        .args(["--probe", "--output", "export"])
+        .arg(device)
+        .run(PROBE_LIMIT)
+        .await?;
+    match finished.code {
+        0 => Ok(signature(&finished.stdout)),
+        2 => Ok(Found::Nothing),
+        8 => Ok(Found::Unreadable(
+            "signatures of more than one kind".to_owned(),
+        )),
+        _ => Ok(Found::Unreadable(finished.to_string())),
+    }
+}
+
+/// blkid's `NAME=value` lines.
+fn signature(text: &str) -> Found {
+    let value = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let kind = match value("TYPE") {
+        // A partition table has no type of its own.
+        kind if kind.is_empty() => match value("PTTYPE") {
+            table if table.is_empty() => "something without a name".to_owned(),
+            table => format!("a partition table ({table})"),
+        },
+        kind => kind,
+    };
+    Found::Signature {
+        kind,
+        uuid: value("UUID"),
+    }
+}
+
+/// Reads the first megabyte and the last block, past the page cache.
+async fn is_readable(device: &Path, size_bytes: u64) -> Result<Result<(), String>, Refusal> {
+    const BLOCK: u64 = 4096;
+    let blocks = size_bytes / BLOCK;
+    for (skip, count) in [(0, blocks.min(256)), (blocks.saturating_sub(1), 1)] {
+        let finished = Child::new("dd")
+            .arg(format!("if={}", device.display()))
+            .args([
+                "of=/dev/null",
+                "bs=4096",
+                "iflag=direct,fullblock",
+                "status=noxfer",
+            ])
+            .arg(format!("skip={skip}"))
+            .arg(format!("count={count}"))
+            .run(PROBE_LIMIT)
+            .await?;
+        if !finished.succeeded() {
+            return Ok(Err(finished.to_string()));
+        }
+        // "256+0 records in": a device that is shorter than it says reads less without an error.
+        if !finished.stderr.contains(&format!("{count}+0 records in")) {
+            return Ok(Err(format!("it ends before its size: {finished}")));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// Whether a device answers at all.
+pub async fn answers(device: &Path) -> bool {
+    matches!(is_readable(device, 4096).await, Ok(Ok(())))
+}
+
+/// Makes a filesystem with this UUID. Never forces, though only mkfs.xfs then refuses where it finds something: mkfs.ext4
+/// asks a person, and goes on where there is none. What protects data is the decision before ([`super::format`]).
+pub async fn make(
+    filesystem: Filesystem,
+    uuid: Uuid,
+    options: &[String],
+    device: &Path,
+) -> Result<(), Refusal> {
+    let child = match filesystem {
+        // No blocks kept back for root: a volume is for its user.
+        Filesystem::Ext4 => Child::new("mkfs.ext4")
+            .args(["-q", "-m", "0", "-U"])
+            .arg(uuid.to_string()),
+        Filesystem::Xfs => Child::new("mkfs.xfs")
+            .args(["-q", "-m"])
+            .arg(format!("uuid={uuid}")),
+    };
+    demand(child.args(options).arg(device).run(MAKE_LIMIT).await?)?;
+    flush(device).await
+}
+
+/// Everything written to the device is durable when this returns.
+async fn flush(device: &Path) -> Result<(), Refusal> {
+    let finished = Child::new("sync").arg(device).run(MAKE_LIMIT).await?;
+    demand(finished).map(drop)
+}
+
+/// Makes every block of a device read as zeros. For what a mkfs that did not finish left, and nothing else.
+pub async fn discard(device: &Path) -> Result<(), Refusal> {
+    let finished = Child::new("blkdiscard").arg(device).run(MAKE_LIMIT).await?;
+    demand(finished).map(drop)
+}
+
+/// Checks an ext4 and repairs what can be repaired without losing anything, as after a power cut. An xfs checks itself
+/// when it is mounted.
+pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal> {
+    if filesystem == Filesystem::Xfs {
+        return Ok(());
+    }
+    let finished = Child::new("e2fsck")
+        .arg("-p")
+        .arg(device)
+        .run(CHECK_LIMIT)
+        .await?;
+    // e2fsck(8): 1 is repaired, 2 asks for a restart when the filesystem was mounted, which it is not.
+    if finished.code <= 2 {
+        return Ok(());
+    }
+    Err(Refusal::internal(format!(
+        "the filesystem on {} needs a person: run e2fsck by hand. {finished}",
+        device.display()
+    )))
+}
+
+/// Mounts a device at a directory.
+pub async fn mount(
+    filesystem: Filesystem,
+    device: &Path,
+    point: &Path,
+    options: &[String],
+    read_only: bool,
+) -> Result<(), Refusal> {
+    let mut all: Vec<&str> = options.iter().map(String::as_str).collect();
+    all.push(if read_only { "ro" } else { "rw" });
+    let finished = Child::new("mount")
+        .args(["-t", filesystem.name(), "-o"])
+        .secret_arg(all.join(","))
+        .arg(device)
+        .arg(point)
+        .run(MOUNT_LIMIT)
+        .await?;
+    if finished.succeeded() {
+        return Ok(());
+    }
+    let hint = match filesystem {
+        Filesystem::Ext4 => "if the filesystem is damaged, run e2fsck by hand",
+        Filesystem::Xfs => "if the filesystem is damaged, run xfs_repair by hand",
+    };
+    Err(Refusal::internal(format!("{finished} ({hint})")))
+}
+
+/// Marks a device read-only, or writable.
+pub async fn set_read_only(device: &Path, read_only: bool) -> Result<(), Refusal> {
+    let mark = if read_only { "--setro" } else { "--setrw" };
+    let child = Child::new("blockdev").arg(mark).arg(device);
+    demand(child.run(PROBE_LIMIT).await?).map(drop)
+}
+
+/// Unmounts everything at `point`, one on top of the other. What is not mounted is fine.
+pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    loop {
+        let before = mounts()?.depth(point);
+        if before == 0 {
+            return Ok(());
+        }
+        let finished = Child::new("umount").arg(point).run(limit).await?;
+        let after = mounts()?.depth(point);
+        if !finished.succeeded() && after >= before {
+            return Err(Refusal::internal(finished.to_string()));
+        }
+    }
+}
+
+/// What is mounted now.
+pub fn mounts() -> Result<Mounts, Refusal> {
+    Mounts::read()
+        .map_err(|error| Refusal::internal(format!("/proc/self/mountinfo cannot be read: {error}")))
+}
+
+/// Makes a mounted filesystem as large as its device; one that is, stays as it is.
+pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result<(), Refusal> {
+    let child = match filesystem {
+        Filesystem::Ext4 => Child::new("resize2fs").arg(device),
+        Filesystem::Xfs => Child::new("xfs_growfs").arg("-d").arg(point),
+    };
+    demand(child.run(GROW_LIMIT).await?).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_blkid_prints_is_read() {
+        let ext4 = "DEVNAME=/dev/loop0\nUUID=0e1d\nBLOCK_SIZE=4096\nTYPE=ext4\nUSAGE=filesystem\n";
+        let found = |kind: &str, uuid: &str| Found::Signature {
+            kind: kind.into(),
+            uuid: uuid.into(),
+        };
+        assert_eq!(signature(ext4), found("ext4", "0e1d"));
+        assert_eq!(
+            signature("DEVNAME=/dev/sda\nPTUUID=1\nPTTYPE=gpt\n"),
+            found("a partition table (gpt)", "")
+        );
+        assert_eq!(signature(""), found("something without a name", ""));
+    }
+
+    #[tokio::test]
+    async fn blank_short_missing_and_formatted_are_told_apart() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let image = scratch.path().join("image");
+        let file = std::fs::File::create_new(&image).expect("made");
+        file.set_len(16 << 20).expect("sized");
+        assert_eq!(look(&image, 16 << 20).await, Ok(Found::Nothing));
+        assert!(matches!(
+            look(&image, 17 << 20).await,
+            Ok(Found::Unreadable(_))
+        ));
+        let missing = look(&scratch.path().join("none"), 16 << 20).await;
+        assert!(matches!(missing, Ok(Found::Unreadable(_))), "{missing:?}");
+        let uuid = Uuid::from_u128(0x1234_5678_9abc_4def_8123_4567_89ab_cdef);
+        make(Filesystem::Ext4, uuid, &[], &image)
+            .await
+            .expect("made");
+        let wanted = Found::Signature {
+            kind: "ext4".into(),
+            uuid: uuid.to_string(),
+        };
+        assert_eq!(look(&image, 16 << 20).await, Ok(wanted));
+        check(Filesystem::Ext4, &image).await.expect("sound");
+        // mkfs.xfs finds the first one and is not forced.
+        file.set_len(Filesystem::Xfs.minimum_bytes())
+            .expect("sized");
+        assert!(make(Filesystem::Xfs, uuid, &[], &image).await.is_err());
+        file.set_len(16 << 20).expect("sized");
+        let garbage = vec![0xa5; 1 << 20];
+        std::os::unix::fs::FileExt::write_all_at(&file, &garbage, 4 << 10).expect("written");
+        assert!(check(Filesystem::Ext4, &image).await.is_err());
+    }
+}

@@ -1,0 +1,121 @@
+//! After a restart, and for as long as the plugin runs: what is known is compared with what is, and devices whose server
+//! went away get new connections.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Node;
+use super::filesystem;
+use super::state::VolumeState;
+use crate::attach::{Device, DeviceKind};
+use crate::refusal::Refusal;
+
+/// Between two looks at the connections. Requests of a device without one wait meanwhile.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+impl Node {
+    /// Brings the state files in line with the system. To be called once, before anything else.
+    pub async fn reconcile(&self) -> Result<(), Refusal> {
+        for state in self.states.all()? {
+            let volume = state.export.volume;
+            if state.boot_id != self.boot_id {
+                // The machine was restarted: nothing is attached or mounted, whatever the file says. What the
+                // orchestrator still wants it stages again.
+                tracing::info!(volume = %volume, "forgetting a volume of before the machine was restarted");
+                for attacher in &self.attachers {
+                    if let Err(error) = attacher.detach(None, volume).await {
+                        tracing::warn!(volume = %volume, %error, "clearing up failed");
+                    }
+                }
+                self.states.remove(volume)?;
+                continue;
+            }
+            let device = self.device_of(volume, Some(&state)).await?;
+            self.adopt(state, device)?;
+        }
+        Ok(())
+    }
+
+    /// Drops from the state what is not so any more.
+    fn adopt(&self, mut state: VolumeState, device: Option<Device>) -> Result<(), Refusal> {
+        let before = state.clone();
+        let mounts = filesystem::mounts()?;
+        state
+            .targets
+            .retain(|target| mounts.at(&target.path).is_some());
+        if device.is_none() {
+            state.stage.is_complete = false;
+        }
+        state.device = device;
+        if state != before {
+            self.states.save(&state)?;
+        }
+        tracing::info!(
+            volume = %state.export.volume,
+            device = state.device.as_ref().map_or("none", |device| device.name.as_str()),
+            staged = state.stage.is_complete,
+            targets = state.targets.len(),
+            "found a volume"
+        );
+        Ok(())
+    }
+
+    /// Gives the kernel's NBD devices as many new connections as they lack. The daemon's count of connections tells, not
+    /// the kernel's: the kernel says "connected" of a device whose sockets are all dead.
+    async fn heal(&self, node_id: &str, connections: u32) -> Result<(), Refusal> {
+        for state in self.states.all()? {
+            let volume = state.export.volume;
+            if state.boot_id != self.boot_id {
+                continue;
+            }
+            let Some(device) = self.device_of(volume, Some(&state)).await? else {
+                continue;
+            };
+            if device.kind != DeviceKind::KernelNbd {
+                continue;
+            }
+            let Ok(known) = self.daemon.volume(volume).await else {
+                continue;
+            };
+            let open = known
+                .publications
+                .iter()
+                .find(|publication| publication.node_id == node_id)
+                .map(|publication| publication.connections);
+            // Not published here: fenced on purpose.
+            let Some(missing) = open.and_then(|open| connections.checked_sub(open)) else {
+                continue;
+            };
+            if missing == 0 {
+                continue;
+            }
+            // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
+            // refuses connections for a device that carries another volume by now, and for one that is let go.
+            match self
+                .attacher(device.kind)?
+                .reconnect(&device, &state.export, missing)
+                .await
+            {
+                Ok(given) => {
+                    tracing::info!(volume = %volume, device = device.name, given, "gave a device new connections");
+                }
+                Err(error) => {
+                    tracing::debug!(volume = %volume, device = device.name, %error, "no new connections yet");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Looks after the connections of this node's devices until the task is dropped. `connections` is how many each has.
+pub async fn keep_connected(node: Arc<Node>, node_id: String, connections: u32) {
+    let mut ticks = tokio::time::interval(INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if let Err(error) = node.heal(&node_id, connections).await {
+            tracing::warn!(%error, "looking after connections failed");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! Staging: attach, make sure it is the right device, format if and only if nothing can be lost, check, mount, grow.
+
+use std::path::Path;
+
+use uuid::Uuid;
+
+use super::filesystem;
+use super::format::{Decision, Recorded, decide};
+use super::state::{Stage, VolumeState};
+use super::{Node, StageRequest, failed, mount_of};
+use crate::attach::Device;
+use crate::capability::{Access, Filesystem};
+use crate::daemon::Volume;
+use crate::failpoint;
+use crate::paths;
+use crate::refusal::{Class, Refusal};
+
+/// A filesystem to be made or used, as a caller asked for it.
+struct Wish<'a> {
+    wanted: Option<Filesystem>,
+    options: &'a [String],
+    read_only: bool,
+}
+
+impl Node {
+    /// Stages a volume. OK when it is staged there in the same way; [`Class::AlreadyExists`] when in another.
+    pub async fn stage(&self, request: &StageRequest) -> Result<(), Refusal> {
+        let id = request.export.volume;
+        let volume = self.daemon.volume(id).await?;
+        if volume.is_deleting {
+            return Err(Refusal::not_found(format!("volume {id} is being deleted")));
+        }
+        failpoint::reach("stage-begun");
+        let known = self.known(id)?;
+        if let Some(state) = &known
+            && self.is_staged_as(state, request).await?
+        {
+            return Ok(());
+        }
+        let staged = self.stage_afresh(request, &volume, known).await;
+        match &staged {
+            Ok(()) => self.set_problem(id, None),
+            Err(refusal) if is_final(refusal.class) => {
+                self.set_problem(id, Some(refusal.message.clone()));
+                // After a final answer nobody comes to unstage: what was attached for nothing goes now.
+                if let Err(error) = self.take_down(id, &request.staging).await {
+                    tracing::warn!(volume = %id, %error, "clearing up after a failed staging failed");
+                }
+            }
+            Err(_) => {}
+        }
+        staged
+    }
+
+    /// True when the volume is staged just so; an error when it is staged otherwise.
+    async fn is_staged_as(
+        &self,
+        state: &VolumeState,
+        request: &StageRequest,
+    ) -> Result<bool, Refusal> {
+        let Some(device) = self.device_of(request.export.volume, Some(state)).await? else {
+            return Ok(false);
+        };
+        if !state.stage.is_complete || !is_in_place(state, &device)? {
+            return Ok(false);
+        }
+        if state.stage.path != request.staging {
+            return Err(Refusal::precondition(format!(
+                "the volume is staged at {}",
+                state.stage.path.display()
+            )));
+        }
+        if state.stage.capability != request.capability {
+            return Err(Refusal::exists(
+                "the volume is staged there with another capability",
+            ));
+        }
+        // Published anew: the old export is fenced, and the device with it.
+        if state.export.name != request.export.name {
+            if let Some(target) = state.targets.iter().find(|target| is_used(&target.path)) {
+                return Err(Refusal::precondition(format!(
+                    "the volume was published anew while it is still mounted at {}",
+                    target.path.display()
+                )));
+            }
+            return Ok(false);
+        }
+        // A filesystem that gave up after an error is of no use until it is checked and mounted again.
+        let is_broken = !request.export.read_only
+            && !request.capability.mode.is_reader_only()
+            && filesystem::mounts()?
+                .at(&state.stage.path)
+                .is_some_and(|mount| mount.is_file_system_read_only())
+            && state.stage.filesystem.is_some();
+        if is_broken && state.targets.iter().any(|target| is_used(&target.path)) {
+            return Err(Refusal::precondition(
+                "the filesystem became read-only after an error and is still in use; end what uses it, then it is \
+                 checked and mounted again",
+            ));
+        }
+        Ok(!is_broken)
+    }
+
+    async fn stage_afresh(
+        &self,
+        request: &StageRequest,
+        volume: &Volume,
+        known: Option<VolumeState>,
+    ) -> Result<(), Refusal> {
+        let id = volume.id;
+        let stage = Stage {
+            path: request.staging.clone(),
+            capability: request.capability.clone(),
+            filesystem: None,
+            is_complete: false,
+        };
+        let mut device = self.device_of(id, known.as_ref()).await?;
+        let is_same_export = known
+            .as_ref()
+            .is_none_or(|state| state.export.name == request.export.name);
+        let is_half_way = known.as_ref().is_some_and(|state| !state.stage.is_complete);
+        if let Some(found) = &device
+            && !(is_same_export && is_half_way && self.is_usable(found).await?)
+        {
+            // Of an earlier publication, of unknown origin, or dead.
+            let place = known
+                .as_ref()
+                .map_or(&request.staging, |state| &state.stage.path);
+            self.take_down(id, place).await?;
+            device = None;
+        }
+        let mut state = VolumeState::new(self.boot_id.clone(), request.export.clone(), stage);
+        state.device = device.clone();
+        self.states.save(&state)?;
+        failpoint::reach("stage-state-written");
+        let device = match device {
+            Some(device) => device,
+            None => {
+                let attacher = self.attacher(self.settings.preferred)?;
+                attacher.attach(&request.export).await?
+            }
+        };
+        failpoint::reach("attach-done");
+        state.device = Some(device.clone());
+        self.states.save(&state)?;
+        failpoint::reach("stage-device-recorded");
+        if device.size_bytes() != volume.size_bytes {
+            return Err(Refusal::internal(format!(
+                "{} has {} bytes and the volume {}: it is not touched",
+                device.name,
+                device.size_bytes(),
+                volume.size_bytes
+            )));
+        }
+        // The kernel keeps a read-only mark on a device's name, for whatever volume gets the name next.
+        filesystem::set_read_only(&device.node(), request.export.read_only).await?;
+        if let Access::Mount {
+            filesystem: wanted,
+            options,
+        } = &request.capability.access
+        {
+            let wish = Wish {
+                wanted: *wanted,
+                options,
+                read_only: request.export.read_only || request.capability.mode.is_reader_only(),
+            };
+            let made = self.mount_staged(request, volume, &device, &wish).await?;
+            state.stage.filesystem = Some(made);
+        }
+        state.stage.is_complete = true;
+        self.states.save(&state)?;
+        failpoint::reach("stage-recorded");
+        Ok(())
+    }
+
+    /// Whether a device that is attached already can be gone on with: it answers, and nobody has mounted it.
+    async fn is_usable(&self, device: &Device) -> Result<bool, Refusal> {
+        let Some(number) = device.number() else {
+            return Ok(false);
+        };
+        let is_mounted = filesystem::mounts()?.of_device(number).next().is_some();
+        Ok(!is_mounted && filesystem::answers(&device.node()).await)
+    }
+
+    /// From an attached device to a filesystem mounted at the staging path.
+    async fn mount_staged(
+        &self,
+        request: &StageRequest,
+        volume: &Volume,
+        device: &Device,
+        wish: &Wish<'_>,
+    ) -> Result<Filesystem, Refusal> {
+        let node = device.node();
+        let found = filesystem::look(&node, volume.size_bytes).await?;
+        let decision = decide(
+            &volume.filesystem,
+            &found,
+            volume.ever_written,
+            wish.wanted,
+            request.default_filesystem,
+            wish.read_only,
+        );
+        let kind = match decision {
+            Decision::Use(kind) => kind,
+            Decision::Make => {
+                let kind = wish.wanted.unwrap_or(request.default_filesystem);
+                self.format(request, kind, Uuid::new_v4(), false, &node)
+                    .await?;
+                kind
+            }
+            Decision::MakeAgain(kind, uuid) => {
+                self.format(request, kind, uuid, true, &node).await?;
+                kind
+            }
+            Decision::Refuse(problem) => {
+                tracing::warn!(volume = %volume.id, %problem, "a volume is neither mounted nor formatted");
+                return Err(match volume.filesystem {
+                    Recorded::Nothing | Recorded::Begun { .. } => {
+                        Refusal::precondition(problem.to_string())
+                    }
+                    Recorded::Made { .. } => Refusal::internal(problem.to_string()),
+                });
+            }
+        };
+        if !wish.read_only {
+            filesystem::check(kind, &node).await?;
+        }
+        failpoint::reach("stage-checked");
+        paths::make_directory(&request.staging)
+            .map_err(|error| failed("making the staging directory", &request.staging, error))?;
+        filesystem::mount(kind, &node, &request.staging, wish.options, wish.read_only).await?;
+        failpoint::reach("stage-mounted");
+        let mounts = filesystem::mounts()?;
+        if mount_of(&mounts, device, &request.staging).is_none() {
+            return Err(Refusal::internal(format!(
+                "mount said it is done, and {} is not mounted at {}",
+                device.name,
+                request.staging.display()
+            )));
+        }
+        if !wish.read_only {
+            filesystem::grow(kind, &node, &request.staging).await?;
+        }
+        failpoint::reach("stage-grown");
+        Ok(kind)
+    }
+
+    /// Makes a filesystem in two steps that the daemon records, so that it can never be mistaken later whether there is
+    /// one: announced before the first block is written, confirmed when the last one is durable.
+    async fn format(
+        &self,
+        request: &StageRequest,
+        kind: Filesystem,
+        uuid: Uuid,
+        clear: bool,
+        node: &Path,
+    ) -> Result<(), Refusal> {
+        let id = request.export.volume;
+        self.daemon
+            .begin_format(id, kind, uuid)
+            .await
+            .map_err(|refusal| refusal.during("announcing the filesystem"))?;
+        failpoint::reach("format-intended");
+        if clear {
+            filesystem::discard(node).await?;
+        }
+        tracing::info!(volume = %id, filesystem = %kind, %uuid, "making a filesystem on a volume that was never used");
+        filesystem::make(kind, uuid, &request.mkfs_options, node).await?;
+        failpoint::reach("format-made");
+        self.daemon
+            .end_format(id, uuid)
+            .await
+            .map_err(|refusal| refusal.during("recording the filesystem"))?;
+        failpoint::reach("format-recorded");
+        Ok(())
+    }
+}
+
+/// Whether what the state says is what the system has.
+pub(super) fn is_in_place(state: &VolumeState, device: &Device) -> Result<bool, Refusal> {
+    match state.stage.capability.access {
+        Access::Block => Ok(true),
+        Access::Mount { .. } => {
+            Ok(mount_of(&filesystem::mounts()?, device, &state.stage.path).is_some())
+        }
+    }
+}
+
+/// Whether something is mounted at a target. A table that cannot be read counts as yes.
+fn is_used(path: &Path) -> bool {
+    filesystem::mounts().map_or(true, |mounts| mounts.at(path).is_some())
+}
+
+/// Whether a caller takes a refusal of this class for the end of the matter.
+pub(super) fn is_final(class: Class) -> bool {
+    !matches!(
+        class,
+        Class::Aborted | Class::Unavailable | Class::DeadlineExceeded | Class::ResourceExhausted
+    )
+}

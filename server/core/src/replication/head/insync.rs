@@ -1,0 +1,157 @@
+//! Dropping what failed: the record says that a replica is out before anything it lacks is answered.
+
+use super::super::wire::Status;
+use super::claim::SwapFor;
+use super::{Action, MemberId, News, Phase, ReplicaMask, ReplicatedHead};
+use crate::records::{ReplicaState, VolumeRecord};
+use crate::units::Version;
+
+impl ReplicatedHead {
+    /// A member's session ended while the volume is served.
+    pub(super) fn fail_replicas_of(
+        &mut self,
+        member: MemberId,
+        status: Option<Status>,
+        actions: &mut Vec<Action>,
+    ) {
+        let mut failed = false;
+        for set in &mut self.sets {
+            let bit = set.bit_of(member);
+            failed |= set.in_sync & bit != 0 && set.failed & bit == 0;
+            set.failed |= set.in_sync & bit;
+        }
+        self.miss_ops_of(member);
+        for set in &mut self.sets {
+            let bit = set.bit_of(member);
+            set.mirrored &= !bit;
+        }
+        self.miss_flushes_of(member);
+        self.abort_resync(member, actions);
+        if failed {
+            actions.push(Action::News(News::Failed { member, status }));
+        }
+        if self.sets.iter().any(|set| set.usable() == 0) {
+            self.recover(actions);
+            return;
+        }
+        self.jobs_lost(member, actions);
+        self.settle_all(actions);
+        self.settle_flushes(actions);
+    }
+
+    /// Records what failed, and takes out what is wanted away and no longer needed.
+    pub(super) fn advance_drops(&mut self, actions: &mut Vec<Action>) {
+        if self.swap.is_some() || self.phase != Phase::Serving {
+            return;
+        }
+        if self.admission.asks_for_epoch() {
+            self.renew_epoch(actions);
+            return;
+        }
+        let failed = self.sets.iter().any(|set| set.failed != 0);
+        let leaving = self.leaving_replicas();
+        if !failed && leaving.is_empty() {
+            return;
+        }
+        let floor = self.settled_version();
+        let mut record = self.record.record.clone();
+        for set in self.set_indices() {
+            for place in ReplicaMask(self.set(set).failed).places() {
+                let member = self.set(set).member(place);
+                let floor = if self.at(member).lost {
+                    Version::NONE
+                } else {
+                    floor
+                };
+                self.put_out(&mut record, set, member, floor);
+            }
+        }
+        for (set, member) in leaving {
+            let store = self.at(member).place.store;
+            record.placement.sets[usize::from(set.0)]
+                .replicas
+                .retain(|replica| replica.store != store);
+        }
+        record.settled = record.settled.max(floor);
+        self.settled = self.settled.max(floor);
+        self.propose(SwapFor::Drop, record, actions);
+    }
+
+    /// Replicas that are wanted away from sets which have as many others in sync as they should.
+    fn leaving_replicas(&self) -> Vec<(crate::records::SetIndex, MemberId)> {
+        let mut leaving = Vec::new();
+        for set in self.set_indices() {
+            let recorded = &self.record.record.placement.sets[usize::from(set.0)];
+            let mut staying = recorded
+                .in_sync()
+                .filter(|replica| !replica.leaving)
+                .count() as u32;
+            staying = staying.saturating_sub(self.set(set).failed.count_ones());
+            if staying < self.record.record.replicas {
+                continue;
+            }
+            for replica in recorded.replicas.iter().filter(|replica| replica.leaving) {
+                let member = self
+                    .members()
+                    .find(|(_, place)| place.store == replica.store)
+                    .map(|(member, _)| member);
+                if let Some(member) = member {
+                    leaving.push((set, member));
+                }
+            }
+        }
+        leaving
+    }
+
+    /// The record says what is out.
+    pub(super) fn dropped(&mut self, actions: &mut Vec<Action>) {
+        if self.phase != Phase::Serving {
+            self.propose_claim(actions);
+            return;
+        }
+        // What was being copied from a replica that has left goes on from another.
+        let sources: smallvec::SmallVec<[(crate::records::SetIndex, MemberId); 4]> = self
+            .resyncs
+            .iter()
+            .map(|resync| (resync.set, resync.source))
+            .collect();
+        for (set, source) in sources {
+            if self.set(set).usable() & self.set(set).bit_of(source) == 0 {
+                self.jobs_lost(source, actions);
+            }
+        }
+        self.settle_all(actions);
+        self.settle_flushes(actions);
+        self.told_to_wait = true;
+        self.retry(actions);
+    }
+
+    /// Says what changed between two records.
+    pub(super) fn tell_changes(&mut self, before: &VolumeRecord, actions: &mut Vec<Action>) {
+        for set in self.set_indices() {
+            let at = usize::from(set.0);
+            let now = &self.record.record.placement.sets[at];
+            for replica in &before.placement.sets[at].replicas {
+                let member = self
+                    .members()
+                    .find(|(_, place)| place.store == replica.store)
+                    .map(|(member, _)| member);
+                let Some(member) = member else { continue };
+                match now
+                    .replicas
+                    .iter()
+                    .find(|other| other.store == replica.store)
+                {
+                    None => actions.push(Action::News(News::Removed { set, member })),
+                    Some(other)
+                        if replica.state == ReplicaState::InSync
+                            && other.state != ReplicaState::InSync =>
+                    {
+                        actions.push(Action::News(News::Dropped { set, member }));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+}

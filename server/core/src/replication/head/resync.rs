@@ -1,0 +1,370 @@
+//! Bringing a replica back: sealed first, sent every new change, given what it lacks, rid of what nobody else has,
+//! flushed, and only then in sync by the record. A member goes through its sets one after another, those with the
+//! fewest replicas in sync first.
+
+use super::claim::SwapFor;
+use super::leaf::JobFor;
+use super::members::Purpose;
+use super::rows::{RowsOf, RowsWalk};
+use super::{Action, MemberId, News, Phase, ReplicatedHead};
+use crate::records::{ReplicaState, SetIndex};
+use crate::units::Version;
+
+/// How far a member is with one set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// New changes go to it; those sent before are waited for, so that whatever differs is either copied or was sent.
+    Barrier { before: u64 },
+    /// Differences are looked for and copied.
+    Copying,
+    /// What it has is being made durable.
+    Flushing,
+    /// It is being told that it is whole.
+    Whole,
+    /// The record is to say that it is in sync.
+    Adding,
+    /// The swap is under way.
+    Swapping,
+}
+
+/// A member that is being brought up to date.
+#[derive(Debug)]
+pub(super) struct Resync {
+    pub(super) member: MemberId,
+    pub(super) set: SetIndex,
+    /// The replica that is copied from.
+    pub(super) source: MemberId,
+    pub(super) stage: Stage,
+    pub(super) walk: Option<RowsWalk>,
+    pub(super) copied_blocks: u64,
+    pub(super) leaves_done: u64,
+}
+
+impl ReplicatedHead {
+    pub(super) fn resync_of(&mut self, member: MemberId) -> Option<&mut Resync> {
+        self.resyncs
+            .iter_mut()
+            .find(|resync| resync.member == member)
+    }
+
+    pub(super) fn advance_resync(&mut self, actions: &mut Vec<Action>) {
+        if self.phase != Phase::Serving {
+            return;
+        }
+        self.start_resyncs(actions);
+        self.unblock_jobs(actions);
+        let mut at = 0;
+        while at < self.resyncs.len() {
+            let member = self.resyncs[at].member;
+            self.go_on_with(member, actions);
+            if self.phase != Phase::Serving {
+                return;
+            }
+            at += 1;
+        }
+    }
+
+    /// Members that are open and not in sync in some set.
+    fn start_resyncs(&mut self, actions: &mut Vec<Action>) {
+        for id in 0..self.members.len() {
+            let member = MemberId(id as u8);
+            if !self.members[id].is_open() || self.resync_of(member).is_some() {
+                continue;
+            }
+            let wanted = |head: &ReplicatedHead, set: SetIndex| {
+                let state = head.set(set);
+                let bit = state.bit_of(member);
+                let stays = head
+                    .recorded(set, member)
+                    .is_some_and(|replica| !replica.leaving);
+                bit != 0 && state.in_sync & bit == 0 && stays && state.usable() != 0
+            };
+            let next = self
+                .set_indices()
+                .filter(|set| wanted(self, *set))
+                .min_by_key(|set| self.set(*set).usable().count_ones());
+            let Some(set) = next else { continue };
+            self.start_resync(member, set, actions);
+        }
+    }
+
+    fn start_resync(&mut self, member: MemberId, set: SetIndex, actions: &mut Vec<Action>) {
+        let Some(source) = self.source_in(set) else {
+            return;
+        };
+        let before = self.op_serial;
+        let state = self.set_mut(set);
+        state.mirrored |= state.bit_of(member);
+        self.resyncs.push(Resync {
+            member,
+            set,
+            source,
+            stage: Stage::Barrier { before },
+            walk: None,
+            copied_blocks: 0,
+            leaves_done: 0,
+        });
+        actions.push(Action::News(News::ResyncStarted { set, member }));
+        // Changes that wait for enough replicas may be sent now, and those that are held have to be sent again.
+        self.settle_all(actions);
+        self.retry(actions);
+    }
+
+    /// A sound replica in sync, the local one first.
+    pub(super) fn source_in(&self, set: SetIndex) -> Option<MemberId> {
+        let members = self.set(set).members(self.set(set).usable());
+        members
+            .iter()
+            .copied()
+            .find(|member| self.at(*member).place.is_local)
+            .or_else(|| members.first().copied())
+    }
+
+    fn go_on_with(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        let Some(resync) = self.resync_of(member) else {
+            return;
+        };
+        let (set, source, stage) = (resync.set, resync.source, resync.stage);
+        match stage {
+            Stage::Barrier { before } => {
+                let waits = self
+                    .ops
+                    .iter()
+                    .any(|(_, op)| op.set == set && op.serial <= before);
+                if waits {
+                    return;
+                }
+                // One that lost power went back behind what it was known to have.
+                let recorded = self.recorded(set, member).map(|r| r.synced_below);
+                let floor = match recorded {
+                    Some(floor) if !self.at(member).lost => floor,
+                    _ => Version::NONE,
+                };
+                if let Some(resync) = self.resync_of(member) {
+                    resync.stage = Stage::Copying;
+                    resync.walk = Some(RowsWalk::new(set, &[source, member], floor));
+                }
+                self.go_on_with(member, actions);
+            }
+            Stage::Copying => {
+                let limit = self.params.resync_leaves;
+                while self.jobs_of(JobFor::Resync(member)) < limit {
+                    let found = self
+                        .resync_of(member)
+                        .and_then(|resync| resync.walk.as_mut())
+                        .and_then(|walk| walk.found.pop_front());
+                    let Some((chunk, leaf)) = found else { break };
+                    self.start_job(JobFor::Resync(member), set, chunk, leaf, actions);
+                }
+                self.go_on_walking(RowsOf::Resync(member), actions);
+                let busy = self.jobs_of(JobFor::Resync(member)) > 0;
+                let Some(resync) = self.resync_of(member) else {
+                    return;
+                };
+                if busy || !resync.walk.as_ref().is_some_and(RowsWalk::is_done) {
+                    return;
+                }
+                resync.walk = None;
+                resync.stage = Stage::Flushing;
+                if self.params.rules.flush_before_rejoin {
+                    let query = self.ask(member, Purpose::Rejoin);
+                    actions.push(Action::Flush { query, member });
+                } else {
+                    self.rejoin_step(member, actions);
+                    self.go_on_with(member, actions);
+                }
+            }
+            Stage::Adding => self.propose_rejoin(member, actions),
+            Stage::Flushing | Stage::Whole | Stage::Swapping => {}
+        }
+    }
+
+    /// The flush, or the word that it is whole, was answered.
+    pub(super) fn rejoin_step(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        let lost = self.at(member).lost;
+        let Some(resync) = self.resync_of(member) else {
+            return;
+        };
+        let set = resync.set;
+        match resync.stage {
+            Stage::Flushing => {
+                // With more sets to fill it is not whole yet.
+                let last = self.set_indices().all(|other| {
+                    let state = self.set(other);
+                    let bit = state.bit_of(member);
+                    other == set || bit == 0 || state.in_sync & bit != 0
+                });
+                let stage = if lost && last {
+                    let query = self.ask(member, Purpose::Rejoin);
+                    actions.push(Action::Whole { query, member });
+                    Stage::Whole
+                } else {
+                    Stage::Adding
+                };
+                if let Some(resync) = self.resync_of(member) {
+                    resync.stage = stage;
+                }
+            }
+            Stage::Whole => {
+                resync.stage = Stage::Adding;
+                self.at_mut(member).lost = false;
+            }
+            _ => {}
+        }
+    }
+
+    fn propose_rejoin(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        // A failed replica is recorded as out first.
+        if self.swap.is_some() || self.sets.iter().any(|set| set.failed != 0) {
+            return;
+        }
+        let Some(resync) = self.resync_of(member) else {
+            return;
+        };
+        resync.stage = Stage::Swapping;
+        let set = resync.set;
+        let floor = self.settled_version();
+        self.settled = self.settled.max(floor);
+        let store = self.at(member).place.store;
+        let mut record = self.record.record.clone();
+        for replica in &mut record.placement.sets[usize::from(set.0)].replicas {
+            if replica.store == store {
+                replica.state = ReplicaState::InSync;
+                replica.synced_below = Version::NONE;
+            }
+        }
+        record.settled = record.settled.max(floor);
+        let state = self.set_mut(set);
+        state.adding |= state.bit_of(member);
+        self.propose(SwapFor::Rejoin(member), record, actions);
+    }
+
+    /// The record says that it is in sync; it may have failed meanwhile.
+    pub(super) fn rejoined(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        let at = self
+            .resyncs
+            .iter()
+            .position(|resync| resync.member == member);
+        let finished = at.map(|at| self.resyncs.remove(at));
+        for set in &mut self.sets {
+            let bit = set.bit_of(member);
+            set.adding &= !bit;
+            set.mirrored &= !(bit & set.in_sync);
+        }
+        if self.phase != Phase::Serving {
+            self.propose_claim(actions);
+            return;
+        }
+        match finished {
+            Some(resync) => actions.push(Action::News(News::Rejoined {
+                set: resync.set,
+                member,
+                copied_blocks: resync.copied_blocks,
+            })),
+            None => {
+                // Its session ended while the swap was under way: it is in sync by the record and has failed.
+                for set in &mut self.sets {
+                    let bit = set.bit_of(member);
+                    set.failed |= bit & set.in_sync;
+                }
+            }
+        }
+        self.settle_all(actions);
+        self.settle_flushes(actions);
+        self.told_to_wait = true;
+        self.retry(actions);
+    }
+
+    /// The record does not say so, and somebody else changed it: tried again, or given up if it failed meanwhile.
+    pub(super) fn rejoin_undone(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        for set in &mut self.sets {
+            let bit = set.bit_of(member);
+            set.adding &= !bit;
+        }
+        if self.phase != Phase::Serving {
+            self.propose_claim(actions);
+            return;
+        }
+        let open = self.at(member).is_open();
+        match self.resync_of(member) {
+            Some(resync) if open => resync.stage = Stage::Adding,
+            _ => {
+                self.miss_ops_of(member);
+                for (_, op) in &mut self.ops {
+                    op.missed &= self.sets[usize::from(op.set.0)].binding();
+                }
+            }
+        }
+        self.settle_all(actions);
+        self.settle_flushes(actions);
+    }
+
+    /// A member's session ended: what it was being given is at its end.
+    pub(super) fn abort_resync(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        let Some(at) = self
+            .resyncs
+            .iter()
+            .position(|resync| resync.member == member)
+        else {
+            return;
+        };
+        let resync = self.resyncs.remove(at);
+        self.drop_jobs(JobFor::Resync(member), actions);
+        actions.push(Action::News(News::ResyncFailed {
+            set: resync.set,
+            member,
+        }));
+    }
+
+    /// A member that others were copied from was lost: they begin again from another.
+    pub(super) fn jobs_lost(&mut self, source: MemberId, actions: &mut Vec<Action>) {
+        let of: Vec<MemberId> = self
+            .resyncs
+            .iter()
+            .filter(|resync| resync.source == source)
+            .map(|resync| resync.member)
+            .collect();
+        for member in of {
+            let Some(resync) = self.resync_of(member) else {
+                continue;
+            };
+            if !matches!(resync.stage, Stage::Barrier { .. } | Stage::Copying) {
+                continue;
+            }
+            let set = resync.set;
+            self.drop_jobs(JobFor::Resync(member), actions);
+            self.queries
+                .retain(|_, query| query.purpose != Purpose::Rows(RowsOf::Resync(member)));
+            let next = self.source_in(set);
+            let before = self.op_serial;
+            if let (Some(resync), Some(next)) = (self.resync_of(member), next) {
+                resync.source = next;
+                resync.walk = None;
+                resync.stage = Stage::Barrier { before };
+            }
+        }
+    }
+
+    /// Replicas that the record does not name any more are not brought up to date.
+    pub(super) fn forget_resyncs_of_gone(&mut self, actions: &mut Vec<Action>) {
+        let gone: Vec<MemberId> = self
+            .resyncs
+            .iter()
+            .filter(|resync| self.set(resync.set).bit_of(resync.member) == 0)
+            .map(|resync| resync.member)
+            .collect();
+        for member in gone {
+            self.abort_resync(member, actions);
+        }
+    }
+
+    /// Everything that compares and copies is given up.
+    pub(super) fn abandon_work(&mut self, actions: &mut Vec<Action>) {
+        self.resyncs.clear();
+        self.drop_all_jobs(actions);
+        for set in &mut self.sets {
+            set.mirrored = 0;
+        }
+        self.queries.clear();
+    }
+}

@@ -1,0 +1,194 @@
+//! A store as replication sees it: what it has of each block, what of that would survive a power cut, and what is
+//! damaged. The store proper has a simulation of its own (store_sim).
+
+use std::collections::BTreeMap;
+
+use ashlar_core::replication::wire::{LeafStates, RowVersions, Rows, RowsQuery, Status};
+use ashlar_core::replication::{BlockContent, BlockState};
+use ashlar_core::units::{CHUNK_LEAVES, ChunkIndex, Epoch, LEAF_BLOCKS, Version};
+
+use crate::rng::Rng;
+
+/// What is in a block: zero for zeros, otherwise a number that no other write has.
+pub(crate) type Content = u64;
+/// A chunk and a block in it.
+pub(crate) type At = (u32, u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) version: Version,
+    pub(crate) content: Content,
+    /// What is read does not match its checksum.
+    pub(crate) rotten: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Disk {
+    now: BTreeMap<At, Cell>,
+    durable: BTreeMap<At, Cell>,
+    /// Since the last sync: every state a block went through.
+    unsynced: BTreeMap<At, Vec<Cell>>,
+    /// Refuses new blocks.
+    pub(crate) full: bool,
+    /// Stopped after an I/O error.
+    pub(crate) poisoned: bool,
+    /// Reads fail for now.
+    pub(crate) failing_reads: bool,
+}
+
+impl Disk {
+    pub(crate) fn write(
+        &mut self,
+        chunk: u32,
+        first: u32,
+        contents: &[Content],
+        version: Version,
+        zeros: bool,
+    ) -> Status {
+        if self.poisoned {
+            return Status::Poisoned;
+        }
+        let blocks = || (first..).take(contents.len()).map(|block| (chunk, block));
+        let is_new = |at: At| self.now.get(&at).is_none_or(|cell| cell.content == 0);
+        if self.full && !zeros && blocks().any(is_new) {
+            return Status::NoSpace;
+        }
+        for (at, content) in blocks().zip(contents) {
+            let cell = Cell {
+                version,
+                content: *content,
+                rotten: false,
+            };
+            self.now.insert(at, cell);
+            self.unsynced.entry(at).or_default().push(cell);
+        }
+        Status::Ok
+    }
+
+    pub(crate) fn read(&self, chunk: u32, first: u32, count: u32) -> Result<Vec<Content>, Status> {
+        if self.poisoned {
+            return Err(Status::Poisoned);
+        }
+        if self.failing_reads {
+            return Err(Status::Device);
+        }
+        (first..first + count)
+            .map(|block| match self.now.get(&(chunk, block)) {
+                Some(cell) if cell.rotten => Err(Status::Corrupt),
+                Some(cell) => Ok(cell.content),
+                None => Ok(0),
+            })
+            .collect()
+    }
+
+    /// What a sync that begins now will have made durable when it ends.
+    pub(crate) fn snapshot(&self) -> BTreeMap<At, Cell> {
+        self.now.clone()
+    }
+
+    /// A sync ended that began with `snapshot`.
+    pub(crate) fn synced(&mut self, snapshot: BTreeMap<At, Cell>) -> Status {
+        if self.poisoned {
+            return Status::Poisoned;
+        }
+        for (at, cell) in snapshot {
+            let newer = self
+                .durable
+                .get(&at)
+                .is_some_and(|have| have.version > cell.version);
+            if newer {
+                continue;
+            }
+            self.durable.insert(at, cell);
+            if let Some(states) = self.unsynced.get_mut(&at) {
+                // States up to the one that was synced are behind it.
+                if let Some(last) = states
+                    .iter()
+                    .rposition(|state| state.version == cell.version)
+                {
+                    states.drain(..=last);
+                }
+                if states.is_empty() {
+                    self.unsynced.remove(&at);
+                }
+            }
+        }
+        Status::Ok
+    }
+
+    /// The machine lost power: of what was not synced, any state of each block may be there.
+    pub(crate) fn lose_power(&mut self, rng: &mut Rng) {
+        let lose_all = rng.chance(40);
+        for (at, states) in std::mem::take(&mut self.unsynced) {
+            let keep = if lose_all {
+                0
+            } else {
+                rng.below(states.len() as u64 + 1) as usize
+            };
+            if keep > 0 {
+                self.durable.insert(at, states[keep - 1]);
+            }
+        }
+        self.now = self.durable.clone();
+        self.poisoned = false;
+    }
+
+    pub(crate) fn rot(&mut self, at: At) {
+        if let Some(cell) = self.now.get_mut(&at) {
+            cell.rotten = cell.content != 0;
+        }
+    }
+
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (At, Cell)> {
+        self.now.iter().map(|(at, cell)| (*at, *cell))
+    }
+
+    pub(crate) fn get(&self, at: At) -> Option<Cell> {
+        self.now.get(&at).copied()
+    }
+
+    pub(crate) fn highest_epoch(&self) -> Option<Epoch> {
+        self.now.values().map(|cell| cell.version.epoch()).max()
+    }
+
+    pub(crate) fn rows(&self, query: &RowsQuery, from: ChunkIndex) -> Rows {
+        let mut rows: BTreeMap<u32, [Version; CHUNK_LEAVES as usize]> = BTreeMap::new();
+        for ((chunk, block), cell) in &self.now {
+            if *chunk >= from.0 && query.names(ChunkIndex(*chunk)) {
+                let row = rows
+                    .entry(*chunk)
+                    .or_insert([Version::NONE; CHUNK_LEAVES as usize]);
+                let leaf = &mut row[(block / LEAF_BLOCKS) as usize];
+                *leaf = (*leaf).max(cell.version);
+            }
+        }
+        let mut rows: Vec<RowVersions> = rows
+            .into_iter()
+            .filter(|(_, leaves)| leaves.iter().any(|version| *version >= query.floor))
+            .map(|(chunk, leaves)| RowVersions {
+                chunk: ChunkIndex(chunk),
+                leaves,
+            })
+            .collect();
+        // Pages of one row, so that paging is what is exercised.
+        let more = rows.len() > 1;
+        rows.truncate(1);
+        Rows { rows, more }
+    }
+
+    pub(crate) fn leaf(&self, chunk: u32, leaf: u32) -> LeafStates {
+        let mut states = LeafStates::holes();
+        let first = leaf * LEAF_BLOCKS;
+        for ((_, block), cell) in self.now.range((chunk, first)..(chunk, first + LEAF_BLOCKS)) {
+            states.0[(block - first) as usize] = BlockState {
+                version: cell.version,
+                content: if cell.content == 0 {
+                    BlockContent::Zeros
+                } else {
+                    BlockContent::Data
+                },
+            };
+        }
+        states
+    }
+}

@@ -1,0 +1,113 @@
+//! Which faults a run has. Each run draws its own mix, so that rare combinations meet often enough.
+
+use crate::rng::Rng;
+
+/// How often each happens, of a hundred faults; zero: never in this run.
+#[derive(Clone, Debug)]
+pub(crate) struct Faults {
+    pub(crate) crash: u64,
+    pub(crate) power_loss: u64,
+    pub(crate) power_loss_of_all: u64,
+    pub(crate) freeze: u64,
+    pub(crate) cut: u64,
+    pub(crate) reset: u64,
+    pub(crate) slow: u64,
+    pub(crate) takeover: u64,
+    pub(crate) meta_away: u64,
+    pub(crate) poison: u64,
+    pub(crate) full: u64,
+    pub(crate) rot: u64,
+    pub(crate) failing_reads: u64,
+    /// Of a hundred swaps, how many end with an unknown outcome.
+    pub(crate) unknown_swaps: u64,
+    /// Between one fault and the next, on average, microseconds.
+    pub(crate) every_us: u64,
+}
+
+impl Faults {
+    pub(crate) fn draw(rng: &mut Rng) -> Faults {
+        let mut some = |most: u64| {
+            if rng.chance(50) {
+                0
+            } else {
+                1 + rng.below(most)
+            }
+        };
+        let mut faults = Faults {
+            crash: some(20),
+            power_loss: some(20),
+            power_loss_of_all: some(10),
+            freeze: some(20),
+            cut: some(30),
+            reset: some(30),
+            slow: some(20),
+            takeover: some(30),
+            meta_away: some(10),
+            poison: some(5),
+            full: some(5),
+            rot: some(10),
+            failing_reads: some(5),
+            unknown_swaps: some(50),
+            every_us: 0,
+        };
+        faults.every_us = [20_000, 60_000, 150_000][rng.below(3) as usize];
+        // Two faults of one block at once (its last good copy rots) are beyond what is promised.
+        if faults.power_loss + faults.power_loss_of_all + faults.poison > 0 {
+            faults.rot = 0;
+        }
+        faults
+    }
+
+    /// Picks one.
+    pub(crate) fn next(&self, rng: &mut Rng) -> Option<Fault> {
+        let all = [
+            (self.crash, Fault::Crash),
+            (self.power_loss, Fault::PowerLoss),
+            (self.power_loss_of_all, Fault::PowerLossOfAll),
+            (self.freeze, Fault::Freeze),
+            (self.cut, Fault::Cut),
+            (self.reset, Fault::Reset),
+            (self.slow, Fault::Slow),
+            (self.takeover, Fault::Takeover),
+            (self.meta_away, Fault::MetaAway),
+            (self.poison, Fault::Poison),
+            (self.full, Fault::Full),
+            (self.rot, Fault::Rot),
+            (self.failing_reads, Fault::FailingReads),
+        ];
+        let total: u64 = all.iter().map(|(weight, _)| weight).sum();
+        if total == 0 {
+            return None;
+        }
+        let mut at = rng.below(total);
+        for (weight, fault) in all {
+            if at < weight {
+                return Some(fault);
+            }
+            at -= weight;
+        }
+        None
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Crash,
+    PowerLoss,
+    PowerLossOfAll,
+    Freeze,
+    /// Messages from one node to another stay on the way; perhaps both ways.
+    Cut,
+    /// A connection breaks; its two ends notice at different times, and what is on the way may still arrive.
+    Reset,
+    /// A message takes long.
+    Slow,
+    /// The volume is opened on another node, or on the same again.
+    Takeover,
+    MetaAway,
+    /// A write of a store fails.
+    Poison,
+    Full,
+    Rot,
+    FailingReads,
+}

@@ -1,0 +1,880 @@
+//! The world of a run: nodes, connections, the metadata store, one clock. Everything that happens is an event of one
+//! queue, so a seed replays exactly.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use ashlar_core::records::{
+    HeadClaim, Placement, Replica, ReplicaSet, Revision, Transaction, Versioned, VolumeName,
+    VolumeRecord, VolumeState,
+};
+use ashlar_core::replication::{
+    Acceptor, BootId, Event as HeadEvent, Rules, Seal, SessionRef, StartedWith, SwapOutcome,
+};
+use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
+use uuid::Uuid;
+
+use crate::check::Violation;
+use crate::client::{Client, ClientOp};
+use crate::disk::{At, Cell, Disk};
+use crate::driver::Driver;
+use crate::faults::Faults;
+use crate::message::{Answer, Ask, Found};
+use crate::rng::Rng;
+
+pub(crate) const LEASE_US: u64 = 200_000;
+pub(crate) const WRITE_TIMEOUT_US: u64 = 80_000;
+pub(crate) const HEARTBEAT_US: u64 = LEASE_US / 8;
+
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    pub(crate) store: StoreId,
+    pub(crate) disk: Disk,
+    /// What is durable of the acceptor.
+    pub(crate) seal: Option<Seal>,
+    pub(crate) boot: u64,
+    /// Of the process; what belongs to an earlier run of it is void.
+    pub(crate) run: u64,
+    pub(crate) is_up: bool,
+    pub(crate) frozen: bool,
+    pub(crate) deferred: Vec<Ev>,
+    pub(crate) acceptor: Option<Acceptor>,
+    pub(crate) store_failed: bool,
+    pub(crate) head: Option<Box<Driver>>,
+}
+
+/// A connection from a head's node to a store's. Number zero is never one: it is the head's own node.
+#[derive(Clone, Debug)]
+pub(crate) struct Conn {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) head_open: bool,
+    pub(crate) replica_open: bool,
+    last_ask_us: u64,
+    last_answer_us: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Ev {
+    Ask {
+        conn: u64,
+        node: usize,
+        run: u64,
+        ask: Ask,
+    },
+    Answer {
+        conn: u64,
+        node: usize,
+        run: u64,
+        head: u64,
+        answer: Answer,
+    },
+    ClosedAtHead {
+        conn: u64,
+    },
+    ClosedAtReplica {
+        conn: u64,
+    },
+    Connect {
+        node: usize,
+        run: u64,
+        head: u64,
+        member: u8,
+    },
+    Persisted {
+        node: usize,
+        run: u64,
+        serial: u64,
+        seal: Seal,
+    },
+    Executed {
+        node: usize,
+        run: u64,
+        session: SessionRef,
+        op: u64,
+        result: Box<Result<Found, ashlar_core::replication::wire::Status>>,
+        synced: Option<BTreeMap<At, Cell>>,
+    },
+    Tick {
+        node: usize,
+        run: u64,
+        head: u64,
+    },
+    SwapArrives {
+        node: usize,
+        run: u64,
+        head: u64,
+        serial: u64,
+        transaction: Transaction,
+        is_known: bool,
+    },
+    Swapped {
+        node: usize,
+        run: u64,
+        head: u64,
+        serial: u64,
+        outcome: SwapOutcome,
+    },
+    ReadRecord {
+        node: usize,
+        run: u64,
+        head: u64,
+    },
+    Watch {
+        node: usize,
+        run: u64,
+        head: u64,
+    },
+    Submit {
+        node: usize,
+        run: u64,
+        head: u64,
+        op: u64,
+        what: ClientOp,
+    },
+    StartHead {
+        node: usize,
+    },
+    StartNode {
+        node: usize,
+    },
+    Thaw {
+        node: usize,
+    },
+    EndCut {
+        from: usize,
+        to: usize,
+    },
+    MetaBack,
+    Roomy {
+        node: usize,
+    },
+    ReadsBack {
+        node: usize,
+    },
+    Client,
+    Fault,
+}
+
+impl Ev {
+    /// The node whose process has to run for it.
+    fn node(&self) -> Option<usize> {
+        match self {
+            Ev::Ask { node, .. }
+            | Ev::Answer { node, .. }
+            | Ev::Connect { node, .. }
+            | Ev::Persisted { node, .. }
+            | Ev::Executed { node, .. }
+            | Ev::Tick { node, .. }
+            | Ev::Swapped { node, .. }
+            | Ev::ReadRecord { node, .. }
+            | Ev::Watch { node, .. }
+            | Ev::Submit { node, .. }
+            | Ev::StartHead { node } => Some(*node),
+            _ => None,
+        }
+    }
+}
+
+struct Queued(u64, u64, Ev);
+
+impl PartialEq for Queued {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+impl Eq for Queued {}
+impl PartialOrd for Queued {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Queued {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) rng: Rng,
+    pub(crate) rules: Rules,
+    pub(crate) faults: Faults,
+    pub(crate) now_us: u64,
+    serial: u64,
+    queue: BinaryHeap<Reverse<Queued>>,
+    pub(crate) events: u64,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) conns: BTreeMap<u64, Conn>,
+    next_conn: u64,
+    /// From one node to another nothing arrives now.
+    pub(crate) cuts: BTreeMap<(usize, usize), u32>,
+    /// What waits for a cut to end.
+    held: Vec<(usize, usize, Ev)>,
+    pub(crate) meta: crate::meta::Meta,
+    /// Swaps and reads that wait for the metadata store.
+    pub(crate) meta_held: Vec<Ev>,
+    pub(crate) client: Client,
+    pub(crate) next_head: u64,
+    pub(crate) violation: Option<Violation>,
+    /// No new faults; what there is heals.
+    pub(crate) healing: bool,
+    /// The client does nothing new.
+    pub(crate) quiet: bool,
+    pub(crate) next_op: u64,
+    pub(crate) trace: bool,
+    /// Contents of the reads of the end, by block.
+    pub(crate) last_reads: BTreeMap<usize, Vec<u64>>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, rules: Rules, trace: bool) -> World {
+        let mut rng = Rng::new(seed);
+        let faults = Faults::draw(&mut rng);
+        let replicas = 2 + rng.below(2) as usize;
+        let nodes_count = replicas + 1 + rng.below(2) as usize;
+        let sets = 1 + rng.below(2) as usize;
+        let nodes: Vec<Node> = (0..nodes_count)
+            .map(|n| Node {
+                id: NodeId(Uuid::from_u128(100 + n as u128)),
+                store: StoreId(Uuid::from_u128(200 + n as u128)),
+                disk: Disk::default(),
+                seal: None,
+                boot: 1,
+                run: 1,
+                is_up: true,
+                frozen: false,
+                deferred: Vec::new(),
+                acceptor: None,
+                store_failed: false,
+                head: None,
+            })
+            .collect();
+        let placement = Placement {
+            stores: Vec::new(),
+            sets: (0..sets)
+                .map(|set| ReplicaSet {
+                    replicas: (0..replicas)
+                        .map(|r| {
+                            let n = &nodes[(set + r) % nodes_count];
+                            Replica::in_sync(n.id, n.store)
+                        })
+                        .collect(),
+                })
+                .collect(),
+        };
+        let record = VolumeRecord {
+            id: VolumeId(Uuid::from_u128(1)),
+            name: VolumeName::parse("sim").expect("a name"),
+            size_bytes: 4 * (64 << 20),
+            layers: vec![LayerId(1)],
+            replicas: replicas as u32,
+            min_in_sync: if rng.chance(70) {
+                ashlar_core::records::default_min_in_sync(replicas as u32)
+            } else {
+                1
+            },
+            client_generation: 0,
+            settled: Version::NONE,
+            read_only: false,
+            write_through: false,
+            epoch: Epoch(0),
+            head: None,
+            created_at_unix_ms: 0,
+            never_written: false,
+            filesystem: None,
+            limits: Default::default(),
+            publications: Vec::new(),
+            state: VolumeState::Active,
+            placement,
+        };
+        assert_eq!(record.check_invariants(), Ok(()));
+        // Blocks on both sides of the border of two leaves, in chunks of different sets.
+        let mut blocks = Vec::new();
+        for chunk in 0..3 {
+            for block in 510..513 {
+                blocks.push((chunk, block));
+            }
+        }
+        blocks.truncate(3 + rng.below(7) as usize);
+        let mut world = World {
+            rng,
+            rules,
+            faults,
+            now_us: 1_000_000,
+            serial: 0,
+            queue: BinaryHeap::new(),
+            events: 0,
+            nodes,
+            conns: BTreeMap::new(),
+            next_conn: 1,
+            cuts: BTreeMap::new(),
+            held: Vec::new(),
+            meta: crate::meta::Meta {
+                record: Versioned {
+                    record,
+                    changed_at: Revision(1),
+                },
+                is_away: false,
+            },
+            meta_held: Vec::new(),
+            client: Client::new(&blocks),
+            next_head: 1,
+            violation: None,
+            healing: false,
+            quiet: false,
+            next_op: 1,
+            trace,
+            last_reads: BTreeMap::new(),
+        };
+        for node in 0..nodes_count {
+            world.start_acceptor(node);
+        }
+        let first = world.rng.below(nodes_count as u64) as usize;
+        world.after(0, Ev::StartHead { node: first });
+        world.after(10_000, Ev::Client);
+        world.after(30_000, Ev::Fault);
+        world
+    }
+
+    pub(crate) fn say(&self, what: impl FnOnce() -> String) {
+        if self.trace {
+            println!("{:>9} {}", self.now_us, what());
+        }
+    }
+
+    pub(crate) fn after(&mut self, delay_us: u64, ev: Ev) {
+        self.at(self.now_us + delay_us, ev);
+    }
+
+    pub(crate) fn at(&mut self, at_us: u64, ev: Ev) {
+        self.serial += 1;
+        self.queue.push(Reverse(Queued(at_us, self.serial, ev)));
+    }
+
+    pub(crate) fn start_acceptor(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        let started = StartedWith {
+            seal: n.seal,
+            store_epoch: n.disk.highest_epoch(),
+            boot: BootId(Uuid::from_u128(u128::from(n.boot))),
+            store_failed: n.store_failed,
+        };
+        n.acceptor = Some(Acceptor::new(self.rules, started));
+    }
+
+    /// A claim nobody had before.
+    pub(crate) fn new_claim(&mut self, node: usize) -> (u64, HeadClaim) {
+        let head = self.next_head;
+        self.next_head += 1;
+        let claim = HeadClaim {
+            node: self.nodes[node].id,
+            incarnation: Uuid::from_u128(u128::from(head)),
+        };
+        (head, claim)
+    }
+
+    // -- connections
+
+    pub(crate) fn connect(&mut self, from: usize, to: usize) -> u64 {
+        let conn = self.next_conn;
+        self.next_conn += 1;
+        self.conns.insert(
+            conn,
+            Conn {
+                from,
+                to,
+                head_open: true,
+                replica_open: true,
+                last_ask_us: 0,
+                last_answer_us: 0,
+            },
+        );
+        conn
+    }
+
+    fn delay_us(&mut self) -> u64 {
+        match self.rng.below(20) {
+            0 => self.rng.between(1_000, 10_000),
+            _ => self.rng.between(50, 800),
+        }
+    }
+
+    /// Towards the replica. Connection zero: the head's own node.
+    pub(crate) fn ask(&mut self, from: usize, conn: u64, ask: Ask) {
+        let delay_us = if conn == 0 {
+            self.rng.below(30)
+        } else {
+            self.delay_us()
+        };
+        let (node, at_us) = if conn == 0 {
+            // In order, as calls are.
+            let at_us = self.local_order(from, self.now_us + delay_us);
+            (from, at_us)
+        } else {
+            let Some(c) = self.conns.get_mut(&conn).filter(|c| c.head_open) else {
+                return;
+            };
+            c.last_ask_us = c.last_ask_us.max(self.now_us + delay_us) + 1;
+            (c.to, c.last_ask_us)
+        };
+        let run = self.nodes[node].run;
+        self.at(
+            at_us,
+            Ev::Ask {
+                conn,
+                node,
+                run,
+                ask,
+            },
+        );
+    }
+
+    fn local_order(&mut self, node: usize, at_us: u64) -> u64 {
+        let key = u64::MAX - node as u64;
+        let c = self.conns.entry(key).or_insert(Conn {
+            from: node,
+            to: node,
+            head_open: false,
+            replica_open: false,
+            last_ask_us: 0,
+            last_answer_us: 0,
+        });
+        c.last_ask_us = c.last_ask_us.max(at_us) + 1;
+        c.last_ask_us
+    }
+
+    /// Towards the head.
+    pub(crate) fn answer(&mut self, from: usize, conn: u64, answer: Answer) {
+        let delay_us = self.delay_us();
+        let (node, at_us) = if conn == 0 {
+            (from, self.now_us)
+        } else {
+            let Some(c) = self.conns.get_mut(&conn).filter(|c| c.replica_open) else {
+                return;
+            };
+            c.last_answer_us = c.last_answer_us.max(self.now_us + delay_us) + 1;
+            (c.from, c.last_answer_us)
+        };
+        let Some(head) = self.nodes[node].head.as_ref().map(|head| head.id) else {
+            return;
+        };
+        let run = self.nodes[node].run;
+        self.at(
+            at_us,
+            Ev::Answer {
+                conn,
+                node,
+                run,
+                head,
+                answer,
+            },
+        );
+    }
+
+    /// Both ends of a connection, now.
+    pub(crate) fn break_connection(&mut self, conn: u64) {
+        self.after(0, Ev::ClosedAtHead { conn });
+        self.after(0, Ev::ClosedAtReplica { conn });
+    }
+
+    fn is_cut(&self, from: usize, to: usize) -> bool {
+        self.cuts.get(&(from, to)).is_some_and(|count| *count > 0)
+    }
+
+    /// Whether it has to wait for a cut to end; then it does.
+    fn held_back(&mut self, ev: &Ev) -> bool {
+        let way = match ev {
+            Ev::Ask { conn, .. } if *conn != 0 => self.conns.get(conn).map(|c| (c.from, c.to)),
+            Ev::Answer { conn, .. } if *conn != 0 => self.conns.get(conn).map(|c| (c.to, c.from)),
+            _ => None,
+        };
+        let Some((from, to)) = way.filter(|(from, to)| self.is_cut(*from, *to)) else {
+            return false;
+        };
+        self.held.push((from, to, ev.clone()));
+        true
+    }
+
+    // -- running
+
+    /// Takes the next event; false when there is none.
+    pub(crate) fn step(&mut self) -> bool {
+        let Some(Reverse(Queued(at_us, _, ev))) = self.queue.pop() else {
+            return false;
+        };
+        self.now_us = self.now_us.max(at_us);
+        if let Some(node) = ev.node() {
+            let n = &mut self.nodes[node];
+            if n.frozen {
+                n.deferred.push(ev);
+                return true;
+            }
+        }
+        if self.held_back(&ev) {
+            return true;
+        }
+        self.events += 1;
+        self.handle(ev);
+        true
+    }
+
+    fn is_running(&self, node: usize, run: u64) -> bool {
+        self.nodes[node].is_up && self.nodes[node].run == run
+    }
+
+    fn handle(&mut self, ev: Ev) {
+        match ev {
+            Ev::Ask {
+                conn,
+                node,
+                run,
+                ask,
+            } => {
+                let open = conn == 0 || self.conns.get(&conn).is_some_and(|c| c.replica_open);
+                if self.is_running(node, run) && open {
+                    self.on_ask(node, conn, ask);
+                }
+            }
+            Ev::Answer {
+                conn,
+                node,
+                run,
+                head,
+                answer,
+            } => {
+                let open = conn == 0 || self.conns.get(&conn).is_some_and(|c| c.head_open);
+                if self.is_running(node, run) && open {
+                    self.with_head(node, head, |world, driver| {
+                        driver.on_answer(world, node, conn, answer);
+                    });
+                }
+            }
+            Ev::ClosedAtHead { conn } => {
+                let Some(c) = self.conns.get_mut(&conn).filter(|c| c.head_open) else {
+                    return;
+                };
+                c.head_open = false;
+                let from = c.from;
+                if self.nodes[from].frozen {
+                    // It learns of it when it runs again.
+                    c.head_open = true;
+                    self.after(5_000, Ev::ClosedAtHead { conn });
+                    return;
+                }
+                if let Some(head) = self.nodes[from].head.as_ref().map(|head| head.id) {
+                    self.with_head(from, head, |world, driver| {
+                        driver.on_link_down(world, from, conn);
+                    });
+                }
+            }
+            Ev::ClosedAtReplica { conn } => {
+                let Some(c) = self.conns.get_mut(&conn).filter(|c| c.replica_open) else {
+                    return;
+                };
+                let to = c.to;
+                if self.nodes[to].frozen {
+                    self.after(5_000, Ev::ClosedAtReplica { conn });
+                    return;
+                }
+                c.replica_open = false;
+                self.on_conn_closed(to, conn);
+            }
+            Ev::Connect {
+                node,
+                run,
+                head,
+                member,
+            } => {
+                if self.is_running(node, run) {
+                    self.with_head(node, head, |world, driver| {
+                        driver.try_connect(world, node, member);
+                    });
+                }
+            }
+            Ev::Persisted {
+                node,
+                run,
+                serial,
+                seal,
+            } => {
+                if self.is_running(node, run) {
+                    self.nodes[node].seal = Some(seal);
+                    self.on_persisted(node, serial);
+                }
+            }
+            Ev::Executed {
+                node,
+                run,
+                session,
+                op,
+                result,
+                synced,
+            } => {
+                if self.is_running(node, run) {
+                    self.on_executed(node, session, op, *result, synced);
+                }
+            }
+            Ev::Tick { node, run, head } => {
+                if self.is_running(node, run) {
+                    self.with_head(node, head, |world, driver| driver.on_tick(world, node));
+                }
+            }
+            Ev::SwapArrives {
+                node,
+                run,
+                head,
+                serial,
+                transaction,
+                is_known,
+            } => {
+                if self.meta.is_away {
+                    self.meta_held.push(Ev::SwapArrives {
+                        node,
+                        run,
+                        head,
+                        serial,
+                        transaction,
+                        is_known,
+                    });
+                    return;
+                }
+                let outcome = match self.meta.commit(&transaction) {
+                    Some(revision) => SwapOutcome::Done(revision),
+                    None => SwapOutcome::Conflict,
+                };
+                self.say(|| format!("swap {serial} of head {head}: {outcome:?}"));
+                if is_known {
+                    let delay_us = self.rng.between(200, 3_000);
+                    self.after(
+                        delay_us,
+                        Ev::Swapped {
+                            node,
+                            run,
+                            head,
+                            serial,
+                            outcome,
+                        },
+                    );
+                }
+                self.tell_watchers();
+            }
+            Ev::Swapped {
+                node,
+                run,
+                head,
+                serial,
+                outcome,
+            } => {
+                if self.is_running(node, run) {
+                    self.with_head(node, head, |world, driver| {
+                        driver.event(world, node, HeadEvent::Swapped { serial, outcome });
+                    });
+                }
+            }
+            Ev::ReadRecord { node, run, head } => {
+                if self.meta.is_away {
+                    self.meta_held.push(Ev::ReadRecord { node, run, head });
+                } else if self.is_running(node, run) {
+                    let record = Some(Box::new(self.meta.record.clone()));
+                    self.with_head(node, head, |world, driver| {
+                        driver.event(
+                            world,
+                            node,
+                            HeadEvent::Record {
+                                asked: true,
+                                record,
+                            },
+                        );
+                    });
+                }
+            }
+            Ev::Watch { node, run, head } => {
+                if self.is_running(node, run) && !self.meta.is_away {
+                    let record = Some(Box::new(self.meta.record.clone()));
+                    self.with_head(node, head, |world, driver| {
+                        driver.event(
+                            world,
+                            node,
+                            HeadEvent::Record {
+                                asked: false,
+                                record,
+                            },
+                        );
+                    });
+                }
+            }
+            Ev::Submit {
+                node,
+                run,
+                head,
+                op,
+                what,
+            } => {
+                if self.is_running(node, run) {
+                    self.with_head(node, head, |world, driver| {
+                        driver.submit(world, node, op, what);
+                    });
+                }
+            }
+            Ev::StartHead { node } => self.start_head(node),
+            Ev::StartNode { node } => self.start_node(node),
+            Ev::Thaw { node } => self.thaw(node),
+            Ev::EndCut { from, to } => {
+                if let Some(count) = self.cuts.get_mut(&(from, to)) {
+                    *count = count.saturating_sub(1);
+                }
+                if !self.is_cut(from, to) {
+                    let (now, still): (Vec<_>, Vec<_>) = std::mem::take(&mut self.held)
+                        .into_iter()
+                        .partition(|(f, t, _)| (*f, *t) == (from, to));
+                    self.held = still;
+                    for (_, _, ev) in now {
+                        self.after(0, ev);
+                    }
+                }
+            }
+            Ev::MetaBack => {
+                self.meta.is_away = false;
+                for ev in std::mem::take(&mut self.meta_held) {
+                    self.after(0, ev);
+                }
+            }
+            Ev::Roomy { node } => self.nodes[node].disk.full = false,
+            Ev::ReadsBack { node } => self.nodes[node].disk.failing_reads = false,
+            Ev::Client => self.client_step(),
+            Ev::Fault => self.fault_step(),
+        }
+    }
+
+    fn tell_watchers(&mut self) {
+        for node in 0..self.nodes.len() {
+            let Some(head) = self.nodes[node].head.as_ref().map(|head| head.id) else {
+                continue;
+            };
+            if self.rng.chance(50) {
+                let run = self.nodes[node].run;
+                let delay_us = self.rng.between(500, 100_000);
+                self.after(delay_us, Ev::Watch { node, run, head });
+            }
+        }
+    }
+
+    pub(crate) fn with_head(
+        &mut self,
+        node: usize,
+        head: u64,
+        act: impl FnOnce(&mut World, &mut Driver),
+    ) {
+        let Some(mut driver) = self.nodes[node].head.take() else {
+            return;
+        };
+        if driver.id != head {
+            self.nodes[node].head = Some(driver);
+            return;
+        }
+        act(self, &mut driver);
+        if !driver.is_stopped() {
+            driver.head.check_invariants();
+            self.nodes[node].head = Some(driver);
+        } else {
+            self.say(|| {
+                format!(
+                    "head {head} on node {node} stops: {:?}",
+                    driver.head.stopped()
+                )
+            });
+            driver.close_links(self);
+        }
+    }
+
+    // -- nodes
+
+    /// The process ends: what it had in memory is gone, what its store has is not.
+    pub(crate) fn stop_node(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        if !n.is_up {
+            return;
+        }
+        n.is_up = false;
+        n.frozen = false;
+        n.deferred.clear();
+        n.acceptor = None;
+        n.head = None;
+        n.run += 1;
+        let conns: Vec<u64> = self
+            .conns
+            .iter()
+            .filter(|(_, c)| c.from == node || c.to == node)
+            .map(|(id, _)| *id)
+            .collect();
+        for conn in conns {
+            let Some(c) = self.conns.get_mut(&conn) else {
+                continue;
+            };
+            if c.from == node {
+                c.head_open = false;
+            }
+            if c.to == node {
+                c.replica_open = false;
+            }
+            let delay_us = self.rng.between(100, 20_000);
+            self.after(delay_us, Ev::ClosedAtHead { conn });
+            // What the dead process had sent may still arrive, and long after.
+            let delay_us = match self.rng.below(3) {
+                0 => self.rng.between(100, 400_000),
+                _ => self.rng.between(100, 20_000),
+            };
+            self.after(delay_us, Ev::ClosedAtReplica { conn });
+        }
+        let delay_us = self.rng.between(1_000, 400_000);
+        self.after(delay_us, Ev::StartNode { node });
+    }
+
+    pub(crate) fn start_node(&mut self, node: usize) {
+        if self.nodes[node].is_up {
+            return;
+        }
+        self.say(|| format!("node {node} starts"));
+        self.nodes[node].is_up = true;
+        if self.nodes[node].disk.poisoned {
+            // What was not synced may be gone, as after a power cut, but the boot is the same.
+            let mut rng = self.rng.clone();
+            self.nodes[node].disk.lose_power(&mut rng);
+            self.rng = rng;
+            self.nodes[node].store_failed = true;
+        }
+        self.start_acceptor(node);
+        self.nodes[node].store_failed = false;
+        // The mark is durable from here on.
+        let n = &mut self.nodes[node];
+        if let Some(acceptor) = &n.acceptor
+            && (acceptor.lost() || n.seal.is_some())
+        {
+            n.seal = Some(acceptor.seal());
+        }
+    }
+
+    fn thaw(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        if !n.frozen {
+            return;
+        }
+        n.frozen = false;
+        let deferred = std::mem::take(&mut n.deferred);
+        self.say(|| format!("node {node} thaws"));
+        for ev in deferred {
+            self.after(0, ev);
+        }
+    }
+
+    fn start_head(&mut self, node: usize) {
+        let n = &self.nodes[node];
+        if !n.is_up || n.frozen || n.head.is_some() || self.meta.is_away {
+            return;
+        }
+        let record = self.meta.record.clone();
+        let (head, claim) = self.new_claim(node);
+        self.say(|| format!("head {head} starts on node {node}"));
+        Driver::start(self, node, head, claim, record);
+    }
+}

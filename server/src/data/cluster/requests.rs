@@ -1,0 +1,706 @@
+//! What clients ask of a replicated volume: cut into pieces of one chunk each, which go to the replicas of its set.
+//!
+//! A request keeps its bytes until every piece is acknowledged: a piece may have to be sent again after the set has
+//! changed. The range lock, reading the edges of partial blocks and the answer are as for any volume.
+
+use ashlar_core::nbd::errors::RequestError;
+use ashlar_core::nbd::reply::{Allocation, Status as BlockStatus};
+use ashlar_core::nbd::request::Command as AskedFor;
+use ashlar_core::replication::wire::{MAX_MESSAGE_BLOCKS, Status};
+use ashlar_core::replication::{FlushAdmission, MemberId, ReplicaMask, StopReason, WriteAdmission};
+use ashlar_core::store::ExtentKey;
+use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
+use ashlar_core::volume::{
+    Access, Began, BlockRange, Pieces, Started, blocks_touched, whole_blocks,
+};
+use smallvec::SmallVec;
+
+use super::super::execute::refusal_text;
+use super::super::operation::{Edges, Operation, Payload, Request, Source, Work, op_id};
+use super::super::receiver::{covering_bytes, payload_start};
+use super::super::thread::{DataThread, VolumeHead};
+use super::head::Way;
+use super::outgoing::checksums;
+use super::replica::ReplicaWork;
+use super::{Asked, VolumeRef};
+
+/// Real zeros, sent where zeros must take space.
+static ZEROS: [u8; MAX_MESSAGE_BLOCKS as usize * BLOCK_BYTES] =
+    [0; MAX_MESSAGE_BLOCKS as usize * BLOCK_BYTES];
+
+/// A request of a client in the table of operations.
+pub(in super::super) struct Replicated {
+    pub(super) volume: VolumeRef,
+    /// Tells it from another one that had its place in the table.
+    pub(super) serial: u64,
+    pub(in super::super) request: Request,
+    pub(super) stage: Stage,
+    pub(super) edges: Edges,
+    pub(super) middle: Option<BlockRange>,
+    pub(super) source: Source,
+    pub(super) pieces: SmallVec<[Piece; 1]>,
+    /// Pieces that are not at their end.
+    pub(super) left: usize,
+    /// Reads that a store of this thread has not ended: it writes into the buffer, which must stay until then.
+    pub(super) reads_here: u32,
+    /// It is over, and goes when the stores have let go of its buffer.
+    pub(super) is_over: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Behind another request in the range lock.
+    Waiting,
+    /// Blocks that are partly covered by a change are being read.
+    Edges,
+    /// What was asked for.
+    Body,
+    Flush,
+}
+
+/// Blocks of one chunk.
+pub(super) struct Piece {
+    pub(super) extent: ExtentKey,
+    pub(super) first_block: u32,
+    pub(super) count: u32,
+    /// Where they lie in the request's buffer, bytes.
+    pub(super) at: usize,
+    pub(super) content: Content,
+    /// Of a read: the replicas that could not give it.
+    pub(super) tried: ReplicaMask,
+    /// One of them has a damaged copy.
+    pub(super) is_damaged: bool,
+    /// What the last of them said.
+    pub(super) refusal: Status,
+    /// Of a read under way: the session it was asked on, and the place of that replica.
+    pub(super) asked: Option<(u32, u8)>,
+    /// A store of this thread has not ended it.
+    pub(super) is_here: bool,
+    /// Version it was sent with.
+    pub(super) version: Version,
+    pub(super) is_done: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Read into the buffer.
+    Read,
+    /// Written from the buffer.
+    Buffer,
+    /// A zero entry.
+    Hole,
+    /// Zeros that take space.
+    Zeros,
+}
+
+impl DataThread {
+    /// Takes a request of a replicated volume.
+    pub(in super::super) fn replicated_request(
+        &mut self,
+        volume: VolumeRef,
+        mut request: Request,
+        command: AskedFor,
+        payload: Payload<'_>,
+    ) {
+        let (offset, length) = (request.reply.offset, request.length);
+        if let AskedFor::Flush = command {
+            let key = self.put_replicated(volume, request, Stage::Flush, Source::Buffer);
+            return self.ask_flush(key);
+        }
+        let (access, source) = match command {
+            AskedFor::Read { dont_fragment } => {
+                request.work = Work::Read {
+                    dont_fragment,
+                    holes: SmallVec::new(),
+                };
+                (Access::Shared, Source::Buffer)
+            }
+            AskedFor::WriteZeroes { no_hole: true, .. } => (Access::Exclusive, Source::Zeros),
+            AskedFor::Trim | AskedFor::WriteZeroes { .. } => (Access::Exclusive, Source::Holes),
+            _ => (Access::Exclusive, Source::Buffer),
+        };
+        let (mut edges, middle) = match command {
+            AskedFor::Read { .. } => (Edges::default(), None),
+            // A trim of part of a block does nothing.
+            AskedFor::Trim => (Edges::default(), whole_blocks(offset, length)),
+            _ => Edges::of(offset, length),
+        };
+        let range = match middle {
+            Some(middle) if edges.is_empty() => Some(middle),
+            _ if matches!(command, AskedFor::Trim) => None,
+            _ => blocks_touched(offset, length),
+        };
+        let Some(range) = range else {
+            return self.answer_done(request);
+        };
+        if matches!(command, AskedFor::Write) && request.buffer.is_none() {
+            let mut buffer = self.hold(request.connection, covering_bytes(offset, length));
+            match &payload {
+                Payload::Landed(landed) => {
+                    buffer.put(payload_start(offset), landed.bytes(&mut self.stores));
+                }
+                _ => buffer.put(payload_start(offset), payload.received()),
+            }
+            request.buffer = Some(buffer);
+        }
+        if let Payload::Landed(landed) = payload {
+            landed.cancel(&mut self.stores);
+        }
+        if matches!(command, AskedFor::Read { .. }) {
+            let bytes = (payload_start(offset) + length as usize).next_multiple_of(BLOCK_BYTES);
+            request.buffer = Some(self.hold(request.connection, bytes));
+        }
+        if !edges.is_empty() {
+            if source == Source::Buffer {
+                edges.scratch = covering_bytes(offset, length) - 2 * BLOCK_BYTES;
+            } else {
+                request.buffer = Some(self.hold(request.connection, 2 * BLOCK_BYTES));
+            }
+        }
+        let key = self.put_replicated(volume, request, Stage::Waiting, source);
+        if let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) {
+            entry.edges = edges;
+            entry.middle = middle;
+        }
+        let began = match self.replication(volume) {
+            Some(replication) => replication.head.begin(access, range, key as u64),
+            None => return self.end_replicated(key, Some(RequestError::ShuttingDown)),
+        };
+        match began {
+            Ok(Began::Now(started)) => self.start_replicated(started),
+            Ok(Began::Waiting(ticket)) => {
+                if let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) {
+                    entry.request.ticket = Some(ticket);
+                }
+            }
+            Err(refusal) => self.end_replicated(key, Some(refusal_text(refusal))),
+        }
+    }
+
+    fn put_replicated(
+        &mut self,
+        volume: VolumeRef,
+        request: Request,
+        stage: Stage,
+        source: Source,
+    ) -> usize {
+        let serial = self.cluster.serial();
+        if stage == Stage::Flush {
+            self.volumes[volume.key].unlocked += 1;
+        }
+        self.operations.insert(Operation::Replicated(Replicated {
+            volume,
+            serial,
+            request,
+            stage,
+            edges: Edges::default(),
+            middle: None,
+            source,
+            pieces: SmallVec::new(),
+            left: 0,
+            reads_here: 0,
+            is_over: false,
+        }))
+    }
+
+    /// A request has its range.
+    pub(in super::super) fn start_replicated(&mut self, started: Started) {
+        let key = started.tag as usize;
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        entry.request.ticket = Some(started.ticket);
+        entry.request.version = started.version;
+        let is_read = matches!(entry.request.work, Work::Read { .. });
+        if !is_read && !entry.edges.is_empty() {
+            entry.stage = Stage::Edges;
+            let scratch = entry.edges.scratch;
+            let edges = [
+                (entry.edges.first, scratch),
+                (entry.edges.last, scratch + BLOCK_BYTES),
+            ];
+            for (edge, at) in edges {
+                if let Some(edge) = edge {
+                    self.cut(key, edge.block, 1, at, Content::Read);
+                }
+            }
+            return self.ask_pieces(key);
+        }
+        self.start_body(key);
+    }
+
+    /// The edges, if there were any, are read.
+    fn start_body(&mut self, key: usize) {
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        entry.stage = Stage::Body;
+        entry.pieces.clear();
+        entry.left = 0;
+        let offset = entry.request.reply.offset;
+        let first_block = offset / BLOCK_BYTES as u64;
+        if matches!(entry.request.work, Work::Read { .. }) {
+            let Some(range) = blocks_touched(offset, entry.request.length) else {
+                return;
+            };
+            self.cut(
+                key,
+                range.first(),
+                range.end() - range.first(),
+                0,
+                Content::Read,
+            );
+            return self.ask_pieces(key);
+        }
+        let (edges, middle, source) = (entry.edges, entry.middle, entry.source);
+        for (edge, at) in [
+            (edges.first, edges.scratch),
+            (edges.last, edges.scratch + BLOCK_BYTES),
+        ] {
+            if let Some(edge) = edge {
+                self.cut(key, edge.block, 1, at, Content::Buffer);
+            }
+        }
+        if let Some(range) = middle {
+            let (at, content) = match source {
+                Source::Buffer => (
+                    (range.first() - first_block) as usize * BLOCK_BYTES,
+                    Content::Buffer,
+                ),
+                Source::Holes => (0, Content::Hole),
+                Source::Zeros => (0, Content::Zeros),
+            };
+            self.cut(key, range.first(), range.end() - range.first(), at, content);
+        }
+        self.ask_pieces(key);
+    }
+
+    /// Adds the pieces of a run of blocks.
+    fn cut(&mut self, key: usize, first: u64, blocks: u64, at: usize, content: Content) {
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        let layer = self.volumes[entry.volume.key].spec.layer;
+        let most = if content == Content::Hole {
+            CHUNK_BLOCKS
+        } else {
+            MAX_MESSAGE_BLOCKS
+        };
+        let mut done = 0;
+        while done < blocks {
+            let block = first + done;
+            let first_block = (block % u64::from(CHUNK_BLOCKS)) as u32;
+            let count = (blocks - done)
+                .min(u64::from(CHUNK_BLOCKS - first_block))
+                .min(u64::from(most)) as u32;
+            entry.pieces.push(Piece {
+                extent: ExtentKey {
+                    layer,
+                    chunk: ChunkIndex((block / u64::from(CHUNK_BLOCKS)) as u32),
+                },
+                first_block,
+                count,
+                at: at + done as usize * BLOCK_BYTES,
+                content,
+                tried: ReplicaMask::default(),
+                is_damaged: false,
+                refusal: Status::Device,
+                asked: None,
+                is_here: false,
+                version: entry.request.version,
+                is_done: false,
+            });
+            entry.left += 1;
+            done += u64::from(count);
+        }
+    }
+
+    fn ask_pieces(&mut self, key: usize) {
+        let Some(Operation::Replicated(entry)) = self.operations.get(key) else {
+            return;
+        };
+        let (serial, count, stage) = (entry.serial, entry.pieces.len(), entry.stage);
+        for piece in 0..count {
+            // The answers may all be there already, and something else in its place.
+            let goes_on = matches!(self.operations.get(key), Some(Operation::Replicated(entry))
+                if entry.serial == serial && entry.stage == stage);
+            if !goes_on {
+                return;
+            }
+            self.ask_piece(key, piece as u32);
+        }
+    }
+
+    /// Asks the head where a piece goes, and sends it there.
+    fn ask_piece(&mut self, key: usize, index: u32) {
+        let Some(Operation::Replicated(entry)) = self.operations.get(key) else {
+            return;
+        };
+        let Some(piece) = entry.pieces.get(index as usize) else {
+            return;
+        };
+        if piece.is_done || entry.is_over {
+            return;
+        }
+        if piece.content == Content::Read {
+            self.ask_read(key, index);
+        } else {
+            self.ask_change(key, index);
+        }
+    }
+
+    pub(super) fn wait_piece(&mut self, volume: VolumeRef, key: usize, index: u32) {
+        let Some(Operation::Replicated(entry)) = self.operations.get(key) else {
+            return;
+        };
+        let serial = entry.serial;
+        if let Some(replication) = self.replication(volume) {
+            replication.waiting.push((key, serial, index));
+        }
+    }
+
+    // -- changes
+
+    fn ask_change(&mut self, key: usize, index: u32) {
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        let volume = entry.volume;
+        let durable = entry.request.durable;
+        let piece = &entry.pieces[index as usize];
+        let (extent, first_block, count) = (piece.extent, piece.first_block, piece.count);
+        let (at, content, version) = (piece.at, piece.content, piece.version);
+        let buffer = entry.request.buffer.take();
+        let serial = entry.serial;
+        let tag = op_id(key, index);
+        let admission = self.with_head(volume, |head, now_us, _| {
+            let set = head.set_of(extent.chunk);
+            let admission = head.admit_write(set, extent, first_block, count, tag, version, now_us);
+            (set, admission)
+        });
+        let mut stopped = false;
+        match admission {
+            Some((
+                set,
+                WriteAdmission::Send {
+                    op,
+                    version,
+                    targets,
+                },
+            )) => {
+                let data: &[u8] = match (content, &buffer) {
+                    (Content::Zeros, _) => &ZEROS[..count as usize * BLOCK_BYTES],
+                    // SAFETY: the payload, or an edge that was read and changed, fills the blocks of the piece.
+                    (Content::Buffer, Some(buffer)) => unsafe {
+                        buffer.bytes(at, count as usize * BLOCK_BYTES)
+                    },
+                    _ => &[],
+                };
+                let crcs = checksums(data);
+                let work = if content == Content::Hole {
+                    ReplicaWork::Zero {
+                        extent,
+                        first_block,
+                        count,
+                        version,
+                        durable,
+                    }
+                } else {
+                    ReplicaWork::Write {
+                        extent,
+                        first_block,
+                        version,
+                        crcs: Some(&crcs),
+                        data,
+                        durable,
+                    }
+                };
+                let members: SmallVec<[(u8, MemberId, bool); 8]> = match self.replication(volume) {
+                    Some(replication) => targets
+                        .places()
+                        .map(|place| {
+                            let member = replication.head.replica(set, place as u8);
+                            let here = replication
+                                .session(member)
+                                .is_some_and(|s| matches!(s.way, Way::Here(_)));
+                            (place as u8, member, here)
+                        })
+                        .collect(),
+                    None => SmallVec::new(),
+                };
+                // Those that are far have the longer way, so they begin.
+                for is_here in [false, true] {
+                    for (place, member, here) in &members {
+                        if *here == is_here {
+                            let asked = Asked::Change { op, place: *place };
+                            self.ask(volume, *member, asked, work);
+                        }
+                    }
+                }
+            }
+            Some((_, WriteAdmission::Wait)) => self.wait_piece(volume, key, index),
+            Some((_, WriteAdmission::Stopped)) | None => stopped = true,
+        }
+        // Every answer may have been there at once.
+        match self.operations.get_mut(key) {
+            Some(Operation::Replicated(entry)) if entry.serial == serial => {
+                entry.request.buffer = buffer;
+                if stopped {
+                    self.end_replicated(key, Some(RequestError::Fenced));
+                }
+            }
+            _ => {
+                if let Some(buffer) = buffer {
+                    self.pool.give(buffer);
+                    self.freed = true;
+                }
+            }
+        }
+    }
+
+    /// The head says that a change or a flush is done.
+    pub(super) fn piece_acknowledged(&mut self, tag: u64) {
+        let (key, index) = super::super::operation::op_key(tag);
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        if entry.stage == Stage::Flush {
+            return self.end_replicated(key, None);
+        }
+        self.piece_done(key, index);
+    }
+
+    pub(super) fn piece_failed(&mut self, tag: u64, status: Status) {
+        let (key, index) = super::super::operation::op_key(tag);
+        let error = error_of(status);
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        entry.request.error.get_or_insert(error);
+        if entry.stage == Stage::Flush {
+            return self.end_replicated(key, Some(error));
+        }
+        self.piece_done(key, index);
+    }
+
+    pub(super) fn piece_again(&mut self, tag: u64, version: Version) {
+        let (key, index) = super::super::operation::op_key(tag);
+        if let Some(Operation::Replicated(entry)) = self.operations.get_mut(key)
+            && let Some(piece) = entry.pieces.get_mut(index as usize)
+        {
+            piece.version = version;
+            self.ask_piece(key, index);
+        }
+    }
+
+    /// A flush has to be asked again, later.
+    pub(super) fn piece_waits(&mut self, volume: VolumeRef, tag: u64) {
+        let (key, index) = super::super::operation::op_key(tag);
+        self.wait_piece(volume, key, index);
+    }
+
+    /// Asks again what was told to wait.
+    pub(super) fn retry_waiting(&mut self, volume: VolumeRef) {
+        let Some(replication) = self.replication(volume) else {
+            return;
+        };
+        for (key, serial, index) in std::mem::take(&mut replication.waiting) {
+            match self.operations.get(key) {
+                Some(Operation::Replicated(entry)) if entry.serial == serial => {
+                    if entry.stage == Stage::Flush {
+                        self.ask_flush(key);
+                    } else {
+                        self.ask_piece(key, index);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn piece_done(&mut self, key: usize, index: u32) {
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        let Some(piece) = entry.pieces.get_mut(index as usize) else {
+            return;
+        };
+        if std::mem::replace(&mut piece.is_done, true) {
+            return;
+        }
+        entry.left -= 1;
+        if entry.left > 0 {
+            return;
+        }
+        if entry.stage == Stage::Edges && entry.request.error.is_none() {
+            self.change_edges(key);
+            return self.start_body(key);
+        }
+        let error = entry.request.error;
+        self.end_replicated(key, error);
+    }
+
+    /// Puts the changed bytes into the edge blocks that were read.
+    fn change_edges(&mut self, key: usize) {
+        let Some(Operation::Replicated(entry)) = self.operations.get_mut(key) else {
+            return;
+        };
+        let first_block = entry.request.reply.offset / BLOCK_BYTES as u64;
+        let (edges, source) = (entry.edges, entry.source);
+        let Some(buffer) = &mut entry.request.buffer else {
+            return;
+        };
+        for (edge, scratch) in [
+            (edges.first, edges.scratch),
+            (edges.last, edges.scratch + BLOCK_BYTES),
+        ] {
+            let Some(edge) = edge else { continue };
+            let (from, len) = (edge.from as usize, (edge.to - edge.from) as usize);
+            if source == Source::Buffer {
+                let payload = (edge.block - first_block) as usize * BLOCK_BYTES + from;
+                buffer.copy_within(payload, scratch + from, len);
+            } else {
+                buffer.zero(scratch + from, len);
+            }
+        }
+    }
+
+    // -- flush and block status
+
+    fn ask_flush(&mut self, key: usize) {
+        let Some(Operation::Replicated(entry)) = self.operations.get(key) else {
+            return;
+        };
+        let (volume, tag) = (entry.volume, op_id(key, 0));
+        let admission = self.with_head(volume, |head, now_us, _| head.begin_flush(tag, now_us));
+        match admission {
+            Some(FlushAdmission::Send { op, members }) => {
+                for member in members {
+                    let asked = Asked::Flush { op, member };
+                    self.ask(volume, member, asked, ReplicaWork::Flush);
+                }
+            }
+            Some(FlushAdmission::Done) => self.end_replicated(key, None),
+            Some(FlushAdmission::Wait) => self.wait_piece(volume, key, 0),
+            Some(FlushAdmission::Stopped) | None => {
+                self.end_replicated(key, Some(RequestError::Fenced));
+            }
+        }
+    }
+
+    /// Block status from the copies of this thread's stores; where there is none, blocks count as data, which is always
+    /// allowed.
+    pub(in super::super) fn replicated_status(
+        &mut self,
+        volume: usize,
+        status: &mut BlockStatus,
+        (offset, length): (u64, u64),
+    ) -> Result<(), Option<(usize, ExtentKey, u32, u32)>> {
+        for piece in Pieces::new(offset, length) {
+            let extent = ExtentKey {
+                layer: self.volumes[volume].spec.layer,
+                chunk: piece.chunk,
+            };
+            let mut skip = u64::from(piece.skip_bytes);
+            let mut push = |blocks: u32, allocation| {
+                let bytes = u64::from(blocks) * BLOCK_BYTES as u64 - std::mem::take(&mut skip);
+                status.push(bytes, allocation)
+            };
+            let Some(store) = self.copy_here(volume, extent) else {
+                if !push(piece.blocks, Allocation::Data) {
+                    return Ok(());
+                }
+                continue;
+            };
+            let driver = &mut self.stores[store].store;
+            if driver.status().poisoned.is_some() {
+                return Err(None);
+            }
+            let Some(runs) = driver.extents(extent, piece.first_block, piece.blocks) else {
+                return Err(Some((store, extent, piece.first_block, piece.blocks)));
+            };
+            for (mapped, blocks) in runs {
+                let allocation = if mapped {
+                    Allocation::Data
+                } else {
+                    Allocation::Hole
+                };
+                if !push(blocks, allocation) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // -- the end
+
+    /// Answers a request, gives its range back and removes it.
+    pub(super) fn end_replicated(&mut self, key: usize, error: Option<RequestError>) {
+        match self.operations.get_mut(key) {
+            Some(Operation::Replicated(entry)) if entry.reads_here > 0 => {
+                entry.is_over = true;
+                entry.request.error = error;
+                return;
+            }
+            _ => {}
+        }
+        let Operation::Replicated(entry) = self.operations.remove(key) else {
+            return;
+        };
+        let Replicated {
+            volume,
+            mut request,
+            stage,
+            ..
+        } = entry;
+        if stage == Stage::Flush {
+            self.volumes[volume.key].unlocked -= 1;
+        }
+        let ticket = request.ticket.take();
+        match error {
+            Some(error) => self.answer_error(request, error),
+            None if matches!(request.work, Work::Read { .. }) => self.answer_read(request),
+            None => self.answer_done(request),
+        }
+        if let Some(ticket) = ticket {
+            self.release(volume.key, ticket);
+        }
+        self.volume_may_close(volume.key);
+    }
+
+    /// The head is at its end: every request of its volume fails.
+    pub(super) fn fail_requests(&mut self, volume: VolumeRef, reason: StopReason) {
+        let error = match reason {
+            StopReason::Closed => RequestError::ShuttingDown,
+            StopReason::Fenced { .. } | StopReason::Deleted | StopReason::EpochsExhausted => {
+                RequestError::Fenced
+            }
+        };
+        for key in self.requests_of(volume) {
+            self.end_replicated(key, Some(error));
+        }
+    }
+
+    /// Who a request of a volume with replicas is for.
+    pub(in super::super) fn replicated(&self, volume: usize) -> Option<VolumeRef> {
+        match &self.volumes.get(volume)?.head {
+            VolumeHead::Replicated(replication) => Some(VolumeRef {
+                key: volume,
+                serial: replication.serial,
+            }),
+            VolumeHead::Single(_) => None,
+        }
+    }
+}
+
+/// What a client is told.
+pub(super) fn error_of(status: Status) -> RequestError {
+    match status {
+        Status::NoSpace => RequestError::NoSpace,
+        Status::Poisoned => RequestError::Poisoned,
+        Status::Corrupt | Status::Garbled => RequestError::Corrupt,
+        Status::Ok | Status::Device | Status::Refused => RequestError::Device,
+        Status::Fenced => RequestError::Fenced,
+    }
+}

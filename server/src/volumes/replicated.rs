@@ -1,0 +1,454 @@
+//! Volumes with replicas on several daemons: opened by a head that claims them itself, followed by what it tells, and by
+//! what the records of the cluster say.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use ashlar_core::placement::{ClusterStore, spread};
+use ashlar_core::records::{
+    MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
+    VolumeRecord, VolumeState, finish_delete, keys,
+};
+use ashlar_core::replication::{News, StopReason};
+use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
+
+use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
+use crate::data::ReplicatedSpec;
+use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
+use crate::replication::ReplicationEvent;
+
+/// Copies of a new volume, where there are as many nodes and nobody said otherwise.
+const REPLICAS_BY_DEFAULT: usize = 3;
+/// Why a volume is not served while its replicas are being sealed and made alike.
+const SEALING: &str = "its replicas are being sealed";
+/// How long who opens or creates a volume waits for it to be served: longer than a head waits for the lease of another.
+const OPENING_TIME: Duration = Duration::from_secs(15);
+/// Room that was told longer ago than this is not relied on: its daemon is probably gone.
+const SPACE_IS_FRESH_MS: u64 = 60_000;
+/// Until a watch that ended begins anew.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+impl Volumes {
+    /// Replica sets for a new volume of this cluster.
+    pub(super) async fn place_replicas(
+        &self,
+        size_bytes: u64,
+        replicas: u32,
+    ) -> Result<(u32, Placement), VolumeError> {
+        let now = unix_ms();
+        let mut stores = Vec::new();
+        for entry in self.store.list(keys::SPACES).await?.entries {
+            let space = entry.read::<SpaceRecord>()?.record;
+            if space.at_unix_ms + SPACE_IS_FRESH_MS >= now {
+                stores.push(ClusterStore {
+                    id: space.store,
+                    node: space.node,
+                    zone: None,
+                    free_blocks: space.free_blocks,
+                });
+            }
+        }
+        let zones = self.zones().await?;
+        for store in &mut stores {
+            store.zone = zones.get(&store.node).cloned();
+        }
+        let chunks = size_bytes.div_ceil(CHUNK_BYTES);
+        let mut nodes: Vec<NodeId> = stores.iter().map(|store| store.node).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        let replicas = match replicas {
+            0 => nodes.len().clamp(1, REPLICAS_BY_DEFAULT) as u32,
+            asked => asked,
+        };
+        let sets = spread(&stores, replicas as usize, chunks, self.head.node)?;
+        let replica = |at: &usize| Replica::in_sync(stores[*at].node, stores[*at].id);
+        let sets = sets.iter().map(|set| ReplicaSet {
+            replicas: set.iter().map(replica).collect(),
+        });
+        let placement = Placement {
+            stores: Vec::new(),
+            sets: sets.collect(),
+        };
+        Ok((replicas, placement))
+    }
+
+    /// What fails together with each node.
+    async fn zones(&self) -> Result<BTreeMap<NodeId, String>, VolumeError> {
+        let mut zones = BTreeMap::new();
+        for entry in self.store.list(keys::MEMBERS).await?.entries {
+            let member = entry.read::<MemberRecord>()?.record;
+            if let Some(zone) = member.labels.get("zone") {
+                zones.insert(member.id, zone.clone());
+            }
+        }
+        Ok(zones)
+    }
+
+    /// Whether a volume may be changed here in a way that takes its head's clients away.
+    pub(super) fn is_here(&self, current: &Versioned<VolumeRecord>) -> Result<(), VolumeError> {
+        let record = &current.record;
+        let is_served = self
+            .catalog()
+            .get(record.id)
+            .is_some_and(|entry| entry.serving == Serving::Yes);
+        match record.head {
+            Some(head)
+                if record.placement.is_replicated()
+                    && !is_served
+                    && head.node != self.head.node =>
+            {
+                Err(VolumeError::Elsewhere {
+                    reference: record.name.to_string(),
+                    node: head.node,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has a head claim a volume and serve it; the catalog says when it does.
+    pub(super) async fn open_replicated(
+        &self,
+        current: Versioned<VolumeRecord>,
+    ) -> Result<(), VolumeError> {
+        let id = current.record.id;
+        let reference = current.record.name.to_string();
+        let spec = ReplicatedSpec {
+            written: self.written_epoch(&current.record),
+            admitted: current.record.admitted(),
+            claim: self.head,
+            record: current.clone(),
+        };
+        self.catalog()
+            .put(current.clone(), Serving::No(SEALING.to_owned()));
+        match self.host.open_replicated(spec).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let reason = error.to_string();
+                self.catalog().put(current, Serving::No(reason.clone()));
+                tracing::error!(volume = reference, id = %id.0, %error, "a volume is not served");
+                Err(VolumeError::NotServed { reference, reason })
+            }
+        }
+    }
+
+    /// Serves a volume here, wherever it is served now: its old head is fenced, and its clients' connections end.
+    pub async fn open_here(self: &Arc<Self>, reference: &str) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (known, _guard) = service.lock_volume(&reference).await?;
+            let id = known.record.id;
+            let current = service.reread(id).await?;
+            if !current.record.placement.is_replicated() {
+                return Err(VolumeError::NotServed {
+                    reference,
+                    reason: "it has one copy, on the stores of one node, and is served there alone"
+                        .to_owned(),
+                });
+            }
+            let is_open = service
+                .catalog()
+                .get(id)
+                .is_some_and(|entry| entry.serving == Serving::Yes);
+            if !is_open {
+                match service.open_replicated(current).await {
+                    Ok(()) => {}
+                    // Being opened already.
+                    Err(VolumeError::NotServed { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+                service.wait_until_served(id).await?;
+            }
+            service.get(&id.0.to_string())
+        })
+        .await
+    }
+
+    /// Waits until a volume that is being opened is served.
+    pub(super) async fn wait_until_served(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let mut changes = self.served.subscribe();
+        let served = async {
+            loop {
+                let serving = self.catalog().get(id).map(|entry| entry.serving.clone());
+                match serving {
+                    Some(Serving::Yes) => return Ok(()),
+                    Some(Serving::No(reason)) if reason != SEALING => return Err(reason),
+                    Some(Serving::No(_)) => {}
+                    None => return Err("it was deleted".to_owned()),
+                }
+                if changes.changed().await.is_err() {
+                    return Err("the daemon is shutting down".to_owned());
+                }
+            }
+        };
+        let outcome = tokio::time::timeout(OPENING_TIME, served).await;
+        let reason = match outcome {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(reason)) => reason,
+            Err(_) => "its replicas could not be sealed in time; `ashlar volume show` tells which are missing".to_owned(),
+        };
+        Err(VolumeError::NotServed {
+            reference: id.0.to_string(),
+            reason,
+        })
+    }
+
+    /// Follows what heads tell, as long as the data plane lives.
+    pub(super) fn follow_heads(self: &Arc<Self>) {
+        let (host, service) = (self.host.clone(), Arc::downgrade(self));
+        tokio::spawn(async move {
+            while let Some(event) = host.replication_event().await {
+                let Some(service) = service.upgrade() else {
+                    return;
+                };
+                service.on_replication(event).await;
+            }
+        });
+    }
+
+    async fn on_replication(self: &Arc<Self>, event: ReplicationEvent) {
+        match event {
+            ReplicationEvent::Serving { volume } => {
+                self.set_serving(volume, Serving::Yes);
+                tracing::info!(id = %volume.0, "a volume is served");
+            }
+            ReplicationEvent::SessionsEnded {
+                volume,
+                client_generation,
+            } => {
+                tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
+            }
+            ReplicationEvent::Stopped { volume, reason } => {
+                self.host.replication_ended(volume);
+                let text = match reason {
+                    StopReason::Closed => "it was closed".to_owned(),
+                    StopReason::Fenced { .. } => {
+                        tracing::warn!(id = %volume.0, %reason, "a volume is no longer served here");
+                        "another node serves it".to_owned()
+                    }
+                    StopReason::Deleted => {
+                        self.catalog().remove(volume);
+                        self.served.send_replace(());
+                        return;
+                    }
+                    StopReason::EpochsExhausted => {
+                        tracing::error!(id = %volume.0, %reason, "a volume is no longer served");
+                        reason.to_string()
+                    }
+                };
+                self.set_serving(volume, Serving::No(text));
+            }
+            ReplicationEvent::News { volume, node, news } => self.on_news(volume, node, &news),
+        }
+    }
+
+    fn on_news(&self, volume: VolumeId, node: Option<NodeId>, news: &News) {
+        let node = node.map_or_else(String::new, |node| node.0.to_string());
+        let id = volume.0;
+        match news {
+            News::Failed { status, .. } => match status {
+                Some(status) => {
+                    tracing::warn!(%id, node, %status, "a replica failed; acknowledgements wait until it is recorded as out of sync");
+                }
+                None => {
+                    tracing::warn!(%id, node, "a replica does not answer; acknowledgements wait until it is recorded as out of sync");
+                }
+            },
+            News::Dropped { set, .. } => {
+                tracing::warn!(%id, node, set = set.0, "a replica is out of sync");
+            }
+            News::ResyncStarted { set, .. } => {
+                tracing::info!(%id, node, set = set.0, "a replica is being brought up to date");
+            }
+            News::ResyncFailed { set, .. } => {
+                tracing::warn!(%id, node, set = set.0, "bringing a replica up to date was cut off; it is tried again");
+            }
+            News::Rejoined {
+                set, copied_blocks, ..
+            } => {
+                tracing::info!(%id, node, set = set.0, copied_bytes = copied_blocks * 4096, "a replica is in sync again");
+            }
+            News::Removed { set, .. } => {
+                tracing::info!(%id, node, set = set.0, "a replica was removed");
+            }
+            News::LostPower { .. } => {
+                tracing::warn!(%id, node, "a replica lost power while it was open for writing");
+            }
+            News::Repaired {
+                extent,
+                first_block,
+                count,
+            } => {
+                tracing::warn!(%id, chunk = extent.chunk.0, first_block, count, "damaged blocks were written again from a good copy");
+            }
+        }
+        self.served.send_replace(());
+    }
+
+    fn set_serving(&self, id: VolumeId, serving: Serving) {
+        {
+            let mut catalog = self.catalog();
+            if let Some(current) = catalog.get(id).map(|entry| entry.current.clone()) {
+                catalog.put(current, serving);
+            }
+        }
+        self.served.send_replace(());
+    }
+
+    // -- the records of a cluster
+
+    /// Follows the records that other daemons change.
+    pub(super) fn follow_records(self: &Arc<Self>) {
+        tokio::spawn(follow(Arc::downgrade(self)));
+    }
+
+    async fn follow_once(self: &Arc<Self>) -> Result<(), VolumeError> {
+        let listing = self.store.list(keys::VOLUMES).await?;
+        let revision = listing.revision;
+        for entry in listing.entries {
+            let current = entry.read::<VolumeRecord>()?;
+            self.record_seen(current).await;
+        }
+        let mut watch = self.store.watch(keys::VOLUMES, revision).await?;
+        loop {
+            match watch.next().await {
+                Ok(batch) => self.batch_seen(batch).await?,
+                Err(WatchEnd::Lagged | WatchEnd::Closed) => return Ok(()),
+            }
+        }
+    }
+
+    async fn batch_seen(self: &Arc<Self>, batch: Batch) -> Result<(), VolumeError> {
+        for change in batch.changes {
+            match change {
+                RecordChange::Put { key, value } => {
+                    use ashlar_core::records::Record;
+                    let record = VolumeRecord::decode(&key, &value).map_err(|error| {
+                        crate::meta::MetadataError::Unreadable {
+                            reason: error.to_string(),
+                        }
+                    })?;
+                    let changed_at = batch.revision;
+                    self.record_seen(Versioned { record, changed_at }).await;
+                }
+                RecordChange::Deleted { key } => {
+                    let id = key.strip_prefix(keys::VOLUMES).unwrap_or("");
+                    if let Ok(id) = uuid::Uuid::try_parse(id) {
+                        let id = VolumeId(id);
+                        self.host.record_seen(id, None);
+                        self.catalog().remove(id);
+                        self.served.send_replace(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A record as it is now: the head, if it is here, and the catalog get to know.
+    async fn record_seen(self: &Arc<Self>, current: Versioned<VolumeRecord>) {
+        let record = &current.record;
+        if record.check_invariants().is_err() || !record.placement.is_replicated() {
+            return;
+        }
+        let id = record.id;
+        self.host.record_seen(id, Some(current.clone()));
+        let known = self.catalog().get(id).cloned();
+        let is_news = known
+            .as_ref()
+            .is_none_or(|known| known.current.changed_at < current.changed_at);
+        if !is_news {
+            return;
+        }
+        let serving = known.map_or_else(
+            || Serving::No(elsewhere(record)),
+            |known| match known.serving {
+                Serving::Yes => Serving::Yes,
+                Serving::No(reason) if reason == SEALING => Serving::No(reason),
+                Serving::No(_) => Serving::No(elsewhere(record)),
+            },
+        );
+        let is_deleting = record.state == VolumeState::Deleting;
+        self.catalog().put(current, serving);
+        if is_deleting {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = service.drop_replicas(id).await {
+                    tracing::error!(id = %id.0, %error, "the replicas of a deleted volume could not be dropped");
+                }
+            });
+        }
+    }
+
+    /// Drops what this daemon has of a volume that is being deleted.
+    pub(super) async fn drop_replicas(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let Some(entry) = self.catalog().get(id).cloned() else {
+            return Ok(());
+        };
+        match self.host.close_volume(id).await {
+            Ok(()) | Err(HostError::NotOpen) => {}
+            Err(source) => {
+                return Err(VolumeError::Host {
+                    reference: id.0.to_string(),
+                    source,
+                });
+            }
+        }
+        self.host.forget_replicas(id).await;
+        let record = &entry.current.record;
+        for layer in &record.layers {
+            let dropped = self.host.delete_layer(*layer).await;
+            dropped.map_err(|source| VolumeError::Host {
+                reference: id.0.to_string(),
+                source,
+            })?;
+        }
+        // The record goes when every node that had a copy has dropped it, whichever of them is the last.
+        let mine = Transaction::new().put(keys::dropped(id, self.head.node), b"{}".to_vec());
+        self.store.commit(mine).await?;
+        let dropped = self.store.list(&keys::dropped_by(id)).await?.entries;
+        let sets = record.placement.sets.iter();
+        let mut holders = sets
+            .flat_map(|set| &set.replicas)
+            .map(|replica| replica.node);
+        let has_dropped = |node: NodeId| {
+            let key = keys::dropped(id, node);
+            dropped.iter().any(|entry| entry.key == key)
+        };
+        if holders.all(has_dropped) {
+            let tombstone = self.reread(id).await?;
+            let mut transaction = finish_delete(&tombstone);
+            for entry in &dropped {
+                transaction = transaction.delete(entry.key.clone());
+            }
+            if let Outcome::Committed(_) = self.store.commit(transaction).await? {
+                self.catalog().remove(id);
+                tracing::info!(volume = %record.name, id = %id.0, "volume deleted");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a volume that is not served here is served.
+fn elsewhere(record: &VolumeRecord) -> String {
+    match record.head {
+        Some(head) => format!("node {} serves it", head.node.0),
+        None => "no node serves it; open it with `ashlar volume open`".to_owned(),
+    }
+}
+
+async fn follow(service: Weak<Volumes>) {
+    while let Some(volumes) = service.upgrade() {
+        if volumes.is_draining() {
+            return;
+        }
+        let followed = volumes.follow_once().await;
+        drop(volumes);
+        if let Err(error) = followed {
+            tracing::warn!(%error, "the records of volumes cannot be followed; trying again");
+        }
+        tokio::time::sleep(TRY_AGAIN).await;
+    }
+}

@@ -1,0 +1,222 @@
+//! A blank volume is formatted once. One that may hold anything is not, whatever the device looks like.
+
+use std::fs;
+
+use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
+use ashlar_tests::csi::{Claim, Driver, mounted, raw};
+use ashlar_tests::daemon::Setup;
+use ashlar_tests::scratch::Scratch;
+use ashlar_tests::tool::Tool;
+use tonic::Code;
+
+use super::SMALL;
+
+/// The first two megabytes of a volume, read through its publication.
+fn beginning(driver: &Driver, claim: &Claim) -> Vec<u8> {
+    let out = driver.daemon.scratch.join("beginning");
+    let uri = uri(driver, claim);
+    let script = format!(
+        "open({:?}, 'wb').write(h.pread(2 << 20, 0))",
+        out.to_str().expect("text")
+    );
+    Tool::new("nbdsh")
+        .args(["-u", &uri, "-c", &script])
+        .succeed();
+    fs::read(out).expect("written")
+}
+
+fn uri(driver: &Driver, claim: &Claim) -> String {
+    let export = claim.publish_context["export"].replace('@', "%40");
+    driver.daemon.uri(&export)
+}
+
+fn write(driver: &Driver, claim: &Claim, offset: u64, byte: u8, length: usize) {
+    let script = format!("h.pwrite(bytes([{byte}]) * {length}, {offset}); h.flush()");
+    Tool::new("nbdsh")
+        .args(["-u", &uri(driver, claim), "-c", &script])
+        .succeed();
+}
+
+fn uuid_of(image: &[u8]) -> Option<Vec<u8>> {
+    (image[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef])
+        .then(|| image[1024 + 0x68..1024 + 0x78].to_vec())
+}
+
+#[test]
+fn a_blank_volume_is_formatted_once() {
+    let driver = Driver::start("csi-blank", Setup::default());
+    for (fs_type, size) in [("ext4", SMALL), ("xfs", 320 << 20), ("", SMALL)] {
+        let name = format!("blank-{fs_type}x");
+        let claim = Claim::new(
+            &driver,
+            &name,
+            size,
+            mounted(fs_type, Mode::SingleNodeWriter),
+        );
+        claim.bring_up(&driver);
+        fs::write(claim.target.join("kept"), b"data").expect("written");
+        claim.unpublish(&driver).expect("unpublished");
+        claim.unstage(&driver).expect("unstaged");
+        let first = beginning(&driver, &claim);
+        claim.bring_up(&driver);
+        assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+        claim.unpublish(&driver).expect("unpublished");
+        claim.unstage(&driver).expect("unstaged");
+        assert_eq!(uuid_of(&first), uuid_of(&beginning(&driver, &claim)));
+        // Another file system than it has is refused and nothing is touched.
+        let other = if fs_type == "xfs" { "ext4" } else { "xfs" };
+        let wrong = Claim {
+            capability: mounted(other, Mode::SingleNodeWriter),
+            publish_context: claim.publish_context.clone(),
+            volume_context: claim.volume_context.clone(),
+            id: claim.id.clone(),
+            staging: claim.staging.clone(),
+            target: claim.target.clone(),
+        };
+        assert!(wrong.stage(&driver).is_err());
+        claim.bring_up(&driver);
+        assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+        claim.take_away(&driver);
+    }
+    assert_eq!(driver.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn a_volume_that_was_written_to_is_never_formatted() {
+    let driver = Driver::start("csi-written", Setup::default());
+    // Written raw, then asked for with a file system: one block far behind where any signature would be.
+    let claim = Claim::new(
+        &driver,
+        "written",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
+    write(&driver, &claim, 20 << 20, 7, 4096);
+    let (code, why) = claim.stage(&driver).expect_err("refused");
+    assert_eq!(code, Code::FailedPrecondition, "{why}");
+    assert!(why.contains("not formatted"), "{why}");
+    assert!(beginning(&driver, &claim).iter().all(|byte| *byte == 0));
+    // Trimmed again it reads as zeros, and still nobody can know.
+    let trim = format!("h.trim({SMALL}, 0); h.flush()");
+    Tool::new("nbdsh")
+        .args(["-u", &uri(&driver, &claim), "-c", &trim])
+        .succeed();
+    assert_eq!(
+        claim.stage(&driver).expect_err("refused").0,
+        Code::FailedPrecondition
+    );
+    assert_eq!(
+        driver.leftovers(),
+        Vec::<String>::new(),
+        "a final refusal leaves nothing attached"
+    );
+}
+
+#[test]
+fn a_damaged_superblock_is_an_error_and_no_reason_to_format() {
+    let driver = Driver::start("csi-damaged", Setup::default());
+    for (name, garbage) in [("zeroed", 0), ("garbage", 0xa5)] {
+        let claim = Claim::new(
+            &driver,
+            name,
+            SMALL,
+            mounted("ext4", Mode::SingleNodeWriter),
+        );
+        claim.bring_up(&driver);
+        fs::write(claim.target.join("kept"), b"data").expect("written");
+        claim.unpublish(&driver).expect("unpublished");
+        claim.unstage(&driver).expect("unstaged");
+        let before = beginning(&driver, &claim);
+        write(&driver, &claim, 0, garbage, 4096);
+        let (code, why) = claim.stage(&driver).expect_err("refused");
+        assert_eq!(code, Code::Internal, "{why}");
+        assert!(why.contains("NOT formatted"), "{why}");
+        let after = beginning(&driver, &claim);
+        assert!(after[4096..] == before[4096..], "nothing else was touched");
+        // Repaired by a person, it is whole again.
+        let saved = driver.daemon.scratch.join("saved");
+        fs::write(&saved, &before[..4096]).expect("written");
+        let script = format!(
+            "h.pwrite(open({:?}, 'rb').read(), 0); h.flush()",
+            saved.to_str().expect("text")
+        );
+        Tool::new("nbdsh")
+            .args(["-u", &uri(&driver, &claim), "-c", &script])
+            .succeed();
+        claim.bring_up(&driver);
+        assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+        claim.take_away(&driver);
+    }
+}
+
+#[test]
+fn a_device_that_answers_errors_is_never_formatted() {
+    let scratch = Scratch::new("csi-eio-when");
+    let moment = scratch.join("moment");
+    let mut setup = Setup::default();
+    setup.set_fault(Some(&format!(
+        "read:count=all,errno=EIO,when={}",
+        moment.display()
+    )));
+    let mut driver = Driver::start("csi-eio", setup);
+    driver.daemon.log.expect("fault");
+    driver.daemon.log.expect("Input/output error");
+    let claim = Claim::new(
+        &driver,
+        "eio",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
+    claim.bring_up(&driver);
+    fs::write(claim.target.join("kept"), vec![3; 1 << 20]).expect("written");
+    claim.unpublish(&driver).expect("unpublished");
+    claim.unstage(&driver).expect("unstaged");
+    let before = beginning(&driver, &claim);
+    // After a restart reads come from the disk and not from memory.
+    driver.daemon.stop();
+    driver.daemon.start();
+    fs::write(&moment, b"").expect("made");
+    let (code, why) = claim.stage(&driver).expect_err("refused");
+    assert_eq!(code, Code::Internal, "{why}");
+    assert!(why.contains("NOT formatted"), "{why}");
+    fs::remove_file(&moment).expect("removed");
+    assert!(beginning(&driver, &claim) == before, "nothing was touched");
+    claim.bring_up(&driver);
+    assert_eq!(
+        fs::read(claim.target.join("kept")).expect("read"),
+        vec![3; 1 << 20]
+    );
+    claim.take_away(&driver);
+}
+
+#[test]
+fn an_export_of_another_volume_is_refused() {
+    let driver = Driver::start("csi-wrong", Setup::default());
+    let mut claim = Claim::new(
+        &driver,
+        "one",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
+    let other = Claim::new(&driver, "other", SMALL, raw(Mode::SingleNodeWriter));
+    let own = claim.publish_context.clone();
+    claim.publish_context = other.publish_context.clone();
+    assert_eq!(
+        claim.stage(&driver).expect_err("refused").0,
+        Code::InvalidArgument
+    );
+    // The own id with the other's secret.
+    let secret = other.publish_context["export"]
+        .split('@')
+        .nth(1)
+        .expect("a secret");
+    claim.publish_context = own.clone();
+    claim
+        .publish_context
+        .insert("export".to_owned(), format!("{}@{secret}", claim.id));
+    let (refused, why) = claim.stage(&driver).expect_err("refused");
+    assert_eq!(refused, Code::FailedPrecondition, "{why}");
+    claim.publish_context = own;
+    claim.bring_up(&driver);
+    claim.take_away(&driver);
+}

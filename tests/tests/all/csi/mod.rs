@@ -1,0 +1,11 @@
+//! The CSI driver over the real daemon, with nbdfuse and loop devices: what an orchestrator does, what goes wrong, and
+//! that nothing is lost or left behind.
+
+mod crowd;
+mod formatting;
+mod killed;
+mod lifecycle;
+mod sanity;
+
+/// A size that ext4 and its journal fit on.
+const SMALL: i64 = 32 << 20;

@@ -1,0 +1,137 @@
+//! helm and the schemas of Kubernetes accept the chart and the examples.
+
+use std::fs;
+
+use ashlar_tests::scratch::Scratch;
+use ashlar_tests::tool::Tool;
+use serde_json::Value;
+
+use super::{ALL_FEATURES, VERSION, array, both, helm, installed, objects, read, root, template};
+
+/// The oldest and the newest version that the manifests are judged by; Chart.yaml names the oldest too.
+const KUBERNETES: [&str; 2] = ["1.31", "1.37"];
+/// Objects whose schemas Kubernetes does not bring.
+const CUSTOM: [&str; 2] = ["ServiceMonitor", "PrometheusRule"];
+
+/// Fails unless Kubernetes `version` knows every field of every object.
+fn assert_valid(objects: &[Value], version: &str) {
+    let scratch = Scratch::new("deploy");
+    let mut validate = Tool::new(
+        installed("python/bin/kubernetes-validate")
+            .to_str()
+            .expect("UTF-8"),
+    )
+    .args(["--strict", "--kubernetes-version", version]);
+    assert!(!objects.is_empty());
+    for (index, object) in objects.iter().enumerate() {
+        // JSON is YAML.
+        let path = scratch.join(&format!("{index}.yaml"));
+        fs::write(&path, object.to_string()).expect("written");
+        validate = validate.arg(path);
+    }
+    let said = validate.succeed();
+    let passed = said
+        .lines()
+        .filter(|line| line.contains(" passed "))
+        .count();
+    assert_eq!(passed, objects.len(), "{said}");
+}
+
+/// Without those whose schemas Kubernetes does not bring.
+fn of_kubernetes(objects: &[Value]) -> Vec<Value> {
+    let known = |object: &&Value| !CUSTOM.contains(&object["kind"].as_str().expect("a kind"));
+    objects.iter().filter(known).cloned().collect()
+}
+
+#[test]
+fn helm_finds_nothing_to_complain_about() {
+    for values in [None, Some(ALL_FEATURES)] {
+        let mut lint = helm().args(["lint", "--strict", "deploy/charts/ashlar"]);
+        if let Some(values) = values {
+            lint = lint.args(["--values", values]);
+        }
+        let said = lint.succeed();
+        assert!(
+            !said.contains("[WARNING]") && !said.contains("[ERROR]"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn kubernetes_knows_every_field_of_the_chart() {
+    let oldest = format!("kubeVersion: \">={}.0-0\"", KUBERNETES[0]);
+    assert!(
+        read("deploy/charts/ashlar/Chart.yaml").contains(&oldest),
+        "{oldest}"
+    );
+    for version in KUBERNETES {
+        for (_, objects) in both() {
+            assert_valid(&of_kubernetes(&objects), version);
+        }
+    }
+}
+
+#[test]
+fn kubernetes_knows_volume_attributes_classes_where_it_has_them() {
+    let classes = r#"volumeAttributesClasses=[{"name":"slow","parameters":{"iops":100}}]"#;
+    let rendered = objects(&template(&["--set-json", classes]).succeed());
+    let class: Vec<_> = rendered
+        .into_iter()
+        .filter(|object| object["kind"] == "VolumeAttributesClass")
+        .collect();
+    assert_eq!(class.len(), 1);
+    assert_eq!(class[0]["parameters"]["iops"], "100");
+    assert_valid(&class, "1.34");
+}
+
+#[test]
+fn kubernetes_knows_every_field_of_the_examples() {
+    for entry in fs::read_dir(root().join("deploy/examples")).expect("examples") {
+        let text = fs::read_to_string(entry.expect("an entry").path()).expect("UTF-8");
+        for version in KUBERNETES {
+            assert_valid(&objects(&text), version);
+        }
+    }
+}
+
+#[test]
+fn the_judge_finds_a_field_that_does_not_exist() {
+    let mut wrong = objects(&read("deploy/examples/pod.yaml"));
+    wrong[1]["spec"]["containers"][0]["volumeMount"] = Value::from("data");
+    let judged = std::panic::catch_unwind(|| assert_valid(&wrong, KUBERNETES[1]));
+    assert!(judged.is_err(), "strict validation passed an unknown field");
+}
+
+#[test]
+fn chart_and_image_have_the_version_of_the_software() {
+    let chart = &objects(&read("deploy/charts/ashlar/Chart.yaml"))[0];
+    assert_eq!(chart["version"], VERSION);
+    assert_eq!(chart["appVersion"], VERSION);
+}
+
+#[test]
+fn each_sidecar_has_a_role_of_its_own_and_no_role_has_a_wildcard() {
+    for (name, objects) in both() {
+        for sidecar in ["provisioner", "attacher", "resizer"] {
+            for kind in ["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"] {
+                let wanted = format!("ashlar-csi-controller-{sidecar}");
+                assert!(
+                    objects
+                        .iter()
+                        .any(|o| o["kind"] == kind && o["metadata"]["name"] == wanted.as_str()),
+                    "{name}: {kind} {wanted}"
+                );
+            }
+        }
+        for role in objects.iter().filter(|o| !o["rules"].is_null()) {
+            for rule in array(&role["rules"]) {
+                let text = rule.to_string();
+                assert!(
+                    !text.contains('*') && !text.contains("secrets"),
+                    "{name}: {text}"
+                );
+            }
+        }
+    }
+}
