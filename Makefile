@@ -11,10 +11,10 @@ DATA ?= ./data
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo run test check fix bench
+.PHONY: help build demo demo-cluster run test check fix bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## ashlard, ashlar and ashlar-csi, into target/release
 	@scripts/setup.sh build
@@ -24,6 +24,11 @@ demo: ## a volume, an ext4 image in it, kill -9, restart, verify: shows that it 
 	@scripts/setup.sh build demo
 	$(CARGO) build --release --locked -p ashlar-server
 	@scripts/demo.sh
+
+demo-cluster: ## three nodes, a volume with a copy on each, one node killed under load and back: shows that nothing is lost
+	@scripts/setup.sh build demo-cluster
+	$(CARGO) build --release --locked -p ashlar-server
+	@scripts/demo-cluster.sh
 
 run: ## a daemon that stays; data in ./data (DATA=DIR changes that, ARGS= adds flags)
 	@scripts/setup.sh build

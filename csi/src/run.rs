@@ -34,7 +34,12 @@ const REGISTER_AGAIN: Duration = Duration::from_secs(300);
 
 /// The CSI driver of Ashlar.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ashlar-csi", version)]
+#[command(
+    name = "ashlar-csi",
+    version,
+    after_help = "Other front ends: `ashlar-csi docker`, `ashlar-csi flexvolume COMMAND ...`, `ashlar-csi flexvolume-install DIR`, \
+                  `ashlar-csi flexvolume-keep`"
+)]
 pub struct Arguments {
     /// Which services to serve beside Identity
     #[arg(long, env = "ASHLAR_CSI_MODE", value_enum, default_value_t = Mode::All)]
@@ -244,16 +249,25 @@ pub async fn open_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<
     Ok(node)
 }
 
-async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<NodeService> {
-    let node_id = match &arguments.node_id {
+/// What this node is called: as given, or the host's name with `suffix`.
+pub fn node_id(arguments: &Arguments, suffix: &str) -> anyhow::Result<String> {
+    let id = match &arguments.node_id {
         Some(id) => id.clone(),
-        None => rustix::system::uname()
-            .nodename()
-            .to_str()
-            .context("the host's name is not text; give --node-id")?
-            .to_owned(),
+        None => {
+            let name = rustix::system::uname();
+            let name = name
+                .nodename()
+                .to_str()
+                .context("the host's name is not text; give --node-id")?;
+            format!("{name}{suffix}")
+        }
     };
-    crate::service::convert::node_id(&node_id)?;
+    crate::service::convert::node_id(&id)?;
+    Ok(id)
+}
+
+async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<NodeService> {
+    let node_id = node_id(arguments, "")?;
     let mut topology: BTreeMap<String, String> = arguments.topology.iter().cloned().collect();
     topology
         .entry(ZONE_KEY.to_owned())
@@ -277,7 +291,8 @@ async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<N
     Ok(NodeService::new(node, placement, arguments.spec))
 }
 
-async fn keep_registered(daemon: Daemon, node_id: String, topology: BTreeMap<String, String>) {
+/// Keeps a node known to the daemon until the task is dropped.
+pub async fn keep_registered(daemon: Daemon, node_id: String, topology: BTreeMap<String, String>) {
     loop {
         let next = match daemon.register(&node_id, &topology).await {
             Ok(()) => REGISTER_AGAIN,

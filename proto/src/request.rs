@@ -277,6 +277,6 @@ mod tests {
             .find(|f| f.package() == "ashlar.admin.v1")
             .expect("the package");
         assert_eq!(admin.service[0].name(), "Admin");
-        assert_eq!(admin.service[0].method.len(), 23);
+        assert_eq!(admin.service[0].method.len(), 24);
     }
 }

@@ -227,6 +227,8 @@ pub struct VolumeMetrics {
     /// Requests taken and not yet answered.
     pub in_flight: Gauge,
     pub connections: Gauge,
+    /// Copied by the head of this daemon to bring replicas up to date.
+    pub resynced_blocks: Counter,
 }
 
 impl VolumeMetrics {

@@ -151,7 +151,7 @@ impl TlsStream {
                     }
                     match self.fill() {
                         Ok(0) => ended = true,
-                        Ok(_) => is_empty = self.end < CIPHERTEXT_BYTES,
+                        Ok(_) => {}
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                             is_empty = true;
                             continue;

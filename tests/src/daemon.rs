@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -74,6 +75,8 @@ pub struct Setup {
     own_tail: bool,
     fault: Option<String>,
     nbd: Vec<String>,
+    host: Ipv4Addr,
+    wrapper: Vec<OsString>,
 }
 
 impl Default for Setup {
@@ -85,6 +88,8 @@ impl Default for Setup {
             own_tail: false,
             fault: None,
             nbd: Vec::new(),
+            host: Ipv4Addr::LOCALHOST,
+            wrapper: Vec::new(),
         }
     }
 }
@@ -127,6 +132,36 @@ impl Setup {
     pub fn listen_nbd(mut self, address: &str) -> Setup {
         self.nbd.push(address.to_owned());
         self
+    }
+
+    /// Listens at this address of a network namespace of its own.
+    pub fn in_namespace(mut self, namespace: &str, host: Ipv4Addr) -> Setup {
+        self.host = host;
+        let namespace = format!("--net=/run/netns/{namespace}");
+        self.wrapper = vec!["nsenter".into(), namespace.into(), "--".into()];
+        self
+    }
+
+    /// The address it listens at.
+    pub fn host(&self) -> Ipv4Addr {
+        self.host
+    }
+
+    /// From the next start on the machine seems to have been booted anew: it has this boot id (a UUID). Needs root.
+    pub fn booted_as(&mut self, boot_id_file: &Path) {
+        let bind = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
+        self.wrapper = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            bind,
+        ]
+        .map(OsString::from)
+        .to_vec();
+        self.wrapper.push(boot_id_file.into());
     }
 
     /// Faults of the disk from the next start on, in the words of the daemon's hidden `--fault` setting.
@@ -181,6 +216,10 @@ impl Daemon {
         self.http_port
     }
 
+    fn http_address(&self) -> SocketAddr {
+        (self.setup.host, self.http_port).into()
+    }
+
     /// The default store.
     pub fn store(&self) -> PathBuf {
         self.data.join("stores/0")
@@ -188,11 +227,14 @@ impl Daemon {
 
     /// The command line.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(binary("ashlard"));
+        let program = binary("ashlard").into_os_string();
+        let mut line = self.setup.wrapper.iter().cloned().chain([program]);
+        let mut command = Command::new(line.next().expect("at least the program"));
+        command.args(line);
         command.arg("--data-dir").arg(&self.data);
         command
             .arg("--listen-http")
-            .arg(format!("127.0.0.1:{}", self.http_port));
+            .arg(self.http_address().to_string());
         if let Some(size) = &self.setup.store_size {
             command.arg("--store-size").arg(size);
         }
@@ -254,9 +296,9 @@ impl Daemon {
     }
 
     pub fn wait_ready(&mut self) {
-        let port = self.http_port;
+        let address = self.http_address();
         wait::until(READY_LIMIT, "ashlard is ready", || {
-            match http::get(port, "/readyz") {
+            match http::get_from(address, "/readyz") {
                 Ok((200, _)) => Ok(()),
                 other => {
                     if let Some(status) = self.process().exited() {
@@ -275,9 +317,9 @@ impl Daemon {
     /// Starts it and waits until it is ready (true) or has given up with an exit code (false).
     pub fn start_or_end(&mut self) -> bool {
         self.spawn();
-        let port = self.http_port;
+        let address = self.http_address();
         let ready = wait::until(READY_LIMIT, "ashlard is ready or ends", || {
-            if let Ok((200, _)) = http::get(port, "/readyz") {
+            if let Ok((200, _)) = http::get_from(address, "/readyz") {
                 return Ok(true);
             }
             match self.process().exited() {
@@ -375,7 +417,8 @@ impl Daemon {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let (code, text) = http::get(self.http_port, "/metrics").expect("/metrics answers");
+        let (code, text) =
+            http::get_from(self.http_address(), "/metrics").expect("/metrics answers");
         assert_eq!(code, 200, "{text}");
         Metrics::parse(&text).expect("Prometheus text")
     }

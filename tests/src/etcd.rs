@@ -1,5 +1,6 @@
 //! A real etcd, started, stopped, frozen and started again.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -26,6 +27,7 @@ pub struct ServerTls {
 pub struct Etcd {
     data: PathBuf,
     log: PathBuf,
+    host: Ipv4Addr,
     client_port: u16,
     peer_port: u16,
     tls: Option<ServerTls>,
@@ -40,16 +42,28 @@ impl Etcd {
 
     /// Starts one under a name of its own, or with TLS.
     pub fn start_named(scratch: &Scratch, name: &str, tls: Option<ServerTls>) -> Etcd {
-        let mut etcd = Etcd {
+        let mut etcd = Etcd::new(scratch, name, Ipv4Addr::LOCALHOST, tls);
+        etcd.run();
+        etcd
+    }
+
+    /// Starts one that listens at another address of this machine.
+    pub fn start_at(scratch: &Scratch, host: Ipv4Addr) -> Etcd {
+        let mut etcd = Etcd::new(scratch, "etcd", host, None);
+        etcd.run();
+        etcd
+    }
+
+    fn new(scratch: &Scratch, name: &str, host: Ipv4Addr, tls: Option<ServerTls>) -> Etcd {
+        Etcd {
             data: scratch.memory().join(name),
             log: scratch.join(&format!("{name}.log")),
+            host,
             client_port: free_port(),
             peer_port: free_port(),
             tls,
             process: None,
-        };
-        etcd.run();
-        etcd
+        }
     }
 
     fn scheme(&self) -> &'static str {
@@ -58,7 +72,7 @@ impl Etcd {
 
     /// Where clients ask.
     pub fn endpoint(&self) -> String {
-        format!("{}://127.0.0.1:{}", self.scheme(), self.client_port)
+        format!("{}://{}:{}", self.scheme(), self.host, self.client_port)
     }
 
     /// What `--metadata` is given.

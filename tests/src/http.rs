@@ -6,7 +6,11 @@ use std::time::Duration;
 
 /// Status code and body of `GET path`.
 pub fn get(port: u16, path: &str) -> std::io::Result<(u16, String)> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    get_from((Ipv4Addr::LOCALHOST, port).into(), path)
+}
+
+/// The same from anywhere.
+pub fn get_from(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     stream.write_all(

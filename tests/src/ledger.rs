@@ -10,11 +10,16 @@ use crate::pattern::{self, BLOCK, Content};
 use crate::seed::Rng;
 
 /// The versions each block may have.
+#[derive(Clone)]
 pub struct Ledger {
     volume: u64,
     next_version: u64,
     possible: HashMap<u64, Vec<u64>>,
     blocks: u64,
+    /// Every write: first block, count, version.
+    written: Vec<(u64, u64, u64)>,
+    /// Every trim and zeroing: first block, count, and the version that the next write would have had.
+    cleared: Vec<(u64, u64, u64)>,
 }
 
 /// How an operation ended.
@@ -35,6 +40,8 @@ impl Ledger {
             next_version: 1,
             possible: HashMap::new(),
             blocks,
+            written: Vec::new(),
+            cleared: Vec::new(),
         }
     }
 
@@ -54,6 +61,8 @@ impl Ledger {
             next_version,
             possible,
             blocks,
+            written: Vec::new(),
+            cleared: Vec::new(),
         }
     }
 
@@ -87,6 +96,32 @@ impl Ledger {
         }
     }
 
+    /// What may be found when everything since this ledger was taken may be lost, block by block: `later` is the same
+    /// ledger after more work, of which every write since counts as one that may have happened.
+    pub fn or_later(&self, later: &Ledger) -> Ledger {
+        let mut both = self.clone();
+        both.next_version = later.next_version;
+        for block in 0..self.blocks {
+            let mut versions = self
+                .possible
+                .get(&block)
+                .cloned()
+                .unwrap_or_else(|| vec![0]);
+            for (first, count, version) in &later.written {
+                if *version >= self.next_version && (*first..first + count).contains(&block) {
+                    versions.push(*version);
+                }
+            }
+            for (first, count, at) in &later.cleared {
+                if *at >= self.next_version && (*first..first + count).contains(&block) {
+                    versions.push(0);
+                }
+            }
+            both.possible.insert(block, versions);
+        }
+        both
+    }
+
     fn settle(&mut self, first: u64, count: u64, version: u64, ended: &Ended) {
         for block in first..first + count {
             let versions = self.possible.entry(block).or_insert_with(|| vec![0]);
@@ -109,6 +144,7 @@ impl Ledger {
     ) -> Ended {
         let version = self.next_version;
         self.next_version += 1;
+        self.written.push((first, count, version));
         let payload = pattern::blocks(self.volume, first, count, version);
         let request = Request {
             flags,
@@ -130,6 +166,7 @@ impl Ledger {
         count: u64,
         command: u16,
     ) -> Ended {
+        self.cleared.push((first, count, self.next_version));
         let (offset, length) = (first * BLOCK as u64, count * BLOCK as u64);
         let ended = ended(client.ask(&Request {
             command,

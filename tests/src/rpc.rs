@@ -52,6 +52,7 @@ impl Rpc {
         get_volume(GetVolumeRequest) -> GetVolumeResponse;
         list_volumes(ListVolumesRequest) -> ListVolumesResponse;
         delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse;
+        open_volume(OpenVolumeRequest) -> OpenVolumeResponse;
         set_volume(SetVolumeRequest) -> SetVolumeResponse;
         set_annotations(SetAnnotationsRequest) -> SetAnnotationsResponse;
         list_connections(ListConnectionsRequest) -> ListConnectionsResponse;

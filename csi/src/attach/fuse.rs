@@ -248,6 +248,10 @@ impl Attach for FuseLoop {
         DeviceKind::FuseLoop
     }
 
+    fn reconnects(&self) -> bool {
+        false
+    }
+
     async fn find(
         &self,
         volume: Uuid,
@@ -279,6 +283,9 @@ impl Attach for FuseLoop {
         }
         let mut losetup = Child::new("losetup").args(["--find", "--show"]);
         losetup = losetup.arg("--sector-size").arg(BLOCK_BYTES.to_string());
+        // Past the cache of the file below: what was read once must not hide that the server is gone, and nothing is
+        // kept in memory twice.
+        losetup = losetup.arg("--direct-io=on");
         if export.read_only {
             losetup = losetup.arg("--read-only");
         }

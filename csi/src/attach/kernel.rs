@@ -142,6 +142,10 @@ impl Attach for KernelNbd {
         DeviceKind::KernelNbd
     }
 
+    fn reconnects(&self) -> bool {
+        true
+    }
+
     async fn find(
         &self,
         volume: Uuid,

@@ -167,6 +167,9 @@ pub trait Attach: Send + Sync {
     /// Which.
     fn kind(&self) -> DeviceKind;
 
+    /// Whether a device whose server went away can be used again once the server is back.
+    fn reconnects(&self) -> bool;
+
     /// The device that carries `volume`, from the kernel's tables. `remembered` is what this program wrote down; it is
     /// only believed where the kernel cannot say what a device carries.
     async fn find(

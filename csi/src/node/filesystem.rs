@@ -219,6 +219,20 @@ pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
     }
 }
 
+/// As [`unmount`], for a point whose users are about to go: what they waited for has just ended with an error.
+pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    const RETRY: Duration = Duration::from_millis(200);
+    let begun = tokio::time::Instant::now();
+    loop {
+        match unmount(point, limit).await {
+            Err(refusal) if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit => {
+                tokio::time::sleep(RETRY).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 /// What is mounted now.
 pub fn mounts() -> Result<Mounts, Refusal> {
     Mounts::read()
@@ -231,6 +245,17 @@ pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result
         Filesystem::Ext4 => Child::new("resize2fs").arg(device),
         Filesystem::Xfs => Child::new("xfs_growfs").arg("-d").arg(point),
     };
+    demand(child.run(GROW_LIMIT).await?).map(drop)
+}
+
+/// Makes an ext4 that is not mounted as large as its device. Wants a full check before, which may take long.
+pub async fn check_and_grow(device: &Path) -> Result<(), Refusal> {
+    let child = Child::new("e2fsck").args(["-f", "-p"]).arg(device);
+    let finished = child.run(CHECK_LIMIT).await?;
+    if finished.code > 2 {
+        return Err(Refusal::internal(finished.to_string()));
+    }
+    let child = Child::new("resize2fs").arg(device);
     demand(child.run(GROW_LIMIT).await?).map(drop)
 }
 

@@ -8,6 +8,7 @@
 pub mod filesystem;
 pub mod format;
 mod inspect;
+mod inventory;
 mod publish;
 mod reconcile;
 mod stage;
@@ -32,6 +33,7 @@ use crate::sysfs;
 use state::{States, VolumeState};
 
 pub use inspect::{Health, HealthEntry, Severity, Usage};
+pub use inventory::Held;
 pub use publish::PublishRequest;
 pub use reconcile::keep_connected;
 

@@ -110,7 +110,7 @@ impl Node {
                 && state.stage.is_complete
                 && let Some(device) = self.device_of(request.volume, Some(&state)).await?
                 && is_in_place(&state, &device)?
-                && self.is_healthy(&state, request)?
+                && self.is_healthy(&state, &device, request).await?
             {
                 return Ok((state, device));
             }
@@ -133,8 +133,17 @@ impl Node {
         )))
     }
 
-    /// False when the staged filesystem became read-only after an error and nobody uses it: then it is staged anew.
-    fn is_healthy(&self, state: &VolumeState, request: &PublishRequest) -> Result<bool, Refusal> {
+    /// False when the device is dead for good, or its filesystem became read-only after an error, and nobody uses it: then
+    /// it is staged anew.
+    async fn is_healthy(
+        &self,
+        state: &VolumeState,
+        device: &Device,
+        request: &PublishRequest,
+    ) -> Result<bool, Refusal> {
+        if self.is_beyond_help(state, device).await? {
+            return Ok(request.stage.is_none());
+        }
         if state.export.read_only
             || state.stage.filesystem.is_none()
             || state.stage.capability.mode.is_reader_only()
@@ -222,12 +231,16 @@ impl Node {
         if is_ours(&filesystem::mounts()?, target)? {
             let unmounted = filesystem::unmount(target, UNMOUNT_LIMIT).await;
             if let Err(refusal) = unmounted {
-                if refusal.class != Class::DeadlineExceeded {
+                if refusal.class != Class::DeadlineExceeded
+                    && !self
+                        .is_held_by_the_dead(volume, state.as_ref(), target)
+                        .await?
+                {
                     return Err(refusal);
                 }
                 // Only a dead device can keep a bind mount from going.
                 self.fail_device(volume, state.as_ref()).await?;
-                filesystem::unmount(target, UNMOUNT_FAILED_LIMIT).await?;
+                filesystem::unmount_once_free(target, UNMOUNT_FAILED_LIMIT).await?;
             }
         }
         failpoint::reach("unpublish-unmounted");
@@ -238,6 +251,27 @@ impl Node {
             self.states.save(&state)?;
         }
         Ok(())
+    }
+
+    /// Whether a target that is busy stays so because its user waits for a server that is gone: a killed process cannot
+    /// die while the kernel holds its I/O. Where the volume has another target, somebody else still counts on it.
+    async fn is_held_by_the_dead(
+        &self,
+        volume: Uuid,
+        state: Option<&VolumeState>,
+        target: &Path,
+    ) -> Result<bool, Refusal> {
+        let others =
+            state.is_some_and(|state| state.targets.iter().any(|other| other.path != target));
+        if others {
+            return Ok(false);
+        }
+        match self.device_of(volume, state).await? {
+            Some(device) => Ok(self
+                .is_dead(state.map(|state| &state.export), &device)
+                .await),
+            None => Ok(false),
+        }
     }
 }
 

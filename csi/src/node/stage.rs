@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::filesystem;
 use super::format::{Decision, Recorded, decide};
 use super::state::{Stage, VolumeState};
-use super::{Node, StageRequest, failed, mount_of};
+use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, mount_of};
 use crate::attach::Device;
 use crate::capability::{Access, Filesystem};
 use crate::daemon::Volume;
@@ -98,7 +98,18 @@ impl Node {
                  checked and mounted again",
             ));
         }
-        Ok(!is_broken)
+        Ok(!is_broken && !self.is_beyond_help(state, &device).await?)
+    }
+
+    /// True when nobody uses the volume and its device lost its server in a way that only a new device mends.
+    pub(super) async fn is_beyond_help(
+        &self,
+        state: &VolumeState,
+        device: &Device,
+    ) -> Result<bool, Refusal> {
+        Ok(!self.attacher(device.kind)?.reconnects()
+            && !state.targets.iter().any(|target| is_used(&target.path))
+            && !filesystem::answers(&device.node()).await)
     }
 
     async fn stage_afresh(
@@ -238,8 +249,17 @@ impl Node {
                 request.staging.display()
             )));
         }
-        if !wish.read_only {
-            filesystem::grow(kind, &node, &request.staging).await?;
+        if !wish.read_only
+            && let Err(refusal) = filesystem::grow(kind, &node, &request.staging).await
+        {
+            // The kernel grows no mounted ext4 that ever saw an error, nor for who lacks CAP_SYS_RESOURCE.
+            if kind != Filesystem::Ext4 || refusal.class == Class::DeadlineExceeded {
+                return Err(refusal);
+            }
+            tracing::info!(volume = %volume.id, %refusal, "growing while it is not mounted");
+            filesystem::unmount(&request.staging, UNMOUNT_LIMIT).await?;
+            filesystem::check_and_grow(&node).await?;
+            filesystem::mount(kind, &node, &request.staging, wish.options, wish.read_only).await?;
         }
         failpoint::reach("stage-grown");
         Ok(kind)

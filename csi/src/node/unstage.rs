@@ -105,7 +105,7 @@ impl Node {
 
     /// Whether the server behind a device is gone for good, as far as anybody can wait: fenced at once, silent for as long
     /// as the patience lasts.
-    async fn is_dead(&self, export: Option<&Export>, device: &Device) -> bool {
+    pub(super) async fn is_dead(&self, export: Option<&Export>, device: &Device) -> bool {
         let Some(export) = export else {
             return !filesystem::answers(&device.node()).await;
         };

@@ -5,6 +5,7 @@ use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::admin;
 
 use super::orchestration;
+use crate::data::ReplicationStatus;
 use crate::metrics::{
     BUCKET_BOUNDS_NS, Command, CommandMetrics, Damage, DiskMetrics, VolumeMetrics,
 };
@@ -39,9 +40,11 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
             |VolumeRuntime {
                  connections,
                  inflight_requests,
+                 resynced_bytes,
              }| admin::VolumeRuntime {
                 connections,
                 inflight_requests,
+                resynced_bytes,
             },
         ),
         ever_written: view.ever_written,
@@ -75,6 +78,19 @@ fn replica_set(set: &ReplicaSet) -> admin::ReplicaSet {
     };
     admin::ReplicaSet {
         replicas: set.replicas.iter().map(replica).collect(),
+    }
+}
+
+/// Says which copies the head, which is in this daemon, has a connection to.
+pub(super) fn mark_linked(volume: &mut admin::Volume, status: &ReplicationStatus) {
+    for (set, replicas) in volume.replica_sets.iter_mut().enumerate() {
+        for replica in &mut replicas.replicas {
+            replica.linked = status.replicas.iter().any(|known| {
+                usize::from(known.set.0) == set
+                    && known.is_linked
+                    && known.store.0.to_string() == replica.store_id
+            });
+        }
     }
 }
 

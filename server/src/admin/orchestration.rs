@@ -164,6 +164,11 @@ impl Service {
     /// A volume with the connections of each of its publications.
     pub(super) async fn volume(services: &Services, view: &VolumeView) -> admin::Volume {
         let mut volume = convert::volume(view);
+        if view.record.placement.is_replicated()
+            && let Some(status) = services.volumes.replication(view.record.id).await
+        {
+            convert::mark_linked(&mut volume, &status);
+        }
         let connections = view.runtime.map_or(0, |runtime| runtime.connections);
         if view.record.publications.is_empty() || connections == 0 {
             return volume;

@@ -4,6 +4,7 @@ mod args;
 mod attach;
 mod cluster;
 mod connect;
+mod copies;
 mod error;
 mod offline;
 mod output;

@@ -7,6 +7,7 @@ use ashlar_proto::admin;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::copies::ReplicaSet;
 use super::publication::{Filesystem, Publication};
 
 /// RFC 3339 with milliseconds, UTC. A time no calendar has (a daemon with a broken clock) is shown as the number it is.
@@ -40,6 +41,13 @@ pub(super) struct Volume {
     pub(super) state: &'static str,
     pub(super) layers: Vec<u64>,
     pub(super) store_ids: Vec<String>,
+    /// None for a volume of a single node.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) replica_sets: Vec<ReplicaSet>,
+    pub(super) min_in_sync: u32,
+    /// Empty when no node ever served it, or its copies are not recorded.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) head_node_id: String,
     pub(super) ever_written: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) filesystem: Option<Filesystem>,
@@ -65,6 +73,7 @@ pub(super) struct VolumeLimits {
 pub(super) struct VolumeRuntime {
     pub(super) connections: u32,
     pub(super) inflight_requests: u32,
+    pub(super) resynced_bytes: u64,
 }
 
 impl From<admin::Volume> for Volume {
@@ -85,6 +94,13 @@ impl From<admin::Volume> for Volume {
             created_at: time(volume.created_at_unix_ms),
             layers: volume.layers,
             store_ids: volume.store_ids,
+            replica_sets: volume
+                .replica_sets
+                .into_iter()
+                .map(ReplicaSet::from)
+                .collect(),
+            min_in_sync: volume.min_in_sync,
+            head_node_id: volume.head_node_id,
             ever_written: volume.ever_written,
             filesystem: volume.filesystem.map(Filesystem::from),
             publications: volume
@@ -102,6 +118,7 @@ impl From<admin::Volume> for Volume {
             runtime: volume.runtime.map(|runtime| VolumeRuntime {
                 connections: runtime.connections,
                 inflight_requests: runtime.inflight_requests,
+                resynced_bytes: runtime.resynced_bytes,
             }),
         }
     }

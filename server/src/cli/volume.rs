@@ -15,6 +15,7 @@ use super::{
     args::{Format, SetArgs, VolumeCommand},
     attach::AttachLines,
     connect::Daemon,
+    copies,
     error::{CliError, Exit},
     output::{self, Answer},
     progress, publication,
@@ -486,8 +487,11 @@ impl Answer for Shown {
             ("Created", volume.created_at.clone()),
             ("Replicas", volume.replicas.to_string()),
             ("Epoch", volume.epoch.to_string()),
-            ("Stores", volume.store_ids.join(" ")),
         ];
+        if volume.replica_sets.is_empty() {
+            fields.push(("Stores", volume.store_ids.join(" ")));
+        }
+        fields.extend(copies::fields(volume));
         fields.extend(orchestrated(volume));
         match volume.runtime {
             Some(runtime) => {
@@ -497,6 +501,9 @@ impl Answer for Shown {
             None => fields.push(("Connections", "none; the volume is not open".into())),
         }
         out.write_all(output::fields(&fields).as_bytes())?;
+        if !volume.replica_sets.is_empty() {
+            write!(out, "\n{}", copies::table(volume))?;
+        }
         match &self.attach {
             Some(attach) => {
                 writeln!(out)?;

@@ -118,10 +118,6 @@ impl VolumeHost for Host {
         self.replication.lock().await.recv().await
     }
 
-    fn replication_ended(&self, id: VolumeId) {
-        self.plane.head_ended(id);
-    }
-
     fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>) {
         self.plane.record_read(id, false, record);
     }
@@ -158,6 +154,7 @@ impl VolumeHost for Host {
         Some(VolumeRuntime {
             connections: metrics.connections.get() as u32,
             inflight_requests: metrics.in_flight.get() as u32,
+            resynced_bytes: metrics.resynced_blocks.get() * BLOCK_BYTES as u64,
         })
     }
 

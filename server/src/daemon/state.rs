@@ -1,8 +1,10 @@
 //! What the interfaces of a running daemon share: which phase it is in, and the services once they are there.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use ashlar_core::records::ReplicaState;
 use ashlar_core::units::NodeId;
 use ashlar_proto::admin::{Listener, ListenerKind};
 use async_trait::async_trait;
@@ -17,7 +19,7 @@ use crate::meta::MetadataStore;
 use crate::nbd::{ConnectionCount, ListenerStats};
 use crate::plane::{Plane, StoreView};
 use crate::scrubs::Scrubs;
-use crate::volumes::{Serving, Volumes, unix_ms};
+use crate::volumes::{Serving, VolumeView, Volumes, unix_ms};
 
 /// A store with less of its capacity left than this is worth a warning.
 const NEARLY_FULL: f64 = 0.05;
@@ -229,24 +231,31 @@ impl State {
             }
         }
         if let Some(services) = self.services() {
-            let unserved =
-                services
-                    .volumes
-                    .list()
-                    .into_iter()
-                    .filter_map(|view| match view.serving {
-                        Serving::Yes => None,
-                        Serving::No(reason) => Some(format!(
-                            "volume {} is not served: {reason}",
-                            view.record.name
-                        )),
-                    });
+            let own = self.node.get();
+            // A volume with copies is served by one node, and that is as it should be.
+            let is_elsewhere = |view: &VolumeView| {
+                let head = view.record.head.map(|head| head.node);
+                view.record.placement.is_replicated() && head.is_some() && head.as_ref() != own
+            };
+            let unserved = services
+                .volumes
+                .list()
+                .into_iter()
+                .filter(|view| !is_elsewhere(view))
+                .filter_map(|view| match view.serving {
+                    Serving::Yes => None,
+                    Serving::No(reason) => Some(format!(
+                        "volume {} is not served: {reason}",
+                        view.record.name
+                    )),
+                });
             let unserved: Vec<_> = unserved.collect();
             let more = unserved.len().saturating_sub(LISTED_MAX);
             warnings.extend(unserved.into_iter().take(LISTED_MAX));
             if more > 0 {
                 warnings.push(format!("{more} more volumes are not served"));
             }
+            warnings.extend(out_of_sync(&services.volumes.list()));
             let unknown = services.volumes.unknown_layers();
             if !unknown.is_empty() {
                 let layers: Vec<_> = unknown
@@ -264,6 +273,59 @@ impl State {
         }
         warnings
     }
+}
+
+/// Volumes of which a copy does not count, one sentence each: which nodes, and what is to be done.
+fn out_of_sync(views: &[VolumeView]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut more = 0;
+    for view in views {
+        let record = &view.record;
+        let sets = &record.placement.sets;
+        let Some(fewest) = sets.iter().map(|set| set.in_sync().count()).min() else {
+            continue;
+        };
+        let of_state = |state: ReplicaState| -> BTreeSet<String> {
+            let replicas = sets.iter().flat_map(|set| &set.replicas);
+            replicas
+                .filter(|replica| replica.state == state)
+                .map(|replica| replica.node.0.to_string())
+                .collect()
+        };
+        let (out, joining) = (of_state(ReplicaState::Out), of_state(ReplicaState::Joining));
+        if out.is_empty() && joining.is_empty() {
+            continue;
+        }
+        if warnings.len() == LISTED_MAX {
+            more += 1;
+            continue;
+        }
+        let list = |nodes: BTreeSet<String>| nodes.into_iter().collect::<Vec<_>>().join(", ");
+        let mut text = format!(
+            "volume {} has {fewest} of {} copies in sync",
+            record.name, record.replicas
+        );
+        if fewest < record.min_in_sync as usize {
+            text.push_str(&format!(
+                "; its writes wait until {} are",
+                record.min_in_sync
+            ));
+        }
+        if !joining.is_empty() {
+            text.push_str(&format!("; being filled on node {}", list(joining)));
+        }
+        if !out.is_empty() {
+            text.push_str(&format!(
+                "; out of sync on node {}: see that ashlard runs there and its stores are sound; the copy is then brought up to date by itself",
+                list(out)
+            ));
+        }
+        warnings.push(text);
+    }
+    if more > 0 {
+        warnings.push(format!("{more} more volumes have copies out of sync"));
+    }
+    warnings
 }
 
 #[async_trait]

@@ -241,16 +241,12 @@ impl DataPlane {
         if here.any(|other| other != thread) {
             return Err(DataError::StoresApart);
         }
+        // Before the head is there: the outcome of its first swap must find it, and may be quicker than the answer. It
+        // stays when the head has ended, of which the thread knows best.
+        lock(&self.0.volumes).insert(id, thread);
         self.0.threads[thread]
             .ask(|answer| Command::Cluster(ClusterCommand::Open(Box::new(spec), answer)))
-            .await??;
-        lock(&self.0.volumes).insert(id, thread);
-        Ok(())
-    }
-
-    /// A replicated head is at its end, and its volume may be opened anew.
-    pub fn head_ended(&self, volume: VolumeId) {
-        lock(&self.0.volumes).remove(&volume);
+            .await?
     }
 
     /// Takes no work for replicas of a volume any more, whoever sends it.

@@ -241,6 +241,11 @@ impl Scrape {
             self.each_volume(|m| m.in_flight.get()),
         )?;
         page.counter(
+            "ashlar_volume_resynced_bytes",
+            "Copied to replicas to bring them up to date",
+            self.each_volume(|m| m.resynced_blocks.get() * BLOCK_BYTES as u64),
+        )?;
+        page.counter(
             "ashlar_volume_operations",
             "Requests answered",
             self.each_command(|m| m.operations.get()),

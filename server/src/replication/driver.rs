@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ashlar_core::records::{VolumeRecord, keys};
@@ -58,7 +59,14 @@ pub struct Driver {
     dial: Arc<dyn Dial>,
     persist: mpsc::UnboundedSender<(VolumeId, StoreId, u64, Seal)>,
     events: mpsc::UnboundedSender<ReplicationEvent>,
-    dialling: HashMap<(usize, NodeId, StoreId), AbortHandle>,
+    dialling: HashMap<(usize, NodeId, StoreId), Dialling>,
+}
+
+/// A link that is wished for, until it is handed over.
+struct Dialling {
+    task: AbortHandle,
+    /// Set before the link is handed over: from then on a wish for the same link is a new one.
+    is_done: Arc<AtomicBool>,
 }
 
 impl Driver {
@@ -139,7 +147,7 @@ impl Driver {
             }
         }
         for (_, dialling) in self.dialling.drain() {
-            dialling.abort();
+            dialling.task.abort();
         }
     }
 
@@ -152,29 +160,40 @@ impl Driver {
         let key = (wish.thread, wish.node, wish.store);
         if !wish.is_wanted {
             if let Some(dialling) = self.dialling.remove(&key) {
-                dialling.abort();
+                dialling.task.abort();
             }
             return;
         }
         if let Some(dialling) = self.dialling.get(&key)
-            && !dialling.is_finished()
+            && !dialling.is_done.load(Ordering::Acquire)
         {
             return;
         }
+        let is_done = Arc::new(AtomicBool::new(false));
         let task = tokio::spawn(dial_until_there(
             self.plane.clone(),
             self.dial.clone(),
             wish,
+            is_done.clone(),
         ));
-        self.dialling.insert(key, task.abort_handle());
+        let task = task.abort_handle();
+        self.dialling.insert(key, Dialling { task, is_done });
     }
 }
 
-async fn dial_until_there(plane: DataPlane, dial: Arc<dyn Dial>, wish: LinkWish) {
+async fn dial_until_there(
+    plane: DataPlane,
+    dial: Arc<dyn Dial>,
+    wish: LinkWish,
+    is_done: Arc<AtomicBool>,
+) {
     let mut wait = RETRY_FIRST;
     loop {
         match dial.dial(wish.node, wish.store).await {
-            Ok(ends) => return plane.link_up(wish.thread, ends),
+            Ok(ends) => {
+                is_done.store(true, Ordering::Release);
+                return plane.link_up(wish.thread, ends);
+            }
             Err(error) => {
                 tracing::debug!(node = %wish.node.0, store = %wish.store.0, %error, "no link");
                 tokio::time::sleep(wait).await;

@@ -46,6 +46,8 @@ pub struct VolumeRuntime {
     pub connections: u32,
     /// Requests taken and not yet answered.
     pub inflight_requests: u32,
+    /// Copied to bring replicas up to date since the volume was opened here.
+    pub resynced_bytes: u64,
 }
 
 /// Why the data plane did not do as it was asked.
@@ -117,9 +119,6 @@ pub trait VolumeHost: Send + Sync + 'static {
 
     /// The next thing that a head of a replicated volume tells. `None`: there will be none any more.
     async fn replication_event(&self) -> Option<ReplicationEvent>;
-
-    /// The head of a replicated volume is at its end.
-    fn replication_ended(&self, id: VolumeId);
 
     /// The record of a replicated volume, as a watch saw it; `None`: it is gone.
     fn record_seen(&self, id: VolumeId, record: Option<Versioned<VolumeRecord>>);

@@ -127,11 +127,11 @@ impl Volumes {
         service.load().await?;
         service.load_annotations().await?;
         service.survey_stores().await?;
+        service.follow_heads();
         service.open_all().await?;
         service.resume_deletions();
         service.renew_epochs();
         service.record_first_changes();
-        service.follow_heads();
         if is_shared {
             service.follow_records();
         }

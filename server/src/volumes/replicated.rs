@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
+    HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
     VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 
 use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
-use crate::data::ReplicatedSpec;
+use crate::data::{ReplicatedSpec, ReplicationStatus};
 use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
 use crate::replication::ReplicationEvent;
 
@@ -117,7 +117,11 @@ impl Volumes {
         let spec = ReplicatedSpec {
             written: self.written_epoch(&current.record),
             admitted: current.record.admitted(),
-            claim: self.head,
+            // A swap of an earlier head of this daemon may land late, and must not be taken for one of this head.
+            claim: HeadClaim {
+                incarnation: uuid::Uuid::new_v4(),
+                ..self.head
+            },
             record: current.clone(),
         };
         self.catalog()
@@ -163,6 +167,11 @@ impl Volumes {
             service.get(&id.0.to_string())
         })
         .await
+    }
+
+    /// How a volume with replicas is doing, if its head is here.
+    pub async fn replication(&self, id: VolumeId) -> Option<ReplicationStatus> {
+        self.host.replication(id).await
     }
 
     /// Waits until a volume that is being opened is served.
@@ -220,7 +229,10 @@ impl Volumes {
                 tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
             }
             ReplicationEvent::Stopped { volume, reason } => {
-                self.host.replication_ended(volume);
+                // A new head of this daemon may have begun before the end of the last one was told.
+                if self.host.replication(volume).await.is_some() {
+                    return;
+                }
                 let text = match reason {
                     StopReason::Closed => "it was closed".to_owned(),
                     StopReason::Fenced { .. } => {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ashlar_core::records::{
     LayerCounter, Record, StoreRecord, Transaction, Versioned, VolumeRecord, VolumeState, claim,
@@ -17,6 +18,9 @@ use crate::meta::{self, MetadataError, Outcome};
 const CLAIMS_AT_ONCE: usize = 100;
 /// Bytes of their records, which name every client node: two thirds of etcd's default limit for a request.
 const CLAIMED_BYTES_AT_ONCE: usize = 1 << 20;
+
+/// How long a start waits for volumes whose replicas are on other nodes.
+const START_TIME: Duration = Duration::from_secs(6);
 
 impl Volumes {
     pub(super) async fn load(&self) -> Result<(), VolumeError> {
@@ -65,12 +69,25 @@ impl Volumes {
         let (replicated, active): (Vec<_>, Vec<_>) = active
             .into_iter()
             .partition(|current| current.record.placement.is_replicated());
+        let mut opening = Vec::new();
         for current in replicated {
             // What this node served last it serves again; what another serves is left to it.
-            let head = current.record.head;
+            let (id, head) = (current.record.id, current.record.head);
             if head.is_some_and(|head| head.node == self.head.node) {
-                self.log_unserved(self.open_replicated(current).await);
+                match self.open_replicated(current).await {
+                    Ok(()) => opening.push(id),
+                    Err(error) => self.log_unserved(Err(error)),
+                }
             }
+        }
+        // Replicas that can be reached are sealed in no time; those that cannot keep nobody else waiting for long.
+        let all = async {
+            for id in opening {
+                let _ = self.wait_until_served(id).await;
+            }
+        };
+        if tokio::time::timeout(START_TIME, all).await.is_err() {
+            tracing::warn!("volumes with replicas on other nodes are still being opened");
         }
         for batch in batches(&active) {
             match self.claim_batch(batch).await? {

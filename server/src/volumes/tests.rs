@@ -134,8 +134,6 @@ impl VolumeHost for Host {
         std::future::pending().await
     }
 
-    fn replication_ended(&self, _: VolumeId) {}
-
     fn record_seen(&self, _: VolumeId, _: Option<Versioned<VolumeRecord>>) {}
 
     async fn forget_replicas(&self, _: VolumeId) {}
@@ -177,6 +175,7 @@ impl VolumeHost for Host {
         lock(&self.open).get(&id).map(|_| VolumeRuntime {
             connections,
             inflight_requests: 0,
+            resynced_bytes: 0,
         })
     }
 

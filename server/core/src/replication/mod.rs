@@ -9,10 +9,14 @@
 //! - `wire`: the bytes of a link
 //! - `acceptor`: the seal of one volume at one store
 //! - `head`: the head, a file a concern
+//! - `membership`, `placement`, `controller`: which replicas there should be, and where
 //! - `rules`: the switches
 
 mod acceptor;
+pub mod controller;
 mod head;
+pub mod membership;
+pub mod placement;
 mod rules;
 pub mod wire;
 
@@ -26,48 +30,4 @@ pub use head::{
 };
 pub use rules::Rules;
 
-use crate::units::Version;
-
-/// What a replica has of one block of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockState {
-    /// Of the write that put it there.
-    pub version: Version,
-    /// What is there.
-    pub content: BlockContent,
-}
-
-/// The kinds of content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockContent {
-    /// Nothing was ever written.
-    Hole,
-    /// Written as zeros, or trimmed.
-    Zeros,
-    /// Bytes.
-    Data,
-    /// The index of the block was damaged: it must be copied from elsewhere, whatever its version.
-    Lost,
-}
-
-impl BlockState {
-    /// Never written.
-    pub const HOLE: BlockState = BlockState {
-        version: Version::NONE,
-        content: BlockContent::Hole,
-    };
-
-    /// Reads as zeros, as long as the layer has no parent. A store forgets the version of zeros that change nothing,
-    /// so two blocks that read as zeros are alike whatever their versions.
-    pub fn reads_as_zeros(self) -> bool {
-        matches!(self.content, BlockContent::Hole | BlockContent::Zeros)
-    }
-
-    /// Whether both have the same content for certain.
-    pub fn is_like(self, other: BlockState) -> bool {
-        if self.reads_as_zeros() && other.reads_as_zeros() {
-            return true;
-        }
-        self.content == BlockContent::Data && self == other
-    }
-}
+pub use crate::store::{BlockContent, BlockState};

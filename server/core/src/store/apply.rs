@@ -217,7 +217,8 @@ impl Store {
             }
             let entries = &self.index.leaf(slot).entries;
             if whole && entries.iter().all(|e| e.addr() == Addr::ZERO) {
-                self.drop_zero_leaf(row, leaf, version);
+                let newest = entries.iter().map(|e| e.version).fold(version, u64::max);
+                self.drop_zero_leaf(row, leaf, newest);
             }
         } else if whole {
             // Nothing was ever written here: the row alone says "zeros".

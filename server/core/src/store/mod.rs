@@ -7,6 +7,7 @@
 //! What each file is about:
 //! - `format`: bytes on disk; `buf`: aligned memory; `tail`: the ring of acknowledged writes
 //! - `index`: directory rows, leaves in memory and what is written but not yet in a leaf
+//! - `versions`: what replicas compare
 //! - `segment`: which space is free; `machine`: the state and its entry points
 //! - `append`: closing frames, group commit, syncs; `apply`: moving written frames into leaves
 //! - `checkpoint`, `clean`, `drop_layer`, `scrub`: background work; `root`, `log`, `open`: making a store and recovery; `check`: offline
@@ -42,6 +43,7 @@ pub use machine::Store;
 pub use open::{BlockingDisk, DiskError, OpenError, OpenOptions, OpenReport};
 pub use root::format_store;
 pub use tail::{TAIL_HEADER_BYTES, TailMemory, tail_bytes};
+pub use versions::{BlockContent, BlockState, RowOfVersions};
 
 use smallvec::SmallVec;
 

@@ -1,59 +1,104 @@
-//! What a copy has of each block, for comparison with other copies.
+//! What a store has of a layer, version by version: what two replicas compare to find out where they differ. What is
+//! still in the tail counts, and so do zeros.
+//!
+//! The version of zeros that change nothing is not kept (of blocks in a chunk or leaf that was never written), so two
+//! blocks that read as zeros are alike whatever their versions.
 
-use super::format::Addr;
-use super::index::{Lookup, RowId, leaf_of};
-use super::{Store, StoreError};
-use crate::replication::wire::{LeafStates, RowVersions};
-use crate::replication::{BlockContent, BlockState};
 use crate::units::{CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId, Version};
 
-use super::format::ExtentKey;
+use super::format::{Addr, ExtentKey};
+use super::index::{Lookup, RowId};
+use super::{Store, StoreError};
+
+/// What a replica has of one block of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockState {
+    /// Of the write that put it there.
+    pub version: Version,
+    /// What is there.
+    pub content: BlockContent,
+}
+
+/// The kinds of content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockContent {
+    /// Nothing was ever written.
+    Hole,
+    /// Written as zeros, or trimmed.
+    Zeros,
+    /// Bytes.
+    Data,
+    /// The index of the block was damaged: it must be copied from elsewhere, whatever its version.
+    Lost,
+}
+
+impl BlockState {
+    /// Never written.
+    pub const HOLE: BlockState = BlockState {
+        version: Version::NONE,
+        content: BlockContent::Hole,
+    };
+
+    /// Reads as zeros, as long as the layer has no parent.
+    pub fn reads_as_zeros(self) -> bool {
+        matches!(self.content, BlockContent::Hole | BlockContent::Zeros)
+    }
+
+    /// Whether both have the same content for certain.
+    pub fn is_like(self, other: BlockState) -> bool {
+        if self.reads_as_zeros() && other.reads_as_zeros() {
+            return true;
+        }
+        self.content == BlockContent::Data && self == other
+    }
+}
+
+/// The highest version in each leaf of a chunk.
+pub type RowOfVersions = (ChunkIndex, [Version; CHUNK_LEAVES as usize]);
 
 impl Store {
-    /// The highest version in each leaf of the chunks of a layer, in the order of the chunks from `from` on, as far as
-    /// `wanted` says yes to a row. At most `most` rows; the flag says that there are more.
-    ///
-    /// A version may be higher than that of any block that is still there (a leaf remembers it), never lower, except
-    /// that zeros written where nothing was leave no version.
-    pub fn rows_of(
+    /// The rows of a layer from chunk `from` on that are wanted and hold a version of at least `floor`, ascending, at
+    /// most `limit`; and whether there are more.
+    pub fn row_versions(
         &self,
         layer: LayerId,
         from: ChunkIndex,
-        most: usize,
-        wanted: impl Fn(&RowVersions) -> bool,
-    ) -> (Vec<RowVersions>, bool) {
+        wanted: impl Fn(ChunkIndex) -> bool,
+        floor: Version,
+        limit: usize,
+    ) -> (Vec<RowOfVersions>, bool) {
         let mut rows: Vec<(ChunkIndex, RowId)> = self
             .index
             .rows()
             .filter(|(_, row)| row.key.layer == layer && row.key.chunk >= from && !row.dropped)
+            .filter(|(_, row)| wanted(row.key.chunk))
             .map(|(id, row)| (row.key.chunk, id))
             .collect();
         rows.sort_unstable();
         let mut found = Vec::new();
-        for (chunk, row) in rows {
-            let leaves = std::array::from_fn(|leaf| self.leaf_version(row, leaf as u32));
-            let versions = RowVersions { chunk, leaves };
-            if !wanted(&versions) {
+        for (chunk, id) in rows {
+            let leaves = std::array::from_fn(|leaf| self.leaf_version(id, leaf as u32));
+            if leaves.iter().all(|version| *version < floor) {
                 continue;
             }
-            if found.len() == most {
+            if found.len() == limit {
                 return (found, true);
             }
-            found.push(versions);
+            found.push((chunk, leaves));
         }
         (found, false)
     }
 
+    /// The highest version in a leaf, wherever it is.
     fn leaf_version(&self, row: RowId, leaf: u32) -> Version {
         let mut highest = self.index.row(row).leaves[leaf as usize].version;
         if let Some(slot) = self.index.slot_of(row, leaf) {
             let entries = self.index.leaf(slot).entries.iter();
             highest = entries.map(|entry| entry.version).fold(highest, u64::max);
         }
-        if let Some(mark) = self.index.zero_mark(row, leaf) {
-            highest = highest.max(mark.version);
-        }
         if self.index.leaf_has_pending(row, leaf) {
+            let mark = self.index.zero_mark(row, leaf);
+            highest = highest.max(mark.map_or(0, |mark| mark.version));
             let blocks = leaf * LEAF_BLOCKS..(leaf + 1) * LEAF_BLOCKS;
             let pending = blocks.filter_map(|block| self.index.pending(row, block));
             highest = pending.map(|entry| entry.version).fold(highest, u64::max);
@@ -61,63 +106,72 @@ impl Store {
         Version(highest)
     }
 
-    /// What each block of a leaf is. `None`: its page is on its way; ask again after [`super::Action::Ready`].
+    /// What the store has of each block of a leaf. `None`: the leaf has to be read first; ask again after
+    /// [`super::Action::Ready`].
     pub fn leaf_states(
         &mut self,
         key: ExtentKey,
         leaf: u32,
-    ) -> Result<Option<LeafStates>, StoreError> {
+    ) -> Result<Option<Box<[BlockState; LEAF_BLOCKS as usize]>>, StoreError> {
         assert!(leaf < CHUNK_LEAVES);
         self.healthy()?;
-        let mut states = LeafStates::holes();
+        let mut states = Box::new([BlockState::HOLE; LEAF_BLOCKS as usize]);
         let Some(row) = self.index.row_of(key) else {
             return Ok(Some(states));
         };
-        let first = leaf * LEAF_BLOCKS;
-        for (at, state) in (0..).zip(states.0.iter_mut()) {
-            let block = first + at;
-            let content = match self.index.lookup(row, block) {
-                Lookup::NeedLeaf => {
-                    self.load_extents(key, first, LEAF_BLOCKS);
-                    return Ok(None);
-                }
-                Lookup::Hole => continue,
-                Lookup::Zero => BlockContent::Zeros,
-                Lookup::Lost => BlockContent::Lost,
-                Lookup::Stored { .. } => BlockContent::Data,
-            };
-            *state = BlockState {
-                version: self.block_version(row, block),
-                content,
-            };
+        if self.index.slot_of(row, leaf).is_none()
+            && self.index.row(row).leaves[leaf as usize].addr().is_stored()
+        {
+            self.load_extents(key, leaf * LEAF_BLOCKS, 1);
+            return Ok(None);
+        }
+        for (block, state) in (leaf * LEAF_BLOCKS..).zip(states.iter_mut()) {
+            *state = self.block_state(row, leaf, block);
         }
         Ok(Some(states))
     }
 
-    /// The version of what [`super::index::Index::lookup`] finds, whose leaf is there if one is needed.
-    fn block_version(&self, row: RowId, block: u32) -> Version {
-        let leaf = leaf_of(block);
+    /// Of a block whose leaf is in memory or does not exist. The same order as [`Lookup`]'s: pending entries, marks of
+    /// zeros, the leaf.
+    fn block_state(&self, row: RowId, leaf: u32, block: u32) -> BlockState {
+        let content = match self.index.lookup(row, block) {
+            Lookup::Hole => BlockContent::Hole,
+            Lookup::Zero => BlockContent::Zeros,
+            Lookup::Stored { .. } => BlockContent::Data,
+            Lookup::Lost | Lookup::NeedLeaf => BlockContent::Lost,
+        };
         let pending = self.index.pending(row, block);
         let mark = self.index.zero_mark(row, leaf);
         let version = match (pending, mark) {
-            (Some(p), Some(m)) => {
-                if (m.seq, m.version) > (p.seq, p.version) {
-                    m.version
-                } else {
-                    p.version
+            (Some(p), Some(m)) if m.seq > p.seq || (m.seq == p.seq && m.version > p.version) => {
+                m.version
+            }
+            (Some(p), _) => p.version,
+            (None, Some(m)) => m.version,
+            (None, None) => {
+                let in_row = self.index.row(row).leaves[leaf as usize];
+                match self.index.slot_of(row, leaf) {
+                    Some(slot) => {
+                        self.index.leaf(slot).entries[(block % LEAF_BLOCKS) as usize].version
+                    }
+                    None if in_row.addr() == Addr::ZERO => in_row.version,
+                    None => 0,
                 }
             }
-            (Some(p), None) => p.version,
-            (None, Some(m)) => m.version,
-            (None, None) => match self.index.slot_of(row, leaf) {
-                Some(slot) => self.index.leaf(slot).entries[(block % LEAF_BLOCKS) as usize].version,
-                None => {
-                    let mapping = self.index.row(row).leaves[leaf as usize];
-                    debug_assert!(mapping.addr() == Addr::ZERO);
-                    mapping.version
-                }
-            },
         };
-        Version(version)
+        BlockState {
+            version: Version(version),
+            content,
+        }
+    }
+
+    /// The highest version that the store holds of a layer; what a leaf on disk hides counts.
+    pub fn highest_version(&self, layer: LayerId) -> Version {
+        let versions = self.index.versions();
+        let of_layer = versions.filter(|(of, _)| *of == layer);
+        of_layer
+            .map(|(_, version)| version)
+            .max()
+            .unwrap_or_default()
     }
 }

@@ -13,6 +13,7 @@ pub(crate) struct Faults {
     pub(crate) reset: u64,
     pub(crate) slow: u64,
     pub(crate) takeover: u64,
+    pub(crate) split: u64,
     pub(crate) meta_away: u64,
     pub(crate) poison: u64,
     pub(crate) full: u64,
@@ -42,6 +43,7 @@ impl Faults {
             reset: some(30),
             slow: some(20),
             takeover: some(30),
+            split: some(20),
             meta_away: some(10),
             poison: some(5),
             full: some(5),
@@ -69,6 +71,7 @@ impl Faults {
             (self.reset, Fault::Reset),
             (self.slow, Fault::Slow),
             (self.takeover, Fault::Takeover),
+            (self.split, Fault::Split),
             (self.meta_away, Fault::MetaAway),
             (self.poison, Fault::Poison),
             (self.full, Fault::Full),
@@ -104,6 +107,8 @@ pub(crate) enum Fault {
     Slow,
     /// The volume is opened on another node, or on the same again.
     Takeover,
+    /// A node that serves is cut off, and the volume is opened elsewhere.
+    Split,
     MetaAway,
     /// A write of a store fails.
     Poison,

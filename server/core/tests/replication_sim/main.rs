@@ -29,7 +29,12 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Runs seeds on as many threads as there are processors; the violation of the smallest seed, or what all did together.
-fn run_seeds(first: u64, count: u64, rules: Rules) -> Result<Ran, (u64, Violation)> {
+fn run_seeds(
+    first: u64,
+    count: u64,
+    rules: Rules,
+    counts: fn(&Violation) -> bool,
+) -> Result<Ran, (u64, Violation)> {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU64, Ordering};
     let next = AtomicU64::new(first);
@@ -71,6 +76,7 @@ fn run_seeds(first: u64, count: u64, rules: Rules) -> Result<Ran, (u64, Violatio
                             total.heads += ran.heads;
                             total.sessions_ended += ran.sessions_ended;
                         }
+                        Err(violation) if !counts(&violation) => {}
                         Err(violation) => {
                             let mut worst = worst.lock().expect("no panic");
                             if worst.as_ref().is_none_or(|(found, _)| seed < *found) {
@@ -106,7 +112,7 @@ fn every_promise_holds() {
         assert!(result.is_ok());
         return;
     }
-    match run_seeds(first, count, Rules::default()) {
+    match run_seeds(first, count, Rules::default(), |_| true) {
         Ok(ran) => println!("{count} seeds in {:?}: {ran:?}", began.elapsed()),
         Err((seed, violation)) => panic!(
             "seed {seed} breaks {}: {}\nrun it again: {}",
@@ -189,7 +195,10 @@ fn without_a_rule_damage_is_seen() {
     let mut unseen = Vec::new();
     for (name, rules) in cases {
         let count = number("ASHLAR_SEEDS").unwrap_or(1_000);
-        match run_seeds(1, count, rules) {
+        // Damage to data, not a machine that noticed that it is broken.
+        let is_damage =
+            |violation: &Violation| !matches!(violation.promise, "invariants" | "everything_heals");
+        match run_seeds(1, count, rules, is_damage) {
             Err((seed, violation)) => {
                 println!(
                     "without {name}: seed {seed} breaks {}: {}",

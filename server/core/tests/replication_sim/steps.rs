@@ -275,6 +275,16 @@ impl World {
                 let conn = rng.pick(&open).copied();
                 self.rng = rng;
                 if let Some(conn) = conn {
+                    if self.rng.chance(50) {
+                        let stall_us = self.rng.between(10_000, 250_000);
+                        if let Some(c) = self.conns.get_mut(&conn) {
+                            c.asks_from_us = self.now_us + stall_us;
+                        }
+                        let head_us = self.rng.below(10_000);
+                        self.after(head_us, Ev::ClosedAtHead { conn });
+                        self.after(stall_us + 50_000, Ev::ClosedAtReplica { conn });
+                        return;
+                    }
                     let (head_us, replica_us) =
                         (self.rng.below(20_000), self.rng.between(0, 300_000));
                     self.after(head_us, Ev::ClosedAtHead { conn });
@@ -296,6 +306,37 @@ impl World {
                 }
             }
             Fault::Takeover => self.after(0, Ev::StartHead { node }),
+            Fault::Split => {
+                let serves = |n: &crate::world::Node| n.head.as_ref().is_some_and(|h| h.is_serving);
+                let Some(old) = self.nodes.iter().position(serves) else {
+                    return;
+                };
+                let delay_us = self.rng.between(50_000, 500_000);
+                let both_ways = self.rng.chance(50);
+                for other in (0..self.nodes.len()).filter(|other| *other != old) {
+                    *self.cuts.entry((other, old)).or_default() += 1;
+                    self.after(
+                        delay_us,
+                        Ev::EndCut {
+                            from: other,
+                            to: old,
+                        },
+                    );
+                    if both_ways {
+                        *self.cuts.entry((old, other)).or_default() += 1;
+                        self.after(
+                            delay_us,
+                            Ev::EndCut {
+                                from: old,
+                                to: other,
+                            },
+                        );
+                    }
+                }
+                if node != old {
+                    self.after(1_000, Ev::StartHead { node });
+                }
+            }
             Fault::MetaAway => {
                 if !self.meta.is_away {
                     self.meta.is_away = true;
@@ -358,6 +399,9 @@ impl World {
     fn heal(&mut self) {
         self.say(|| "healing".to_owned());
         self.healing = true;
+        for conn in self.conns.values_mut() {
+            conn.asks_from_us = 0;
+        }
         for node in 0..self.nodes.len() {
             self.nodes[node].disk.full = false;
             self.nodes[node].disk.failing_reads = false;
@@ -395,6 +439,13 @@ impl World {
         }
         self.quiet = true;
         self.settle();
+        // What had been on its way for long may have shaken it once more.
+        let end_us = self.now_us + HEAL_US;
+        while self.now_us < end_us && !self.is_healed() && self.violation.is_none() && self.step() {
+        }
+        let healed = self.is_healed();
+        let result = check::everything_heals::check(healed, || self.describe());
+        self.violated(result);
         self.last_reads.clear();
         let sets = self.meta.record.record.placement.sets.clone();
         for (index, set) in sets.iter().enumerate() {

@@ -9,4 +9,5 @@ mod power_cut;
 mod ram;
 mod restart;
 mod rng;
+mod versions;
 mod world;

@@ -131,6 +131,7 @@ impl DataThread {
 
     /// Tells a head what happened; what it wants done is carried out by [`DataThread::settle`].
     pub(super) fn head_event(&mut self, volume: VolumeRef, event: Event) {
+        tracing::trace!(volume = volume.key, ?event, "a head is told");
         self.with_head(volume, |head, now_us, actions| {
             head.on_event(now_us, event, actions)
         });
@@ -184,6 +185,7 @@ impl DataThread {
     }
 
     fn carry_out_action(&mut self, volume: VolumeRef, action: Action) {
+        tracing::trace!(volume = volume.key, ?action, "a head wants");
         match action {
             Action::ReadRecord => {
                 let volume = self.volumes[volume.key].spec.id;
@@ -297,6 +299,10 @@ impl DataThread {
                     | News::LostPower { member } => Some(member),
                     News::Repaired { .. } => None,
                 };
+                if let News::Rejoined { copied_blocks, .. } = news {
+                    let metrics = &self.volumes[volume.key].metrics;
+                    metrics.resynced_blocks.add(copied_blocks);
+                }
                 let replication = self.replication(volume);
                 let node = member.zip(replication).map(|(m, r)| r.head.member(m).node);
                 let volume = self.volumes[volume.key].spec.id;
@@ -323,15 +329,17 @@ impl DataThread {
             tracing::error!(store = %place.store.0, "a volume has a replica on a store that this data thread does not have");
             return;
         }
+        // Other volumes may have it already.
+        if self.is_linked(place.node, place.store) {
+            self.head_event(volume, Event::LinkUp { member });
+            return;
+        }
         self.cluster.tell(ClusterTell::Link(LinkWish {
             thread: self.index,
             node: place.node,
             store: place.store,
             is_wanted: true,
         }));
-        if self.is_linked(place.node, place.store) {
-            self.head_event(volume, Event::LinkUp { member });
-        }
     }
 
     fn disconnect(&mut self, volume: VolumeRef, member: MemberId) {

@@ -48,9 +48,9 @@ impl DataThread {
     /// A link to a peer's store is up.
     pub(in super::super) fn add_outgoing_link(&mut self, ends: LinkEnds) {
         let (node, store) = (ends.peer.node, ends.peer.store);
-        // A newer one replaces an older one: the peer may have forgotten that.
-        if let Some(old) = self.link_to(node, store) {
-            self.end_link(old, &LinkError::Closed);
+        // Two volumes may have wished for it. Should the older one be dead, its silence will tell.
+        if self.is_linked(node, store) {
+            return;
         }
         if self.add_link(ends, Role::ToStore(ToStore::default())) {
             self.link_is_up(node, store);

@@ -1,6 +1,6 @@
 //! Replicas at this thread's stores: whose work they take, and the work.
 
-use ashlar_core::replication::wire::{MAX_ROWS, RowVersions, Rows, RowsQuery, Status};
+use ashlar_core::replication::wire::{LeafStates, MAX_ROWS, RowVersions, Rows, RowsQuery, Status};
 use ashlar_core::replication::{
     Acceptor, AcceptorAction, AcceptorEvent, Rules, SessionRef, StartedWith,
 };
@@ -130,11 +130,8 @@ impl DataThread {
             return *key;
         }
         let driver = &self.stores[store];
-        let store_epoch: Option<Epoch> = driver
-            .store
-            .layers()
-            .into_iter()
-            .find_map(|(held, epoch)| (held == layer).then_some(epoch));
+        let highest = driver.store.highest_version(layer);
+        let store_epoch = (highest != Version::NONE).then(|| highest.epoch());
         let started = StartedWith {
             seal: self.cluster.seals.remove(&(volume, driver.id)),
             store_epoch,
@@ -157,6 +154,7 @@ impl DataThread {
             return;
         };
         entry.acceptor.on_event(event, &mut actions);
+        tracing::trace!(replica, ?event, ?actions, "a replica is told");
         self.carry_out_acceptor(replica, actions);
     }
 
@@ -367,10 +365,11 @@ impl DataThread {
         if driver.status().poisoned.is_some() {
             return Answer::Status(Status::Poisoned);
         }
-        let wanted = |row: &RowVersions| {
-            query.names(row.chunk) && row.leaves.iter().any(|version| *version >= query.floor)
-        };
-        let (rows, more) = driver.rows_of(layer, from, MAX_ROWS, wanted);
+        let wanted = |chunk| query.names(chunk);
+        let (found, more) = driver.row_versions(layer, from, wanted, query.floor, MAX_ROWS);
+        let rows = found.into_iter();
+        let rows = rows.map(|(chunk, leaves)| RowVersions { chunk, leaves });
+        let rows = rows.collect();
         Answer::Rows(Rows { rows, more })
     }
 
@@ -423,7 +422,7 @@ impl DataThread {
                 step_of(result, taken, *count, *durable)
             }
             Waiting::Leaf { extent, leaf } => match driver.store.leaf_states(*extent, *leaf) {
-                Ok(Some(states)) => Step::Answer(Answer::Leaf(states)),
+                Ok(Some(states)) => Step::Answer(Answer::Leaf(LeafStates(states))),
                 Ok(None) => Step::Index,
                 Err(error) => Step::Answer(Answer::Status(status_of(&error))),
             },

@@ -678,7 +678,14 @@ impl DataThread {
             }
         };
         for key in self.requests_of(volume) {
-            self.end_replicated(key, Some(error));
+            // The end of one lets another begin, which a head at its end refuses at once.
+            let is_there = matches!(
+                self.operations.get(key),
+                Some(Operation::Replicated(request)) if request.volume == volume
+            );
+            if is_there {
+                self.end_replicated(key, Some(error));
+            }
         }
     }
 

@@ -139,6 +139,10 @@ fn the_first_change_waits_for_its_record() {
     assert_eq!(runtime.block_on(plane.first_change()), Some(VOLUME));
     assert_eq!(reader.read(0, 4096), [0; 4096]);
     assert_eq!(reader.call(command::FLUSH, 0, 0, 0, &[]), Reply::Ok(vec![]));
+    // Whatever the store made of them: none was taken.
+    let status = runtime.block_on(plane.volume_status(VOLUME)).expect("open");
+    let answered: u64 = status.connections.iter().map(|c| c.requests).sum();
+    assert_eq!((answered, status.in_flight), (2, 0), "the reader's two");
     let layers = runtime.block_on(plane.layers()).expect("layers");
     assert!(
         layers.iter().all(|(_, layers)| layers.is_empty()),

@@ -89,7 +89,7 @@ fn a_thousand_calls_on_a_hundred_volumes() {
     for (volume, nodes) in &listed {
         assert!(ids.contains(&volume.volume_id));
         assert_eq!(volume.capacity_bytes, 16 << 20, "{volume:?}");
-        assert_eq!(nodes, &[node.clone()], "{volume:?}");
+        assert_eq!(nodes, std::slice::from_ref(&node), "{volume:?}");
     }
 }
 

@@ -352,6 +352,91 @@ fn nothing_hangs_when_the_daemon_is_dead() {
 }
 
 #[test]
+fn a_dead_device_is_replaced_when_nobody_uses_it() {
+    let mut driver = Driver::start("csi-revived", Setup::default());
+    let claim = Claim::new(
+        &driver,
+        "revived",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
+    claim.bring_up(&driver);
+    fs::write(claim.target.join("kept"), b"data").expect("written");
+    Tool::new("sync").arg("-f").arg(&claim.target).succeed();
+    // nbdfuse does not connect again: the pod that has the volume sees errors, and goes.
+    driver.daemon.kill();
+    driver.daemon.start();
+    claim.unpublish(&driver).expect("unpublished");
+    // The next pod on this node is published without a new stage, as the orchestrator believes it is staged.
+    claim.publish(&driver).expect("published");
+    assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+    fs::write(claim.target.join("more"), b"x").expect("written");
+    claim.take_away(&driver);
+    assert_eq!(driver.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn health_is_told_as_it_is() {
+    use ashlar_tests::csi::csi;
+    use ashlar_tests::csi::csi::node_client::NodeClient;
+    let mut driver = Driver::prepare("csi-health", Setup::default());
+    driver.set_arguments(&["--spec", "1.13", "--unstage-patience", "1"]);
+    driver.start_driver(&[]);
+    let claim = Claim::new(
+        &driver,
+        "health",
+        SMALL,
+        mounted("ext4", Mode::SingleNodeWriter),
+    );
+    claim.bring_up(&driver);
+    let health = |driver: &Driver| {
+        let request = csi::NodeGetVolumeHealthRequest {
+            volume_id: claim.id.clone(),
+            ..Default::default()
+        };
+        let answer = driver.call(|channel| async move {
+            NodeClient::new(channel)
+                .node_get_volume_health(request)
+                .await
+        });
+        let statuses = answer
+            .expect("answered")
+            .volume_health
+            .expect("health")
+            .health_statuses;
+        statuses
+            .into_iter()
+            .map(|each| each.reason)
+            .collect::<Vec<_>>()
+    };
+    let storage = |driver: &Driver| {
+        let answer = driver.call(|channel| async move {
+            NodeClient::new(channel)
+                .node_get_storage_health(csi::NodeGetStorageHealthRequest::default())
+                .await
+        });
+        let health = answer.expect("answered").backend_health;
+        health
+            .into_iter()
+            .map(|each| each.reason)
+            .collect::<Vec<_>>()
+    };
+    let can = driver.call(|channel| async move {
+        NodeClient::new(channel)
+            .node_get_capabilities(csi::NodeGetCapabilitiesRequest {})
+            .await
+    });
+    assert_eq!(can.expect("answered").capabilities.len(), 6);
+    assert_eq!(health(&driver), Vec::<String>::new());
+    assert_eq!(storage(&driver), Vec::<String>::new());
+    driver.daemon.kill();
+    assert!(health(&driver).contains(&"DeviceNotAnswering".to_owned()));
+    assert_eq!(storage(&driver), ["DaemonUnreachable"]);
+    driver.daemon.start();
+    claim.take_away(&driver);
+}
+
+#[test]
 fn work_goes_on_while_the_plugin_is_killed() {
     let mut driver = Driver::start("csi-restart", Setup::default());
     let claim = Claim::new(

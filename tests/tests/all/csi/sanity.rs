@@ -1,29 +1,11 @@
 //! csi-sanity, the interface's own suite (kubernetes-csi/csi-test v5.4.0), over the whole driver.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ashlar_tests::csi::Driver;
 use ashlar_tests::daemon::Setup;
+use ashlar_tests::suites;
 use ashlar_tests::tool::Tool;
-
-/// Where scripts/setup.sh puts it, or where somebody else did.
-fn suite() -> PathBuf {
-    if let Some(given) = std::env::var_os("ASHLAR_TESTS_CSI_SANITY") {
-        return PathBuf::from(given);
-    }
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))
-        .expect("a home directory");
-    let program = cache.join("ashlar/csi-sanity-v5.4.0/csi-sanity");
-    assert!(
-        program.exists(),
-        "{} is not there; `scripts/setup.sh test` installs it",
-        program.display()
-    );
-    program
-}
 
 fn run(test: &str, access: &str) {
     let mut driver = Driver::prepare(test, Setup::default().store_size("4GiB"));
@@ -31,7 +13,7 @@ fn run(test: &str, access: &str) {
     driver.start_driver(&[]);
     let path = |name: &str| driver.root().join(name).to_str().expect("text").to_owned();
     // Only what no capability of ours calls for is left out: snapshots, clones and groups skip themselves.
-    let said = Tool::new(suite().to_str().expect("text"))
+    let said = Tool::new(suites::csi_sanity().to_str().expect("text"))
         .arg(format!("--csi.endpoint=unix:{}", driver.socket().display()))
         .arg(format!("--csi.mountdir={}", path("mount")))
         .arg(format!("--csi.stagingdir={}", path("staging")))

@@ -156,11 +156,8 @@ fn unknown_flags_and_images_are_found() {
         "--leader-election=3",
         "timeout=15s",
     ] {
-        assert_eq!(
-            complaints(attacher, &[wrong.to_owned()]).len(),
-            1,
-            "{wrong}"
-        );
+        let wrong = [wrong.to_owned()];
+        assert_eq!(complaints(attacher, &wrong).len(), 1, "{wrong:?}");
     }
     assert_eq!(
         complaints("registry.example.org/csi-attacher:v4", &[]).len(),

@@ -107,7 +107,7 @@ impl ReplicatedHead {
         match outcome {
             SwapOutcome::Done(revision) => {
                 let proposed = (*swap.proposed).clone();
-                self.swapped(proposed, revision, actions);
+                self.swapped(proposed, revision, true, actions);
             }
             SwapOutcome::Conflict | SwapOutcome::Unknown => {
                 swap.reading = true;
@@ -116,8 +116,15 @@ impl ReplicatedHead {
         }
     }
 
-    /// The proposal is in the metadata store.
-    fn swapped(&mut self, record: VolumeRecord, changed_at: Revision, actions: &mut Vec<Action>) {
+    /// A proposal is in the metadata store. Not always the last one: one whose outcome was not known may have come to
+    /// pass after all, when the record had been read; it has the same epoch. What the record says is what counts.
+    fn swapped(
+        &mut self,
+        record: VolumeRecord,
+        changed_at: Revision,
+        is_last: bool,
+        actions: &mut Vec<Action>,
+    ) {
         let Some(swap) = self.swap.take() else { return };
         let before = std::mem::replace(&mut self.record, Versioned { record, changed_at });
         if swap.reason == SwapFor::Claim {
@@ -127,19 +134,16 @@ impl ReplicatedHead {
         self.settled = self.settled.max(self.record.record.settled);
         self.adopt_sets(actions);
         self.tell_changes(&before.record, actions);
+        self.resolve_adding(actions);
         if self.phase == Phase::Claiming && swap.reason != SwapFor::Claim {
             // It was decided meanwhile to begin anew.
-            for set in &mut self.sets {
-                set.adding = 0;
-            }
             self.propose_claim(actions);
             return;
         }
         match swap.reason {
             SwapFor::Claim => self.claimed(actions),
-            SwapFor::Opening => self.recorded_opening(actions),
-            SwapFor::Drop => self.dropped(actions),
-            SwapFor::Rejoin(member) => self.rejoined(member, actions),
+            SwapFor::Opening => self.recorded_opening(is_last, actions),
+            SwapFor::Drop | SwapFor::Rejoin(_) => self.dropped(actions),
             SwapFor::Renew => {
                 let epoch = self.record.record.epoch;
                 self.admission.renew_epoch(epoch);
@@ -177,7 +181,8 @@ impl ReplicatedHead {
         let Some(swap) = &self.swap else { return };
         // No other head has this claim, and this one proposes one epoch at a time.
         if self.is_mine(&read.record) && read.record.epoch == swap.proposed.epoch {
-            self.swapped(read.record, read.changed_at, actions);
+            let is_last = read.record == *swap.proposed;
+            self.swapped(read.record, read.changed_at, is_last, actions);
             return;
         }
         let same_reign = read.record.epoch == self.record.record.epoch
@@ -207,7 +212,7 @@ impl ReplicatedHead {
             SwapFor::Claim => self.propose_claim(actions),
             SwapFor::Opening => self.phase = Phase::Sealing,
             SwapFor::Drop => {}
-            SwapFor::Rejoin(member) => self.rejoin_undone(member, actions),
+            SwapFor::Rejoin(member) => self.rejoin_undone(member),
             SwapFor::Renew => self.renew_epoch(actions),
         }
     }
@@ -216,13 +221,24 @@ impl ReplicatedHead {
     fn adopt(&mut self, read: Versioned<VolumeRecord>, actions: &mut Vec<Action>) {
         if read.record.state == VolumeState::Deleting {
             self.stop(StopReason::Deleted, actions);
-        } else if !self.is_mine(&read.record) || read.record.epoch != self.record.record.epoch {
+        } else if !self.is_mine(&read.record) || read.record.epoch < self.record.record.epoch {
             self.stop(
                 StopReason::Fenced {
                     epoch: read.record.epoch,
                 },
                 actions,
             );
+        } else if read.record.epoch > self.record.record.epoch {
+            // A swap of its own that had been given up came to pass.
+            self.settled = self.settled.max(read.record.settled);
+            self.record = read;
+            self.adopt_sets(actions);
+            self.resolve_adding(actions);
+            if self.phase == Phase::Serving {
+                self.dropped(actions);
+            } else if matches!(self.phase, Phase::Reconciling | Phase::Mending) {
+                self.seal_again(actions);
+            }
         } else {
             self.record = read;
             self.adopt_sets(actions);

@@ -50,7 +50,9 @@ impl ReplicatedHead {
         }
         let failed = self.sets.iter().any(|set| set.failed != 0);
         let leaving = self.leaving_replicas();
-        if !failed && leaving.is_empty() {
+        // One whose swap into the record may come to pass yet, and that has failed: any other swap rules that out.
+        let doubtful = self.sets.iter().any(|set| set.adding & !set.mirrored != 0);
+        if !failed && leaving.is_empty() && !doubtful {
             return;
         }
         let floor = self.settled_version();
@@ -103,12 +105,8 @@ impl ReplicatedHead {
         leaving
     }
 
-    /// The record says what is out.
+    /// The record says what is in sync now.
     pub(super) fn dropped(&mut self, actions: &mut Vec<Action>) {
-        if self.phase != Phase::Serving {
-            self.propose_claim(actions);
-            return;
-        }
         // What was being copied from a replica that has left goes on from another.
         let sources: smallvec::SmallVec<[(crate::records::SetIndex, MemberId); 4]> = self
             .resyncs
@@ -119,6 +117,10 @@ impl ReplicatedHead {
             if self.set(set).usable() & self.set(set).bit_of(source) == 0 {
                 self.jobs_lost(source, actions);
             }
+        }
+        if self.sets.iter().any(|set| set.usable() == 0) {
+            self.recover(actions);
+            return;
         }
         self.settle_all(actions);
         self.settle_flushes(actions);

@@ -186,13 +186,14 @@ impl ReplicatedHead {
     }
 
     /// The record says what was found. A member may have been lost meanwhile.
-    pub(super) fn recorded_opening(&mut self, actions: &mut Vec<Action>) {
-        let all_open = self.set_indices().all(|set| {
-            let set = self.set(set);
-            set.members(set.in_sync)
-                .iter()
-                .all(|member| self.at(*member).is_open())
-        });
+    pub(super) fn recorded_opening(&mut self, is_last: bool, actions: &mut Vec<Action>) {
+        let all_open = is_last
+            && self.set_indices().all(|set| {
+                let set = self.set(set);
+                set.members(set.in_sync)
+                    .iter()
+                    .all(|member| self.at(*member).is_open())
+            });
         if all_open {
             self.begin_reconcile(actions);
         } else {

@@ -239,64 +239,50 @@ impl ReplicatedHead {
         self.propose(SwapFor::Rejoin(member), record, actions);
     }
 
-    /// The record says that it is in sync; it may have failed meanwhile.
-    pub(super) fn rejoined(&mut self, member: MemberId, actions: &mut Vec<Action>) {
-        let at = self
-            .resyncs
-            .iter()
-            .position(|resync| resync.member == member);
-        let finished = at.map(|at| self.resyncs.remove(at));
-        for set in &mut self.sets {
-            let bit = set.bit_of(member);
-            set.adding &= !bit;
-            set.mirrored &= !(bit & set.in_sync);
-        }
-        if self.phase != Phase::Serving {
-            self.propose_claim(actions);
-            return;
-        }
-        match finished {
-            Some(resync) => actions.push(Action::News(News::Rejoined {
-                set: resync.set,
-                member,
-                copied_blocks: resync.copied_blocks,
-            })),
-            None => {
-                // Its session ended while the swap was under way: it is in sync by the record and has failed.
-                for set in &mut self.sets {
-                    let bit = set.bit_of(member);
-                    set.failed |= bit & set.in_sync;
+    /// The record has passed on: whoever was being added is in sync by it, or will not be by that swap any more.
+    pub(super) fn resolve_adding(&mut self, actions: &mut Vec<Action>) {
+        for set in self.set_indices() {
+            let adding = std::mem::take(&mut self.set_mut(set).adding);
+            for member in self.set(set).members(adding) {
+                let bit = self.set(set).bit_of(member);
+                let added = self.set(set).in_sync & bit != 0;
+                let at = self
+                    .resyncs
+                    .iter()
+                    .position(|resync| resync.member == member && resync.set == set);
+                match (added, at) {
+                    (true, Some(at)) => {
+                        let resync = self.resyncs.remove(at);
+                        actions.push(Action::News(News::Rejoined {
+                            set,
+                            member,
+                            copied_blocks: resync.copied_blocks,
+                        }));
+                    }
+                    // Its session ended while the swap was under way: in sync by the record, it has failed.
+                    (true, None) if self.phase == Phase::Serving => {
+                        self.set_mut(set).failed |= bit;
+                    }
+                    (true, None) => {}
+                    (false, Some(at)) => self.resyncs[at].stage = Stage::Adding,
+                    (false, None) => self.miss_ops_of(member),
+                }
+            }
+            let binding = self.set(set).binding();
+            for (_, op) in &mut self.ops {
+                if op.set == set {
+                    op.missed &= binding;
                 }
             }
         }
-        self.settle_all(actions);
-        self.settle_flushes(actions);
-        self.told_to_wait = true;
-        self.retry(actions);
     }
 
-    /// The record does not say so, and somebody else changed it: tried again, or given up if it failed meanwhile.
-    pub(super) fn rejoin_undone(&mut self, member: MemberId, actions: &mut Vec<Action>) {
-        for set in &mut self.sets {
-            let bit = set.bit_of(member);
-            set.adding &= !bit;
+    /// The record does not say that it is in sync. The swap may come to pass yet, until another one has: so long it
+    /// counts as if it had.
+    pub(super) fn rejoin_undone(&mut self, member: MemberId) {
+        if let Some(resync) = self.resync_of(member) {
+            resync.stage = Stage::Adding;
         }
-        if self.phase != Phase::Serving {
-            self.propose_claim(actions);
-            return;
-        }
-        let open = self.at(member).is_open();
-        match self.resync_of(member) {
-            Some(resync) if open => resync.stage = Stage::Adding,
-            _ => {
-                self.miss_ops_of(member);
-                for (_, op) in &mut self.ops {
-                    op.missed &= self.sets[usize::from(op.set.0)].binding();
-                }
-            }
-        }
-        self.settle_all(actions);
-        self.settle_flushes(actions);
     }
 
     /// A member's session ended: what it was being given is at its end.

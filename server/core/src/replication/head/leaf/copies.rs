@@ -1,0 +1,404 @@
+//! The copies of a job, and the repair of blocks that one replica cannot read.
+
+use smallvec::SmallVec;
+
+use super::super::super::wire::{MAX_MESSAGE_BLOCKS, Status};
+use super::super::members::Purpose;
+use super::super::{
+    Action, CopyId, INTERNAL_TAG, MemberId, News, Outcome, Phase, ReplicatedHead, WriteAdmission,
+};
+use super::{COPIES, Copy, JobFor, JobKey, LeafJob, Planned, REPAIRS, Stage, To, Window};
+use crate::store::ExtentKey;
+use crate::units::LEAF_BLOCKS;
+use crate::volume::Ticket;
+
+impl ReplicatedHead {
+    pub(super) fn go_on_copying(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        loop {
+            let Some(job) = self.job(key) else { return };
+            if job.copying >= COPIES {
+                return;
+            }
+            let Some(planned) = job.planned.pop_front() else {
+                if job.copying == 0 {
+                    self.window_done(key, actions);
+                }
+                return;
+            };
+            job.copying += 1;
+            let extent = job.extent;
+            self.copy_serial += 1;
+            let copy = CopyId(self.copy_serial);
+            let (from, (first_block, count)) = (planned.from, planned.blocks);
+            self.copies.insert(
+                copy,
+                Copy {
+                    job: key,
+                    planned,
+                    waiting: SmallVec::new(),
+                    reading: from.is_some(),
+                    op: None,
+                    since_us: self.now_us,
+                },
+            );
+            match from {
+                Some(member) => actions.push(Action::CopyRead {
+                    copy,
+                    member,
+                    extent,
+                    first_block,
+                    count,
+                }),
+                None => self.write_copy(copy, actions),
+            }
+        }
+    }
+
+    fn window_done(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(job) = self.job(key) else { return };
+        if job.again {
+            if job.what == JobFor::Reconcile {
+                job.again = false;
+                job.stage = Stage::Scanning;
+                self.ask_leaf(key, actions);
+            } else {
+                self.compare_window(key, actions);
+            }
+            return;
+        }
+        let ticket = job.ticket.take();
+        let what = job.what;
+        if let Some(ticket) = ticket {
+            self.release(ticket, actions);
+        }
+        if let JobFor::Resync(member) = what
+            && let Some(resync) = self.resync_of(member)
+        {
+            resync.leaves_done += 1;
+        }
+        self.next_window(key, actions);
+    }
+
+    fn write_copy(&mut self, id: CopyId, actions: &mut Vec<Action>) {
+        let Some(copy) = self.copies.get_mut(&id) else {
+            return;
+        };
+        copy.reading = false;
+        let (key, planned) = (copy.job, copy.planned.clone());
+        let Some(job) = self.job(key) else { return };
+        let (set, extent, what) = (job.set, job.extent, job.what);
+        let (first_block, count) = planned.blocks;
+        let mut op = None;
+        let (members, version) = match planned.to {
+            To::Members(members, version) => (members, version),
+            To::Everybody if what == JobFor::Reconcile => {
+                let Some(version) = self.admission.next_version() else {
+                    return;
+                };
+                let all = self.set(set).members(self.set(set).in_sync);
+                (all.into_iter().collect(), version)
+            }
+            To::Everybody => {
+                let tag = INTERNAL_TAG | id.0;
+                let offered = self.admission.next_version();
+                let admitted = offered.map(|offered| {
+                    self.admit_write(set, extent, first_block, count, tag, offered, self.now_us)
+                });
+                match admitted {
+                    Some(WriteAdmission::Send {
+                        op: key,
+                        version,
+                        targets,
+                    }) => {
+                        op = Some(key);
+                        let members = self.set(set).members(targets.0);
+                        (members.into_iter().collect(), version)
+                    }
+                    _ => {
+                        self.end_copy(id, true, actions);
+                        return;
+                    }
+                }
+            }
+        };
+        let zeros = planned.from.is_none();
+        if let Some(copy) = self.copies.get_mut(&id) {
+            copy.waiting.clone_from(&members);
+            copy.op = op;
+            copy.since_us = self.now_us;
+        }
+        actions.extend(members.into_iter().map(|member| Action::CopyWrite {
+            copy: id,
+            member,
+            extent,
+            first_block,
+            count,
+            version,
+            zeros,
+        }));
+    }
+
+    pub(in super::super) fn on_copy_read(
+        &mut self,
+        copy: CopyId,
+        status: Status,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(known) = self.copies.get(&copy).filter(|known| known.reading) else {
+            return;
+        };
+        let (key, from, blocks) = (known.job, known.planned.from, known.planned.blocks);
+        match (status, from) {
+            (Status::Ok, _) => self.write_copy(copy, actions),
+            (Status::Corrupt | Status::Device, Some(member)) => {
+                if let Some(job) = self.job(key) {
+                    job.is_transient |= status == Status::Device;
+                }
+                self.read_failed(key, member, blocks, actions);
+                self.end_copy(copy, true, actions);
+            }
+            (_, Some(member)) => self.lose(member, Some(status), actions),
+            (_, None) => {}
+        }
+    }
+
+    /// A copy cannot be read: another is looked for.
+    pub(super) fn read_failed(
+        &mut self,
+        key: JobKey,
+        member: MemberId,
+        blocks: Window,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(job) = self.job(key) else { return };
+        // Block by block: one that is damaged says nothing of its neighbours.
+        if blocks.1 > 1 && job.what != JobFor::Repair {
+            for block in blocks.0..blocks.0 + blocks.1 {
+                if let Some(mut single) = job.plan_block(block) {
+                    single.blocks = (block, 1);
+                    job.planned.push_back(single);
+                }
+            }
+            return;
+        }
+        job.bad.push((member, blocks));
+        if let (JobFor::Resync(joiner), set) = (job.what, job.set) {
+            // Another replica in sync is the source from now on, if there is one that was not tried.
+            let bad: SmallVec<[MemberId; 3]> = job.bad.iter().map(|(m, _)| *m).collect();
+            let members = self.set(set).members(self.set(set).usable());
+            match members.iter().find(|m| !bad.contains(m)).copied() {
+                Some(next) => {
+                    if let Some(resync) = self.resync_of(joiner) {
+                        resync.source = next;
+                    }
+                }
+                // There is no good copy to give it: it stays out.
+                None => self.lose(joiner, Some(Status::Corrupt), actions),
+            }
+        }
+    }
+
+    pub(in super::super) fn on_copy_written(
+        &mut self,
+        copy: CopyId,
+        member: MemberId,
+        status: Status,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(known) = self.copies.get_mut(&copy) else {
+            return;
+        };
+        let Some(at) = known.waiting.iter().position(|m| *m == member) else {
+            return;
+        };
+        known.waiting.swap_remove(at);
+        let (key, op, done) = (known.job, known.op, known.waiting.is_empty());
+        if let Some(op) = op {
+            let set = self.job(key).map(|job| job.set);
+            let place = set.and_then(|set| self.set(set).place_of(member));
+            if let Some(place) = place {
+                let outcome = self.answered(op, place as u8, status, self.now_us, actions);
+                debug_assert_eq!(outcome, Outcome::Pending);
+            }
+            return;
+        }
+        if status != Status::Ok {
+            self.lose(member, Some(status), actions);
+            return;
+        }
+        self.at_mut(member).answered += 1;
+        if done {
+            self.end_copy(copy, false, actions);
+        }
+    }
+
+    /// A new write of the head's own ended, or has to be made again.
+    pub(in super::super) fn rewritten(
+        &mut self,
+        tag: u64,
+        outcome: Outcome,
+        actions: &mut Vec<Action>,
+    ) {
+        let copy = CopyId(tag & !INTERNAL_TAG);
+        let again = !matches!(outcome, Outcome::Acknowledge(_));
+        self.end_copy(copy, again, actions);
+    }
+
+    fn end_copy(&mut self, id: CopyId, again: bool, actions: &mut Vec<Action>) {
+        let Some(copy) = self.copies.remove(&id) else {
+            return;
+        };
+        actions.push(Action::CopyEnd { copy: id });
+        let Some(job) = self.job(copy.job) else {
+            return;
+        };
+        job.copying -= 1;
+        job.again |= again;
+        let what = job.what;
+        if !again
+            && let JobFor::Resync(member) = what
+            && let Some(resync) = self.resync_of(member)
+        {
+            resync.copied_blocks += u64::from(copy.planned.blocks.1);
+        }
+        self.go_on_copying(copy.job, actions);
+    }
+
+    pub(in super::super) fn late_copy(&self, member: MemberId, limit_us: u64) -> bool {
+        self.copies.values().any(|copy| {
+            let owes = if copy.reading {
+                copy.planned.from == Some(member)
+            } else {
+                copy.op.is_none() && copy.waiting.contains(&member)
+            };
+            owes && self.now_us >= copy.since_us + limit_us
+        })
+    }
+
+    /// A member is lost: repairs that read from it try another. Other jobs that need it are given up by those they are
+    /// for.
+    pub(in super::super) fn fail_copies_of(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+        let mut reading: SmallVec<[CopyId; 8]> = self
+            .copies
+            .iter()
+            .filter(|(_, copy)| copy.reading && copy.planned.from == Some(member))
+            .filter(|(_, copy)| {
+                self.jobs
+                    .get(copy.job.place)
+                    .is_some_and(|job| job.what == JobFor::Repair)
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        reading.sort_unstable_by_key(|id| id.0);
+        for id in reading {
+            let job = self
+                .copies
+                .get(&id)
+                .map(|copy| (copy.job, copy.planned.blocks));
+            if let Some((key, blocks)) = job {
+                self.read_failed(key, member, blocks, actions);
+            }
+            self.end_copy(id, true, actions);
+        }
+    }
+
+    pub(in super::super) fn drop_jobs(&mut self, what: JobFor, actions: &mut Vec<Action>) {
+        self.drop_jobs_if(|job| job.what == what, actions);
+    }
+
+    pub(in super::super) fn drop_all_jobs(&mut self, actions: &mut Vec<Action>) {
+        self.drop_jobs_if(|_| true, actions);
+    }
+
+    fn drop_jobs_if(&mut self, gone: impl Fn(&LeafJob) -> bool, actions: &mut Vec<Action>) {
+        let places: SmallVec<[usize; 16]> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| gone(job))
+            .map(|(place, _)| place)
+            .collect();
+        let mut tickets: SmallVec<[Ticket; 16]> = SmallVec::new();
+        for place in places {
+            let job = self.jobs.remove(place);
+            let key = JobKey {
+                place,
+                serial: job.serial,
+            };
+            let mut copies: SmallVec<[CopyId; 16]> = self
+                .copies
+                .iter()
+                .filter(|(_, copy)| copy.job == key)
+                .map(|(id, _)| *id)
+                .collect();
+            copies.sort_unstable_by_key(|id| id.0);
+            for copy in copies {
+                self.copies.remove(&copy);
+                actions.push(Action::CopyEnd { copy });
+            }
+            self.queries
+                .retain(|_, query| query.purpose != Purpose::Leaf { job: key });
+            tickets.extend(job.ticket);
+        }
+        for ticket in tickets {
+            self.release(ticket, actions);
+        }
+    }
+
+    // -- repairs
+
+    /// Blocks that one replica could not read and another could are written again from a good copy, to all.
+    pub fn repair(
+        &mut self,
+        extent: ExtentKey,
+        first_block: u32,
+        count: u32,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.phase != Phase::Serving
+            || count == 0
+            || count > MAX_MESSAGE_BLOCKS
+            || extent.layer != self.record.record.live_layer()
+            || self.jobs_of(JobFor::Repair) >= REPAIRS
+        {
+            return;
+        }
+        let set = self.set_of(extent.chunk);
+        let key = self.insert_job(JobFor::Repair, set, extent.chunk, first_block / LEAF_BLOCKS);
+        if let Some(job) = self.job(key) {
+            job.windows.push((first_block, count));
+        }
+        self.next_window(key, actions);
+    }
+
+    pub(super) fn plan_repair(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(job) = self.job(key) else { return };
+        job.stage = Stage::Copying;
+        let (set, window, extent) = (job.set, job.window, job.extent);
+        let bad: SmallVec<[MemberId; 3]> = job.bad.iter().map(|(m, _)| *m).collect();
+        let members = self.set(set).members(self.set(set).usable());
+        let from = members.iter().find(|m| !bad.contains(m)).copied();
+        let enough = self.set(set).usable().count_ones() >= self.min_in_sync();
+        let Some(job) = self.job(key) else { return };
+        match from {
+            Some(_) if enough => {
+                job.planned.push_back(Planned {
+                    blocks: window,
+                    from,
+                    to: To::Everybody,
+                });
+                actions.push(Action::News(News::Repaired {
+                    extent,
+                    first_block: window.0,
+                    count: window.1,
+                }));
+            }
+            // No good copy, or too few replicas for a new write: left as it is.
+            _ => job.windows.clear(),
+        }
+        self.go_on_copying(key, actions);
+    }
+
+    pub(in super::super) fn advance_repairs(&mut self, actions: &mut Vec<Action>) {
+        self.unblock_jobs(actions);
+    }
+}

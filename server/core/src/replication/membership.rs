@@ -1,0 +1,108 @@
+//! Changes of a volume's replicas that others than its head may make: they name a new replica, wish one away, or forget
+//! one that counts for nothing. None of them changes what is in sync, so none raises the epoch; the head meets them as
+//! a changed record.
+
+use crate::records::{
+    REPLICAS_MAX, Record, Replica, ReplicaState, SetIndex, Transaction, Versioned, VolumeRecord,
+    VolumeState, keys,
+};
+use crate::units::{NodeId, StoreId};
+
+/// A change of one replica set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Fill a new replica.
+    Add {
+        /// Of which set.
+        set: SetIndex,
+        /// On which daemon.
+        node: NodeId,
+        /// In which store.
+        store: StoreId,
+    },
+    /// Wish a replica away, or no longer.
+    Leave {
+        /// Of which set.
+        set: SetIndex,
+        /// In which store.
+        store: StoreId,
+        /// Away.
+        leaving: bool,
+    },
+    /// Forget a replica that is not in sync.
+    Remove {
+        /// Of which set.
+        set: SetIndex,
+        /// In which store.
+        store: StoreId,
+    },
+}
+
+/// Why a change is not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// The volume is being deleted.
+    #[error("the volume is being deleted")]
+    Deleting,
+    /// It has no such set.
+    #[error("the volume has no replica set {}", .0.0)]
+    NoSuchSet(SetIndex),
+    /// The set has no replica there.
+    #[error("the replica set has nothing in store {}", .0.0)]
+    NoSuchReplica(StoreId),
+    /// The set has a replica there already.
+    #[error("the replica set has a replica in store {} already", .0.0)]
+    AlreadyThere(StoreId),
+    /// The set has as many replicas as it can.
+    #[error("a replica set has at most eight replicas, those being filled included")]
+    TooMany,
+    /// It holds acknowledged writes; only the head takes it out, when others suffice.
+    #[error("the replica is in sync; wish it away, and it goes when others suffice")]
+    InSync,
+}
+
+/// Decides a change.
+pub fn change(
+    current: &Versioned<VolumeRecord>,
+    wanted: Change,
+) -> Result<(VolumeRecord, Transaction), ChangeError> {
+    if current.record.state == VolumeState::Deleting {
+        return Err(ChangeError::Deleting);
+    }
+    let mut record = current.record.clone();
+    let (Change::Add { set, .. } | Change::Leave { set, .. } | Change::Remove { set, .. }) = wanted;
+    let replicas = &mut record
+        .placement
+        .sets
+        .get_mut(usize::from(set.0))
+        .ok_or(ChangeError::NoSuchSet(set))?
+        .replicas;
+    let place = |store: StoreId| replicas.iter().position(|replica| replica.store == store);
+    match wanted {
+        Change::Add { node, store, .. } => {
+            if place(store).is_some() {
+                return Err(ChangeError::AlreadyThere(store));
+            }
+            if replicas.len() >= REPLICAS_MAX {
+                return Err(ChangeError::TooMany);
+            }
+            replicas.push(Replica::joining(node, store));
+        }
+        Change::Leave { store, leaving, .. } => {
+            let at = place(store).ok_or(ChangeError::NoSuchReplica(store))?;
+            replicas[at].leaving = leaving;
+        }
+        Change::Remove { store, .. } => {
+            let at = place(store).ok_or(ChangeError::NoSuchReplica(store))?;
+            if replicas[at].state == ReplicaState::InSync {
+                return Err(ChangeError::InSync);
+            }
+            replicas.remove(at);
+        }
+    }
+    let key = keys::volume(record.id);
+    let transaction = Transaction::new()
+        .when_unchanged(key.clone(), current.changed_at)
+        .put(key, record.encode());
+    Ok((record, transaction))
+}

@@ -1,0 +1,47 @@
+//! Volumes with three copies on three real daemons with a real etcd: nodes that die, freeze, leave and return.
+
+mod chaos;
+mod fencing;
+mod followers;
+mod outage;
+mod partition;
+mod power;
+mod strangers;
+mod takeover;
+mod volumes;
+
+use std::time::Duration;
+
+use ashlar_tests::cluster::Trio;
+use ashlar_tests::fio::Fio;
+use ashlar_tests::tool::{Finished, Running};
+use serde_json::Value;
+
+/// How long a head relies on what it heard.
+const LEASE: Duration = Duration::from_secs(4);
+/// The longest that clients may wait because a node died.
+const PAUSE_LIMIT: Duration = Duration::from_secs(6);
+
+/// fio that verifies what it writes, for `seconds`, on the volume that node `at` serves. `rate`: bytes a second.
+fn verifying(trio: &Trio, at: usize, volume: &str, seconds: u32, rate: &str) -> Running {
+    Fio::verify(&trio.nodes[at].daemon.uri(volume))
+        .args(["--rw=randrw", "--bs=4k", "--iodepth=8", "--time_based"])
+        .args(["--size=32M", "--output-format=json", "--randrepeat=0"])
+        .arg(format!("--runtime={seconds}"))
+        .arg(format!("--rate={rate}"))
+        .start()
+}
+
+/// Demands that fio saw no error; the longest it waited for an answer.
+fn longest_pause(fio: Finished) -> Duration {
+    let said = fio.success();
+    let json = &said[said.find('{').expect("JSON")..];
+    let json: Value = serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let job = &json["jobs"][0];
+    assert_eq!(job["error"], 0, "{said}");
+    let longest = ["read", "write"].map(|kind| {
+        assert!(job[kind]["total_ios"].as_u64() > Some(0), "{said}");
+        job[kind]["clat_ns"]["max"].as_u64().expect("a latency")
+    });
+    Duration::from_nanos(longest[0].max(longest[1]))
+}

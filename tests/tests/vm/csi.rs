@@ -1,0 +1,347 @@
+//! The CSI driver with the kernel's NBD driver: from a claim to a mounted directory and back, through deaths of the daemon and of
+//! the driver.
+
+use std::time::Duration;
+
+use ashlar_tests::seed;
+use ashlar_tests::vm::wire::End;
+use ashlar_tests::vm::{GuestDaemon, Machine};
+use ashlar_tests::wait;
+use rustix::process::Signal;
+
+use crate::load::Load;
+use crate::{GIB, machine};
+
+const SOCKET: &str = "/run/ashlar-csi/csi.sock";
+const LOG: &str = "/var/log/ashlar-csi.log";
+const NODE: &str = "node-a";
+/// Longest wait for the driver to answer, or to be gone.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// `ashlar-csi` in a machine.
+struct Plugin<'a> {
+    machine: &'a Machine,
+    arguments: Vec<&'static str>,
+    pid: Option<u32>,
+}
+
+impl<'a> Plugin<'a> {
+    /// With `arguments` beside the ones it always has.
+    fn start(machine: &'a Machine, arguments: &[&'static str]) -> Plugin<'a> {
+        machine.sh("mkdir -p /var/lib/kubelet");
+        machine.save(LOG);
+        let mut plugin = Plugin {
+            machine,
+            arguments: arguments.to_vec(),
+            pid: None,
+        };
+        plugin.spawn();
+        plugin
+    }
+
+    /// Starts it and waits until it answers. A socket that an earlier one left is no answer.
+    fn spawn(&mut self) {
+        let mut argv = vec![
+            "ashlar-csi",
+            "--endpoint",
+            SOCKET,
+            "--node-id",
+            NODE,
+            "--attach",
+            "kernel",
+            "--log",
+            "info,ashlar_csi=debug",
+        ];
+        argv.extend(&self.arguments);
+        let before = self.served();
+        let pid = self.machine.start(&argv, LOG);
+        self.pid = Some(pid);
+        wait::until(LIMIT, "ashlar-csi serves", || {
+            let end = self.machine.wait(pid, Duration::ZERO);
+            assert_eq!(end, End::Running, "{}", self.log());
+            if self.served() > before {
+                Ok(())
+            } else {
+                Err(self.log())
+            }
+        });
+    }
+
+    /// How often one has begun to serve.
+    fn served(&self) -> usize {
+        self.log().matches("serving").count()
+    }
+
+    fn log(&self) -> String {
+        self.machine.try_run(&["cat", LOG]).ran.stdout
+    }
+
+    fn kill(&mut self) {
+        let pid = self.pid.take().expect("it runs");
+        self.machine.signal(pid, Signal::KILL);
+        assert_eq!(self.machine.wait(pid, LIMIT), End::Signal(9));
+    }
+
+    fn call(&self, call: &str, name: &str, more: &str) -> String {
+        self.machine.sh(&line(call, name, more))
+    }
+
+    /// All the way from nothing to a pod's directory or device.
+    fn bring_up(&self, name: &str, kind: &str, size: u64) {
+        self.call("create", name, &format!("--kind {kind} --size {size}"));
+        for call in ["controller-publish", "stage", "publish"] {
+            self.call(call, name, "");
+        }
+    }
+
+    /// All the way back.
+    fn take_down(&self, name: &str) {
+        for call in ["unpublish", "unstage", "controller-unpublish"] {
+            self.call(call, name, "");
+        }
+    }
+}
+
+fn line(call: &str, name: &str, more: &str) -> String {
+    format!("vm-guest csi {call} --endpoint {SOCKET} --node {NODE} --name {name} {more}")
+}
+
+/// Where a claim is for its pod.
+fn pod(name: &str) -> String {
+    format!("/var/lib/kubelet/pods/{name}")
+}
+
+/// Devices of the NBD driver that have a server, mounts below the kubelet's directory, what the driver remembers.
+fn leftovers(machine: &Machine) -> String {
+    machine.sh(
+        "cat /sys/block/nbd*/pid 2>/dev/null || true; findmnt -rno TARGET | grep /var/lib/kubelet || true; \
+         find /var/lib/ashlar-csi /var/lib/kubelet -mindepth 2 -type f; ls /var/lib/kubelet/pods 2>/dev/null || true",
+    )
+}
+
+fn no_leftovers(machine: &Machine) {
+    assert_eq!(leftovers(machine), "");
+    assert_eq!(machine.held(), []);
+}
+
+/// The device under a claim's mount, without /dev/.
+fn device(machine: &Machine, name: &str) -> String {
+    machine.sh(&format!("basename $(findmnt -no SOURCE {})", pod(name)))
+}
+
+#[test]
+fn claims_live_through_deaths_of_daemon_and_driver_and_grow_online() {
+    let seed = seed::of_run("csi");
+    let (machine, _scratch) = machine("csi");
+    let mut daemon = GuestDaemon::first(&machine, "3GiB");
+    // A short request timeout, because every restart costs the load one.
+    let mut plugin = Plugin::start(&machine, &["--nbd-timeout", "5"]);
+    let kinds = ["ext4", "xfs"];
+    for kind in kinds {
+        plugin.bring_up(kind, kind, GIB);
+        let found = machine.sh(&format!("findmnt -no FSTYPE {}", pod(kind)));
+        assert_eq!(found, kind);
+    }
+    let loads = kinds.map(|kind| Load::start(&machine, kind, &pod(kind), seed));
+    for round in 0..5 {
+        for load in &loads {
+            load.get_on(60, || {});
+        }
+        match round {
+            // The driver dies alone, ...
+            1 => {
+                plugin.kill();
+                plugin.spawn();
+                daemon.kill();
+                daemon.spawn();
+            }
+            // ... with the daemon, and is back only after it, ...
+            3 => {
+                daemon.kill();
+                plugin.kill();
+                daemon.spawn();
+                daemon.wait_ready();
+                plugin.spawn();
+            }
+            // ... and not at all.
+            _ => {
+                daemon.kill();
+                daemon.spawn();
+            }
+        }
+        daemon.wait_ready();
+    }
+    for load in &loads {
+        load.get_on(60, || {});
+    }
+    for kind in kinds {
+        plugin.call("expand", kind, &format!("--size {}", 2 * GIB));
+        let size = machine.sh(&format!(
+            "blockdev --getsize64 /dev/{}",
+            device(&machine, kind)
+        ));
+        assert_eq!(size, (2 * GIB).to_string(), "{kind}");
+        let blocks: u64 = machine
+            .sh(&format!("df -B1 --output=size {} | tail -n 1", pod(kind)))
+            .trim()
+            .parse()
+            .expect("a number");
+        assert!(
+            blocks > GIB * 18 / 10,
+            "{kind}: a file system of {blocks} bytes"
+        );
+    }
+    for load in &loads {
+        load.get_on(60, || {});
+        load.stop();
+        println!("longest wait {:?}", load.slowest());
+    }
+    let logged = plugin.log();
+    assert!(!logged.contains("panicked"), "{logged}");
+
+    // Unmounted and mounted again, as by a pod that moves.
+    for (kind, load) in kinds.iter().zip(&loads) {
+        plugin.take_down(kind);
+        for call in ["controller-publish", "stage", "publish"] {
+            plugin.call(call, kind, "");
+        }
+        println!("{}", load.verify(&load.synced()));
+        plugin.take_down(kind);
+    }
+    // Without the driver: what the file systems' own programs say.
+    for (kind, check) in [("ext4", "e2fsck -fn"), ("xfs", "xfs_repair -n")] {
+        machine.sh(&format!(
+            "nbd-client -unix /run/ashlar/nbd.sock -name {} -block-size 4096 -connections 2 /dev/nbd9; {check} /dev/nbd9; \
+             nbd-client -d /dev/nbd9",
+            volume_id(&machine, kind)
+        ));
+        plugin.call("delete", kind, "");
+    }
+    no_leftovers(&machine);
+}
+
+fn volume_id(machine: &Machine, name: &str) -> String {
+    machine.sh(&format!(
+        r#"sed 's/.*"id":"\([^"]*\)".*/\1/' /run/claims/{name}"#
+    ))
+}
+
+#[test]
+fn raw_blocks_and_a_dead_daemon() {
+    let (machine, _scratch) = machine("csi_dead");
+    let mut daemon = GuestDaemon::first(&machine, "1GiB");
+    let plugin = Plugin::start(&machine, &["--unstage-patience", "5", "--nbd-timeout", "5"]);
+    plugin.bring_up("raw", "block", 256 << 20);
+    machine.sh(&format!(
+        "[ -b {0} ]; dd if=/dev/urandom of=/run/r bs=1M count=16 status=none; dd if=/run/r of={0} bs=1M oflag=direct conv=fsync status=none; \
+         cmp -n 16777216 /run/r {0}",
+        pod("raw")
+    ));
+    plugin.call("expand", "raw", &format!("--size {}", 384u64 << 20));
+    assert_eq!(
+        machine.sh(&format!("blockdev --getsize64 {}", pod("raw"))),
+        (384u64 << 20).to_string()
+    );
+    plugin.take_down("raw");
+    for call in ["controller-publish", "stage", "publish"] {
+        plugin.call(call, "raw", "");
+    }
+    machine.sh(&format!("cmp -n 16777216 /run/r {}", pod("raw")));
+
+    plugin.bring_up("dead", "ext4", 256 << 20);
+    machine.sh(&format!("cp /run/r {0}/synced; sync -f {0}", pod("dead")));
+    // From here on everything that is written fails, and the kernel says so.
+    for words in ["I/O error", "EXT4-fs error", "Buffer I/O", "EXT4-fs (nbd"] {
+        machine.expect(words);
+    }
+    daemon.kill();
+    // Dirty pages with nowhere to go, and a process that waits for them.
+    machine.sh(&format!(
+        "dd if=/dev/zero of={}/dirty bs=1M count=8 status=none",
+        pod("dead")
+    ));
+    let stuck = machine.start(
+        &["bash", "-c", &format!("exec sync -f {}", pod("dead"))],
+        "/run/stuck.log",
+    );
+    // The pod's process is killed, as the kubelet does first; it cannot die.
+    wait::until(LIMIT, "a process is held", || match machine.held() {
+        held if held.is_empty() => Err(format!("{:?}", machine.processes())),
+        _ => Ok(()),
+    });
+    machine.signal(stuck, Signal::KILL);
+    for name in ["dead", "raw"] {
+        for call in ["unpublish", "unstage"] {
+            let argv = line(call, name, "");
+            let outcome = machine.run_within(&["bash", "-c", &argv], LIMIT);
+            println!("{call} {name} with a dead daemon took {:?}", outcome.took);
+            assert!(outcome.ok(), "{outcome}\n{}", plugin.log());
+        }
+    }
+    assert_eq!(machine.wait(stuck, LIMIT), End::Signal(9));
+    no_leftovers(&machine);
+
+    // What was synced is there when the daemon is back.
+    daemon.spawn();
+    daemon.wait_ready();
+    for name in ["dead", "raw"] {
+        plugin.call("controller-unpublish", name, "");
+        for call in ["controller-publish", "stage", "publish"] {
+            plugin.call(call, name, "");
+        }
+    }
+    machine.sh(&format!(
+        "cmp /run/r {}/synced; cmp -n 16777216 /run/r {}",
+        pod("dead"),
+        pod("raw")
+    ));
+    for name in ["dead", "raw"] {
+        plugin.take_down(name);
+        plugin.call("delete", name, "");
+    }
+    no_leftovers(&machine);
+}
+
+/// csi-sanity, the interface's own suite, over /dev/nbdN.
+fn sanity(access: &str) {
+    let (machine, _scratch) = machine(&format!("csi_sanity_{access}"));
+    let _daemon = GuestDaemon::first(&machine, "2GiB");
+    let plugin = Plugin::start(&machine, &["--max-volumes", "10"]);
+    machine.write(
+        "/run/mutable.yaml",
+        "iops: \"2000\"\nbytesPerSecond: \"104857600\"\n",
+    );
+    let (size, grown) = (64 << 20, 96 << 20);
+    let outcome = machine.run_within(
+        &[
+            "csi-sanity",
+            &format!("--csi.endpoint=unix:{SOCKET}"),
+            "--csi.mountdir=/var/lib/kubelet/mount",
+            "--csi.stagingdir=/var/lib/kubelet/staging",
+            &format!("--csi.testvolumeaccesstype={access}"),
+            &format!("--csi.testvolumesize={size}"),
+            &format!("--csi.testvolumeexpandsize={grown}"),
+            "--csi.testvolumemutableparameters=/run/mutable.yaml",
+            "--csi.testnodevolumeattachlimit",
+            "--ginkgo.no-color",
+        ],
+        Duration::from_secs(600),
+    );
+    let took = outcome.took;
+    let said = outcome.success();
+    let summary = said.lines().rev().find(|line| line.contains("Passed"));
+    let summary = summary.unwrap_or_else(|| panic!("no summary in {said}"));
+    println!("csi-sanity {access} over the kernel's nbd in {took:?}: {summary}");
+    assert!(summary.contains("0 Failed"), "{said}\n{}", plugin.log());
+    no_leftovers(&machine);
+}
+
+#[test]
+fn the_suite_passes_with_mounted_volumes() {
+    sanity("mount");
+}
+
+#[test]
+fn the_suite_passes_with_raw_volumes() {
+    sanity("block");
+}
