@@ -439,6 +439,14 @@ impl Daemon {
             .unwrap_or_else(|error| panic!("{volume}: {error}\n{}", self.log.tail()))
     }
 
+    /// The same, once the volume is served: in a cluster its replicas are sealed after the daemon is ready.
+    pub fn open_when_served(&self, volume: &str, wishes: Wishes) -> Transmission {
+        wait::until(READY_LIMIT, "the volume is served", || {
+            self.try_open(volume, wishes)
+                .map_err(|error| format!("{volume}: {error}\n{}", self.log.tail()))
+        })
+    }
+
     pub fn try_open(&self, volume: &str, wishes: Wishes) -> Result<Transmission, Failure> {
         nbd::open(&self.address(), volume, wishes)
     }

@@ -48,9 +48,13 @@ fn a_single_node_becomes_the_first_of_a_cluster_and_keeps_its_volumes() {
 
     let refusal = alone.start_refused();
     assert!(refusal.contains("belongs to cluster"), "{refusal}");
-    alone.setup = alone.setup.clone().args(["--metadata", &etcd.setting()]);
+    alone.setup = alone
+        .setup
+        .clone()
+        .args(["--metadata", &etcd.setting()])
+        .args(["--listen-link", "127.0.0.1:0"]);
     alone.start();
-    let mut client = alone.open("disk", Wishes::SIMPLE);
+    let mut client = alone.open_when_served("disk", Wishes::SIMPLE);
     assert_eq!(client.read(4096, 4).expect("read"), b"kept");
     let nodes = alone.admin().json(["node", "list"]);
     assert_eq!(nodes["nodes"][0]["labels"]["zone"], "a");
@@ -133,7 +137,7 @@ fn nodes_join_with_a_token_once_and_are_shut_out_when_removed() {
     // Each node serves the volumes on its own stores, under names of the whole cluster.
     two.daemon.create("theirs", "16MiB");
     two.daemon
-        .open("theirs", Wishes::SIMPLE)
+        .open_when_served("theirs", Wishes::SIMPLE)
         .write(0, b"x")
         .expect("write");
     let refusal = one
@@ -145,7 +149,7 @@ fn nodes_join_with_a_token_once_and_are_shut_out_when_removed() {
     two.daemon.start();
     assert_eq!(
         two.daemon
-            .open("theirs", Wishes::SIMPLE)
+            .open_when_served("theirs", Wishes::SIMPLE)
             .read(0, 1)
             .expect("read"),
         b"x"

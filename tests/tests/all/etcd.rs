@@ -488,13 +488,14 @@ fn a_daemon_serves_through_an_outage_of_etcd() {
     let mut etcd = Etcd::start(&scratch);
     let mut daemon = Setup::default()
         .args(["--metadata", &etcd.setting(), "--etcd-prefix", "/one"])
+        .args(["--listen-link", "127.0.0.1:0"])
         .prepare("etcd-daemon-d");
     let refusal = daemon.start_refused();
     assert!(refusal.contains("belongs to no cluster"), "{refusal}");
     ashlar_tests::cluster::found(&daemon, &etcd, &["--etcd-prefix", "/one"]);
     daemon.start();
     daemon.create("disk", "64MiB");
-    let mut client = daemon.open("disk", Wishes::SIMPLE);
+    let mut client = daemon.open_when_served("disk", Wishes::SIMPLE);
     client.write(4096, b"before").expect("write");
     etcd.kill();
     client
@@ -510,9 +511,9 @@ fn a_daemon_serves_through_an_outage_of_etcd() {
     daemon.create("other", "1MiB");
     daemon.kill();
     daemon.start();
-    let mut client = daemon.open("disk", Wishes::SIMPLE);
+    let mut client = daemon.open_when_served("disk", Wishes::SIMPLE);
     assert_eq!(client.read(8192, 6).expect("read"), b"during");
-    daemon.open("other", Wishes::SIMPLE);
+    daemon.open_when_served("other", Wishes::SIMPLE);
     daemon.stop();
     etcd.kill();
     let refusal = daemon.start_refused();

@@ -99,7 +99,7 @@ fn data_come_back_through_tls_as_they_went_in() {
         served
             .node
             .daemon
-            .open("disk", Wishes::SIMPLE)
+            .open_when_served("disk", Wishes::SIMPLE)
             .write_zeroes(0, 32 << 20, 0)
             .expect("zeroes");
     }
