@@ -146,6 +146,14 @@ impl ClusterServices {
                 .stores
                 .iter()
                 .filter_map(|store| owner.get(store))
+                .chain(
+                    volume
+                        .placement
+                        .sets
+                        .iter()
+                        .flat_map(|set| &set.replicas)
+                        .map(|replica| &replica.node),
+                )
                 .collect();
             nodes.sort();
             nodes.dedup();

@@ -429,7 +429,11 @@ impl Volumes {
             dropped.iter().any(|entry| entry.key == key)
         };
         if holders.all(has_dropped) {
-            let tombstone = self.reread(id).await?;
+            let tombstone = match self.reread(id).await {
+                // Another node saw that it was the last, too.
+                Err(VolumeError::NotFound { .. }) => return Ok(()),
+                read => read?,
+            };
             let mut transaction = finish_delete(&tombstone);
             for entry in &dropped {
                 transaction = transaction.delete(entry.key.clone());

@@ -81,6 +81,9 @@ fn nbd_client_does_not_come_back_and_nothing_synced_is_lost() {
         ("/dev/nbd1", "-persist -nonetlink"),
     ] {
         machine.sh(&format!("{attach} {options} {device}"));
+        // Without netlink the device gets its size a moment after nbd-client went into the background.
+        let size = device.replace("/dev/", "/sys/block/");
+        machine.sh(&format!("until [ \"$(<{size}/size)\" != 0 ]; do :; done"));
         machine.sh(&format!("mkfs.ext4 -q -F {device}; mount {device} /mnt"));
         let load = Load::start(
             &machine,

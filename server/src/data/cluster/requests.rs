@@ -370,6 +370,7 @@ impl DataThread {
         let piece = &entry.pieces[index as usize];
         let (extent, first_block, count) = (piece.extent, piece.first_block, piece.count);
         let (at, content, version) = (piece.at, piece.content, piece.version);
+        let connection = entry.request.connection;
         let buffer = entry.request.buffer.take();
         let serial = entry.serial;
         let tag = op_id(key, index);
@@ -451,8 +452,7 @@ impl DataThread {
             }
             _ => {
                 if let Some(buffer) = buffer {
-                    self.pool.give(buffer);
-                    self.freed = true;
+                    self.give(connection, buffer);
                 }
             }
         }
