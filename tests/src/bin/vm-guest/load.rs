@@ -284,7 +284,8 @@ pub(super) fn verify(words: &[&str]) -> anyhow::Result<()> {
             newer += u64::from(found > *synced);
             kept += u64::from(found != 0);
         }
-        let marked = synced / MARK_EVERY * MARK_EVERY;
+        // The mark of a version follows its sync, and may have failed when nothing later was synced.
+        let marked = synced.saturating_sub(1) / MARK_EVERY * MARK_EVERY;
         if marked > 0 {
             let text = std::fs::read_to_string(mark_path(&folder, file))
                 .with_context(|| format!("file {file}: its mark"))?;
