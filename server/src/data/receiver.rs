@@ -261,8 +261,8 @@ impl Receiver {
         })
     }
 
-    /// The next request that is whole. The volume's gate and then `admit` are asked once a header is there, with the bytes of memory the request
-    /// will need; when it says no, the request stays where it is.
+    /// The next request that is whole. Once a header is there, the volume's gate is asked and then `admit`, with the
+    /// bytes of memory the request will need; when either says no, the request stays where it is.
     pub(super) fn next(
         &mut self,
         session: &Session,
