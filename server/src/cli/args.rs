@@ -182,7 +182,7 @@ pub(super) enum NodeCommand {
     /// List the nodes of the cluster; the one that is asked has a star
     #[command(visible_alias = "ls")]
     List,
-    /// Shut a node without volumes out for ever, whose connections are cut
+    /// Shut out for ever a node that holds no volume and no copy; its connections are cut
     #[command(visible_alias = "rm")]
     Remove {
         /// Its id, or the beginning of it
