@@ -2,7 +2,7 @@
 
 mod actions;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ashlar_core::records::{HeadClaim, SetIndex, Versioned, VolumeRecord};
 use ashlar_core::replication::wire::Status;
@@ -63,6 +63,7 @@ pub(crate) struct Driver {
     requests: BTreeMap<u64, Request>,
     parked: Vec<u64>,
     copies: BTreeMap<CopyId, Vec<Content>>,
+    ended_copies: BTreeSet<CopyId>,
     started: VecDeque<Started>,
 }
 
@@ -98,6 +99,7 @@ impl Driver {
             requests: BTreeMap::new(),
             parked: Vec::new(),
             copies: BTreeMap::new(),
+            ended_copies: BTreeSet::new(),
             started: VecDeque::new(),
         });
         driver.carry_out(world, node, actions);
@@ -373,6 +375,10 @@ impl Driver {
                     self.copies.insert(copy, contents);
                 }
                 self.event(world, node, Event::CopyRead { copy, status });
+                assert!(
+                    !(self.copies.contains_key(&copy) && self.ended_copies.contains(&copy)),
+                    "what was read for a copy that had ended is kept for ever"
+                );
             }
             For::CopyWrite(copy) => self.event(
                 world,

@@ -19,10 +19,13 @@ impl DataThread {
     pub(super) fn copy_was_read(&mut self, volume: VolumeRef, copy: CopyId, answer: Answer) {
         let status = match answer {
             Answer::Data { buffer, .. } => {
-                if let Some(replication) = self.replication(volume) {
-                    replication.copies.insert(copy, Held { buffer });
-                } else if let Some(buffer) = buffer {
-                    self.pool.give(buffer);
+                let held = Held { buffer };
+                let old = match self.replication(volume) {
+                    Some(replication) => replication.copies.insert(copy, held),
+                    None => Some(held),
+                };
+                if let Some(old) = old {
+                    self.give_back(old);
                 }
                 Status::Ok
             }

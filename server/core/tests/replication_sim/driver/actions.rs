@@ -170,9 +170,8 @@ impl Driver {
                 }
                 Action::CopyEnd { copy } => {
                     self.copies.remove(&copy);
-                    self.pending.retain(|_, (_, purpose)| {
-                        !matches!(purpose, For::CopyRead(c) | For::CopyWrite(c) if *c == copy)
-                    });
+                    // Answers that are under way still come.
+                    self.ended_copies.insert(copy);
                 }
                 Action::Retry => {
                     for id in std::mem::take(&mut self.parked) {

@@ -144,9 +144,14 @@ impl ReplicatedHead {
         status: Status,
         actions: &mut Vec<Action>,
     ) {
-        let Some(known) = self.copies.get(&copy).filter(|known| known.reading) else {
+        let Some(known) = self.copies.get(&copy) else {
+            // Given up meanwhile: what was read is of no use any more.
+            actions.push(Action::CopyEnd { copy });
             return;
         };
+        if !known.reading {
+            return;
+        }
         let (key, from, blocks) = (known.job, known.planned.from, known.planned.blocks);
         match (status, from) {
             (Status::Ok, _) => self.write_copy(copy, actions),
