@@ -48,6 +48,7 @@ impl Stream {
             ciphertext: Vec::new(),
             start: 0,
             end: 0,
+            has_ended: false,
         }))
     }
 
@@ -65,7 +66,7 @@ impl Stream {
     }
 
     /// Fills `pieces` in order and says how many bytes came; zero is the end. Fewer than there is room for: the socket
-    /// is empty for now. [`io::ErrorKind::WouldBlock`]: it was empty from the beginning.
+    /// is empty for now, or has ended ([`Stream::has_ended`]). [`io::ErrorKind::WouldBlock`]: it was empty from the beginning.
     ///
     /// # Safety
     /// Each piece names memory that may be written to and that nothing else uses during the call.
@@ -91,6 +92,14 @@ impl Stream {
         }
     }
 
+    /// Whether the peer has said that nothing more comes. The socket itself may stay silent about it.
+    pub fn has_ended(&self) -> bool {
+        match self {
+            Stream::Plain(_) => false,
+            Stream::Tls(stream) => stream.has_ended,
+        }
+    }
+
     /// Whether bytes that were taken still wait for the socket.
     pub fn has_unsent(&self) -> bool {
         match self {
@@ -108,6 +117,8 @@ pub struct TlsStream {
     ciphertext: Vec<u8>,
     start: usize,
     end: usize,
+    /// The peer said that this is its end.
+    has_ended: bool,
 }
 
 impl TlsStream {
@@ -126,8 +137,10 @@ impl TlsStream {
                     )
                 };
                 match self.session.reader().read(room) {
-                    // The peer said that this is its end.
-                    Ok(0) => return Ok(filled),
+                    Ok(0) => {
+                        self.has_ended = true;
+                        return Ok(filled);
+                    }
                     Ok(count) => {
                         at += count;
                         filled += count;

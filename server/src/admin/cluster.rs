@@ -383,6 +383,12 @@ impl proto::cluster_server::Cluster for Service {
         for _ in 0..ATTEMPTS {
             let member = cluster.find(&reference).await?;
             let node = member.record.id;
+            // Every creation of a volume changes it: none may come between the look and the change.
+            let layers = cluster
+                .records
+                .get(keys::NEXT_LAYER)
+                .await
+                .map_err(unread)?;
             let has = cluster.holdings().await?.get(&node).copied();
             let has = has.unwrap_or_default();
             let authorities: Vec<_> = cluster
@@ -396,7 +402,13 @@ impl proto::cluster_server::Cluster for Service {
             let asked = cluster.identity.node();
             let change = remove(&member, asked, has.stores, has.volumes, &authorities);
             let is_done = match change.map_err(|error| refused(&error))? {
-                Some(change) => committed(&*cluster.records, change).await?,
+                Some(change) => {
+                    let change = match &layers {
+                        Some(layers) => change.when_unchanged(keys::NEXT_LAYER, layers.changed_at),
+                        None => change.when_absent(keys::NEXT_LAYER),
+                    };
+                    committed(&*cluster.records, change).await?
+                }
                 None => true,
             };
             if is_done {

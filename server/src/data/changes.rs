@@ -8,9 +8,9 @@ use ashlar_core::volume::{Access, Began, BlockRange, Started, blocks_touched};
 use super::execute::refusal_text;
 use super::landed::Landed;
 use super::operation::{
-    Edge, Edges, NotTaken, Operation, Payload, Request, Source, Stage, Work, Write, op_id,
-    refusal_of,
+    Edges, NotTaken, Operation, Payload, Request, Source, Stage, Work, Write, op_id, refusal_of,
 };
+use super::pool::Buffer;
 use super::receiver::covering_bytes;
 use super::thread::DataThread;
 
@@ -23,6 +23,24 @@ struct Zeros([u8; ZERO_BLOCKS * BLOCK_BYTES]);
 
 /// Zero entries (a chunk each) and real zeros (1 MiB each) one request may cause in a turn.
 const STEPS_PER_TURN: usize = 64;
+
+/// Puts what a change changes of the blocks at its edges into those blocks, which were read to the scratch.
+/// `first_block`: where the payload begins, which lies in the buffer as its blocks lie in the volume.
+pub(super) fn put_edges(buffer: &mut Buffer, edges: &Edges, source: Source, first_block: u64) {
+    for (edge, scratch) in [
+        (edges.first, edges.scratch),
+        (edges.last, edges.scratch + BLOCK_BYTES),
+    ] {
+        let Some(edge) = edge else { continue };
+        let (from, len) = (edge.from as usize, (edge.to - edge.from) as usize);
+        if source == Source::Buffer {
+            let payload = (edge.block - first_block) as usize * BLOCK_BYTES + from;
+            buffer.copy_within(payload, scratch + from, len);
+        } else {
+            buffer.zero(scratch + from, len);
+        }
+    }
+}
 
 /// Which edge a read of a store is for, as the part number of its operation id.
 const PART_FIRST_EDGE: u32 = u32::MAX;
@@ -282,25 +300,7 @@ impl DataThread {
             return;
         };
         let first_block = offset / BLOCK_BYTES as u64;
-        for (edge, scratch) in [
-            (edges.first, edges.scratch),
-            (edges.last, edges.scratch + BLOCK_BYTES),
-        ] {
-            let Some(Edge {
-                block, from, to, ..
-            }) = edge
-            else {
-                continue;
-            };
-            let (from, len) = (from as usize, (to - from) as usize);
-            if source == Source::Buffer {
-                // The payload lies in the buffer as its blocks lie in the volume.
-                let payload = (block - first_block) as usize * BLOCK_BYTES + from;
-                buffer.copy_within(payload, scratch + from, len);
-            } else {
-                buffer.zero(scratch + from, len);
-            }
-        }
+        put_edges(buffer, &edges, source, first_block);
         self.store_change(key);
     }
 

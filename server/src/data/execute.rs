@@ -417,7 +417,6 @@ impl DataThread {
         {
             c.held_bytes -= buffer.capacity();
         }
-        self.freed = true;
         self.pool.give(buffer);
     }
 

@@ -158,6 +158,8 @@ pub(super) struct Pool {
     /// Most bytes of free buffers kept.
     keep_bytes: usize,
     lent_bytes: usize,
+    /// Something came back since [`Pool::take_given`] was asked.
+    given: bool,
 }
 
 impl Pool {
@@ -167,6 +169,7 @@ impl Pool {
             free_bytes: 0,
             keep_bytes,
             lent_bytes: 0,
+            given: false,
         }
     }
 
@@ -209,10 +212,21 @@ impl Pool {
     #[inline]
     pub(super) fn give(&mut self, buffer: Buffer) {
         self.lent_bytes -= buffer.capacity;
+        self.given = true;
         if buffer.capacity <= LARGEST_KEPT && self.free_bytes + buffer.capacity <= self.keep_bytes {
             self.free_bytes += buffer.capacity;
             self.free[class_of(buffer.capacity)].push(buffer);
         }
+    }
+
+    /// Whether something came back that nobody has been told of.
+    pub(super) fn has_given(&self) -> bool {
+        self.given
+    }
+
+    /// As [`Pool::has_given`]; from now on somebody knows.
+    pub(super) fn take_given(&mut self) -> bool {
+        std::mem::take(&mut self.given)
     }
 
     /// Bytes of buffers not yet given back.

@@ -3,7 +3,7 @@
 use ashlar_core::nbd::reply::{self, Allocation, Status};
 use ashlar_core::nbd::request::Command as Asked;
 use ashlar_core::nbd::session::ReplyStyle;
-use ashlar_core::store::{Errno, ReadOutcome, StoreError};
+use ashlar_core::store::{ReadOutcome, StoreError};
 use ashlar_core::units::BLOCK_BYTES;
 use ashlar_core::volume::{Access, Began, Pieces, StoreSlot, blocks_touched};
 use smallvec::SmallVec;
@@ -95,8 +95,8 @@ impl DataThread {
         let length = request.length as usize;
         let skip = payload_start(to.offset);
         let Some(key) = self.connection_of(&request) else {
-            self.pool.give(buffer);
-            return;
+            self.give(request.connection, buffer);
+            return self.forget(&request);
         };
         let connection = &mut self.connections[key as usize];
         if to.style == ReplyStyle::Simple || dont_fragment || holes.is_empty() {
@@ -218,20 +218,13 @@ impl DataThread {
         };
         let (volume, to, length) = (request.volume, request.reply, request.length);
         let mut status = Status::new(to, length, one_extent);
-        if self.replicated(volume).is_some() {
-            match self.replicated_status(volume, &mut status, (to.offset, length)) {
-                Ok(()) => return self.answer_status(key, volume, status),
-                Err(Some((store, extent, first_block, blocks))) => {
+        if let Some(replicated) = self.replicated(volume) {
+            match self.replicated_status(replicated, &mut status, (to.offset, length)) {
+                Ok(()) => self.answer_status(key, volume, status),
+                Err((store, extent, first_block, blocks)) => {
                     let driver = &mut self.stores[store];
                     driver.store.load_extents(extent, first_block, blocks);
                     driver.waiting_for_index.push(key);
-                }
-                Err(None) => {
-                    let error = refusal_of(&StoreError::Poisoned(Errno::EIO));
-                    if let Operation::Request(mut request) = self.operations.remove(key) {
-                        request.error = Some(error);
-                        self.finish(request);
-                    }
                 }
             }
             return;

@@ -257,7 +257,7 @@ impl Receiver {
         self.end += rest;
         Ok(Received::Bytes {
             count,
-            drained: count < offered,
+            drained: count < offered && !stream.has_ended(),
         })
     }
 

@@ -197,7 +197,7 @@ pub(super) struct DataThread {
     pub(super) started: VecDeque<Started>,
     /// They are being started: see `release`.
     pub(super) starting: bool,
-    /// Something was given back since the paused were last looked at.
+    /// Something else than memory of the pool was given back since the paused were last looked at.
     pub(super) freed: bool,
     pub(super) drain: Option<Drain>,
     pub(super) stop: bool,
@@ -348,9 +348,13 @@ impl DataThread {
         if let Some(held_until) = self.halves.deadline(self.now) {
             return self.engine.wait(Some(held_until), events);
         }
-        self.engine.work_here(events)?;
-        if !events.is_empty() {
-            return Ok(());
+        let has_more =
+            !self.ready.is_empty() || !self.resumable.is_empty() || self.links_want_a_turn();
+        if !has_more {
+            self.engine.work_here(events)?;
+            if !events.is_empty() {
+                return Ok(());
+            }
         }
         if let Some(until) = self.spin_until.take() {
             let begun = Instant::now();
@@ -429,7 +433,8 @@ impl DataThread {
         self.engine.begin_queued();
         self.send_links();
         self.send_dirty();
-        if std::mem::take(&mut self.freed) && !self.paused.is_empty() {
+        let freed = std::mem::take(&mut self.freed) | self.pool.take_given();
+        if freed && !self.paused.is_empty() {
             for key in std::mem::take(&mut self.paused) {
                 if let Some(connection) = self.connections.get_mut(key as usize) {
                     connection.is_paused = false;
@@ -456,7 +461,7 @@ impl DataThread {
 
     /// When the loop must turn though nothing happens.
     fn deadline(&mut self) -> Option<Instant> {
-        let pauses_may_end = self.freed && !self.paused.is_empty();
+        let pauses_may_end = (self.freed || self.pool.has_given()) && !self.paused.is_empty();
         if pauses_may_end
             || self.links_want_a_turn()
             || !self.ready.is_empty()

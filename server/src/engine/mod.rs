@@ -111,6 +111,9 @@ pub trait Engine {
         Ok(())
     }
 
+    /// Whether [`Engine::work_here`] may sleep for as long as one small write takes; it may until told otherwise.
+    fn may_sleep_at_work(&mut self, _may: bool) {}
+
     /// Hands a file to the engine, which closes it when dropped. `direct` says whether it takes O_DIRECT.
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId>;
 

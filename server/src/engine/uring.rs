@@ -95,6 +95,7 @@ pub struct UringEngine {
     ops: slab::Slab<InFlight>,
     /// A durable write that the calling thread does when it has nothing else to do.
     here: Option<usize>,
+    may_sleep_at_work: bool,
     watches: slab::Slab<Watch>,
     next_generation: u32,
     /// Entries that found the submission queue full, oldest first.
@@ -125,6 +126,7 @@ impl UringEngine {
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
             here: None,
+            may_sleep_at_work: true,
             watches: slab::Slab::new(),
             next_generation: 1,
             backlog: VecDeque::new(),
@@ -556,6 +558,10 @@ impl Engine for UringEngine {
         self.wait(Some(begun), out)
     }
 
+    fn may_sleep_at_work(&mut self, may: bool) {
+        self.may_sleep_at_work = may;
+    }
+
     fn begin_queued(&mut self) {
         if !self.ring.submission().is_empty() {
             // What cannot be submitted now is with the next wait, which reports what is wrong.
@@ -582,7 +588,8 @@ impl Engine for UringEngine {
         };
         let durable = matches!(op, DiskOp::Write { durable: true, .. }).then(|| {
             let small = matches!(op, DiskOp::Write { len, .. } if len <= HERE_BYTES);
-            let alone = small && self.ops.is_empty() && self.watches.len() == 1;
+            let alone =
+                small && self.may_sleep_at_work && self.ops.is_empty() && self.watches.len() == 1;
             (self.durable.choose(op.file(), alone), Instant::now())
         });
         let here = matches!(durable, Some((Way::Here, _)));

@@ -137,20 +137,13 @@ impl DataThread {
         found.map(|(key, _)| LinkRef { key, id })
     }
 
-    pub(super) fn opened(
-        &mut self,
-        replica: usize,
-        session: SessionRef,
-        epoch: Epoch,
-        lost_power: bool,
-    ) {
+    pub(super) fn opened(&mut self, session: SessionRef, epoch: Epoch, lost_power: bool) {
         if session.link == LinkId::LOCAL {
             return self.local_opened(session.tag, lost_power);
         }
         let Some(link) = self.key_of(session.link) else {
             return;
         };
-        let _ = replica;
         let mut header = Header::new(Kind::Opened);
         header.session = session.tag;
         header.epoch = epoch;

@@ -218,7 +218,7 @@ impl Wire {
             Ok(0) => Err(LinkError::Closed),
             Ok(count) => {
                 self.end += count;
-                if count < offered && !self.hang_up {
+                if count < offered && !self.hang_up && !self.stream.has_ended() {
                     self.readable = false;
                 }
                 Ok(true)

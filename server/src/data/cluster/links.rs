@@ -97,6 +97,8 @@ impl DataThread {
         });
         self.make_link_busy(key);
         self.cluster.look_soon(now_us());
+        // Others than one client wait for this thread now.
+        self.engine.may_sleep_at_work(false);
         true
     }
 
@@ -130,6 +132,7 @@ impl DataThread {
         };
         self.cluster.busy_links.retain(|busy| *busy != key);
         self.engine.unwatch(link.watch);
+        self.engine.may_sleep_at_work(self.cluster.links.is_empty());
         match error {
             LinkError::Closed | LinkError::Io(_) | LinkError::Silent(_) => {
                 tracing::info!(node = %link.peer.node.0, store = %link.peer.store.0, %error, "link down");
@@ -239,7 +242,12 @@ impl DataThread {
             let Some(link) = self.cluster.links.get_mut(key) else {
                 return Ok(());
             };
-            if left == 0 || !link.wire.readable {
+            if left == 0 {
+                // There may be more in the inbox: it keeps its place in the line.
+                link.wire.readable = true;
+                return Ok(());
+            }
+            if !link.wire.readable {
                 return Ok(());
             }
             link.wire.receive()?;

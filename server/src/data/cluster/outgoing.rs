@@ -12,7 +12,7 @@ use slab::Slab;
 use super::super::thread::DataThread;
 use super::link::LinkError;
 use super::links::{CRC_BYTES, Role};
-use super::replica::ReplicaWork;
+use super::replica::{ReplicaWork, arrived_whole};
 use super::{Answer, Asked, VolumeRef, now_us};
 
 #[derive(Default)]
@@ -133,7 +133,7 @@ impl DataThread {
                     Kind::Data => {
                         let bytes = link.wire.body(body);
                         let (crcs, data) = bytes.split_at(header.count as usize * CRC_BYTES);
-                        if checksums(data)[..] == *crcs {
+                        if arrived_whole(crcs, data) {
                             let mut buffer = self.pool.take(data.len());
                             buffer.put(0, data);
                             Answer::Data {

@@ -117,7 +117,7 @@ fn refused(error: WriteError, taken: u32) -> Result<u32, Status> {
 }
 
 /// Whether each block is what its checksum says.
-fn arrived_whole(crcs: &[u8], data: &[u8]) -> bool {
+pub(super) fn arrived_whole(crcs: &[u8], data: &[u8]) -> bool {
     crcs.chunks_exact(4)
         .zip(data.chunks_exact(BLOCK_BYTES))
         .all(|(crc, block)| crc32fast::hash(block).to_le_bytes() == *crc)
@@ -175,7 +175,7 @@ impl DataThread {
                     session,
                     epoch,
                     lost_power,
-                } => self.opened(replica, session, epoch, lost_power),
+                } => self.opened(session, epoch, lost_power),
                 AcceptorAction::Refused {
                     session,
                     status,

@@ -7,7 +7,9 @@ use ashlar_core::nbd::errors::RequestError;
 use ashlar_core::nbd::reply::{Allocation, Status as BlockStatus};
 use ashlar_core::nbd::request::Command as AskedFor;
 use ashlar_core::replication::wire::{MAX_MESSAGE_BLOCKS, Status};
-use ashlar_core::replication::{FlushAdmission, MemberId, ReplicaMask, StopReason, WriteAdmission};
+use ashlar_core::replication::{
+    FlushAdmission, MemberId, ReadAdmission, ReplicaMask, StopReason, WriteAdmission,
+};
 use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, Version};
 use ashlar_core::volume::{
@@ -15,6 +17,7 @@ use ashlar_core::volume::{
 };
 use smallvec::SmallVec;
 
+use super::super::changes::put_edges;
 use super::super::execute::refusal_text;
 use super::super::operation::{Edges, Operation, Payload, Request, Source, Work, op_id};
 use super::super::receiver::{covering_bytes, payload_start};
@@ -397,7 +400,24 @@ impl DataThread {
                     },
                     _ => &[],
                 };
-                let crcs = checksums(data);
+                let members: SmallVec<[(u8, MemberId, bool); 8]> = match self.replication(volume) {
+                    Some(replication) => targets
+                        .places()
+                        .map(|place| {
+                            let member = replication.head.replica(set, place as u8);
+                            let here = replication
+                                .session(member)
+                                .is_some_and(|s| matches!(s.way, Way::Here(_)));
+                            (place as u8, member, here)
+                        })
+                        .collect(),
+                    None => SmallVec::new(),
+                };
+                // A store of this thread computes its own.
+                let crcs = members
+                    .iter()
+                    .any(|(.., here)| !here)
+                    .then(|| checksums(data));
                 let work = if content == Content::Hole {
                     ReplicaWork::Zero {
                         extent,
@@ -411,23 +431,10 @@ impl DataThread {
                         extent,
                         first_block,
                         version,
-                        crcs: Some(&crcs),
+                        crcs: crcs.as_deref(),
                         data,
                         durable,
                     }
-                };
-                let members: SmallVec<[(u8, MemberId, bool); 8]> = match self.replication(volume) {
-                    Some(replication) => targets
-                        .places()
-                        .map(|place| {
-                            let member = replication.head.replica(set, place as u8);
-                            let here = replication
-                                .session(member)
-                                .is_some_and(|s| matches!(s.way, Way::Here(_)));
-                            (place as u8, member, here)
-                        })
-                        .collect(),
-                    None => SmallVec::new(),
                 };
                 // Those that are far have the longer way, so they begin.
                 for is_here in [false, true] {
@@ -550,19 +557,7 @@ impl DataThread {
         let Some(buffer) = &mut entry.request.buffer else {
             return;
         };
-        for (edge, scratch) in [
-            (edges.first, edges.scratch),
-            (edges.last, edges.scratch + BLOCK_BYTES),
-        ] {
-            let Some(edge) = edge else { continue };
-            let (from, len) = (edge.from as usize, (edge.to - edge.from) as usize);
-            if source == Source::Buffer {
-                let payload = (edge.block - first_block) as usize * BLOCK_BYTES + from;
-                buffer.copy_within(payload, scratch + from, len);
-            } else {
-                buffer.zero(scratch + from, len);
-            }
-        }
+        put_edges(buffer, &edges, source, first_block);
     }
 
     // -- flush and block status
@@ -588,36 +583,31 @@ impl DataThread {
         }
     }
 
-    /// Block status from the copies of this thread's stores; where there is none, blocks count as data, which is always
-    /// allowed.
+    /// Block status from the copies of this thread's stores, asked as a read would be: a hole is a promise that zeros
+    /// would be read. Where no copy here may be read, blocks count as data, which is always allowed. Error: what must be
+    /// loaded first.
     pub(in super::super) fn replicated_status(
         &mut self,
-        volume: usize,
+        volume: VolumeRef,
         status: &mut BlockStatus,
         (offset, length): (u64, u64),
-    ) -> Result<(), Option<(usize, ExtentKey, u32, u32)>> {
+    ) -> Result<(), (usize, ExtentKey, u32, u32)> {
         for piece in Pieces::new(offset, length) {
-            let extent = ExtentKey {
-                layer: self.volumes[volume].spec.layer,
-                chunk: piece.chunk,
-            };
+            let extent = self.volumes[volume.key].extent(piece.chunk);
             let mut skip = u64::from(piece.skip_bytes);
             let mut push = |blocks: u32, allocation| {
                 let bytes = u64::from(blocks) * BLOCK_BYTES as u64 - std::mem::take(&mut skip);
                 status.push(bytes, allocation)
             };
-            let Some(store) = self.copy_here(volume, extent) else {
+            let Some(store) = self.readable_here(volume, extent.chunk) else {
                 if !push(piece.blocks, Allocation::Data) {
                     return Ok(());
                 }
                 continue;
             };
             let driver = &mut self.stores[store].store;
-            if driver.status().poisoned.is_some() {
-                return Err(None);
-            }
             let Some(runs) = driver.extents(extent, piece.first_block, piece.blocks) else {
-                return Err(Some((store, extent, piece.first_block, piece.blocks)));
+                return Err((store, extent, piece.first_block, piece.blocks));
             };
             for (mapped, blocks) in runs {
                 let allocation = if mapped {
@@ -631,6 +621,19 @@ impl DataThread {
             }
         }
         Ok(())
+    }
+
+    /// The store of this thread from which the head would read a chunk now.
+    fn readable_here(&mut self, volume: VolumeRef, chunk: ChunkIndex) -> Option<usize> {
+        let admission = self.with_head(volume, |head, now_us, _| {
+            head.admit_read(head.set_of(chunk), ReplicaMask::default(), now_us)
+        });
+        let Some(ReadAdmission::From { member, .. }) = admission else {
+            return None;
+        };
+        let store = self.replication(volume)?.head.member(member).store;
+        self.store_here(store)
+            .filter(|at| self.stores[*at].store.status().poisoned.is_none())
     }
 
     // -- the end
