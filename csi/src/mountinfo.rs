@@ -36,6 +36,11 @@ impl Mount {
     pub fn is_file_system_read_only(&self) -> bool {
         has_option(&self.super_options, "ro")
     }
+
+    /// Whether the mount has this option.
+    pub fn has_option(&self, wanted: &str) -> bool {
+        has_option(&self.options, wanted)
+    }
 }
 
 fn has_option(options: &str, wanted: &str) -> bool {
@@ -78,6 +83,14 @@ impl Mounts {
     /// Every mount of a device's file system.
     pub fn of_device(&self, device: (u32, u32)) -> impl Iterator<Item = &Mount> {
         self.all.iter().filter(move |mount| mount.device == device)
+    }
+
+    /// Every place where the node of a device (`nbd0`) is bound, as raw block volumes are.
+    pub fn of_node(&self, name: &str) -> impl Iterator<Item = &Mount> {
+        let root = Path::new("/").join(name);
+        self.all
+            .iter()
+            .filter(move |mount| mount.kind == "devtmpfs" && mount.root == root)
     }
 
     /// Every mount.
@@ -159,6 +172,10 @@ mod tests {
         assert_eq!(mounts.of_device((43, 0)).count(), 3);
         let node = mounts.at(Path::new("/pods/\\dev")).expect("there");
         assert_eq!(node.root, Path::new("/nbd1"));
+        assert_eq!(mounts.of_node("nbd1").count(), 1);
+        assert_eq!(mounts.of_node("nbd0").count(), 0);
+        let first = mounts.of_device((43, 0)).next().expect("there");
+        assert!(first.has_option("noatime") && !first.has_option("noexec"));
         assert!(mounts.at(Path::new("/pods")).is_none());
     }
 

@@ -215,8 +215,8 @@ pub async fn attachers(
     let preferred = match arguments.attach {
         Way::Kernel if !kernel_is_there => {
             return Err(anyhow!(
-                "the kernel has no nbd driver and the module cannot be loaded; load it on the host (modprobe nbd), or use \
-                 --attach fuse"
+                "the kernel is older than 5.14, or has no nbd driver and the module cannot be loaded; load it on the host \
+                 (modprobe nbd), or use --attach fuse"
             ));
         }
         Way::Auto | Way::Kernel if kernel_is_there => DeviceKind::KernelNbd,

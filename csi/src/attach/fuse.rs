@@ -252,11 +252,7 @@ impl Attach for FuseLoop {
         false
     }
 
-    async fn find(
-        &self,
-        volume: Uuid,
-        _remembered: Option<&Device>,
-    ) -> Result<Option<Device>, AttachError> {
+    async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
         let found = loops_of(&self.file(volume))?.into_iter().next();
         Ok(found.map(|name| Device {
             kind: DeviceKind::FuseLoop,
@@ -337,7 +333,7 @@ impl Attach for FuseLoop {
         Ok(())
     }
 
-    async fn detach(&self, _device: Option<&Device>, volume: Uuid) -> Result<(), AttachError> {
+    async fn detach(&self, volume: Uuid) -> Result<(), AttachError> {
         self.clear(volume).await
     }
 }

@@ -40,20 +40,20 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct KernelNbd {
     settings: Settings,
-    identifies: bool,
 }
 
 impl KernelNbd {
     /// With the kernel as it is; see [`KernelNbd::is_there`].
     pub fn new(settings: Settings) -> KernelNbd {
-        KernelNbd {
-            settings,
-            identifies: kernel_version().is_none_or(|version| version >= IDENTIFIER_SINCE),
-        }
+        KernelNbd { settings }
     }
 
-    /// Whether the kernel has the driver, loading its module when it is not yet.
+    /// Whether the kernel has the driver, loading its module when it is not yet, and can tell its devices apart: a name
+    /// like nbd0 may have gone to another volume.
     pub async fn is_there() -> bool {
+        if kernel_version().is_some_and(|version| version < IDENTIFIER_SINCE) {
+            return false;
+        }
         if Nbd::open().is_ok() {
             return true;
         }
@@ -63,10 +63,6 @@ impl KernelNbd {
             .run(Duration::from_secs(20))
             .await;
         loaded.is_ok_and(|finished| finished.succeeded()) && Nbd::open().is_ok()
-    }
-
-    fn identifier(&self, volume: Uuid) -> Option<String> {
-        self.identifies.then(|| volume.to_string())
     }
 
     /// `count` connections to the first server that serves the export as published.
@@ -146,29 +142,20 @@ impl Attach for KernelNbd {
         true
     }
 
-    async fn find(
-        &self,
-        volume: Uuid,
-        remembered: Option<&Device>,
-    ) -> Result<Option<Device>, AttachError> {
-        let device = |name: String| Device {
-            kind: DeviceKind::KernelNbd,
-            name,
-        };
-        if let Some(identifier) = self.identifier(volume) {
-            let all = sysfs::devices("nbd")
-                .map_err(|error| AttachError::system("reading /sys/block", error))?;
-            return Ok(all
-                .into_iter()
-                .find(|name| {
-                    is_connected(name)
-                        && sysfs::attribute(name, "backend").as_deref() == Some(&identifier)
-                })
-                .map(device));
-        }
-        Ok(remembered
-            .filter(|device| device.kind == DeviceKind::KernelNbd && is_connected(&device.name))
-            .cloned())
+    async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
+        let identifier = volume.to_string();
+        let all = sysfs::devices("nbd")
+            .map_err(|error| AttachError::system("reading /sys/block", error))?;
+        Ok(all
+            .into_iter()
+            .find(|name| {
+                is_connected(name)
+                    && sysfs::attribute(name, "backend").as_deref() == Some(&identifier)
+            })
+            .map(|name| Device {
+                kind: DeviceKind::KernelNbd,
+                name,
+            }))
     }
 
     async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
@@ -212,7 +199,7 @@ impl Attach for KernelNbd {
         missing: u32,
     ) -> Result<u32, AttachError> {
         let index = index(device)?;
-        let identifier = self.identifier(export.volume);
+        let identifier = export.volume.to_string();
         let connections = self.connections(export, missing.max(1)).await?;
         let size = device.size_bytes();
         if connections[0].info.size_bytes < size {
@@ -227,7 +214,7 @@ impl Attach for KernelNbd {
         for socket in sockets {
             let identifier = identifier.clone();
             tell("giving an nbd device a new connection", move |nbd| {
-                nbd.replace_sockets(index, identifier.as_deref(), &[socket])
+                nbd.replace_sockets(index, &identifier, &[socket])
             })
             .await?;
             given += 1;
@@ -253,9 +240,9 @@ impl Attach for KernelNbd {
         if size_bytes <= device.size_bytes() {
             return Ok(device.size_bytes());
         }
-        let identifier = self.identifier(export.volume);
+        let identifier = export.volume.to_string();
         tell("growing an nbd device", move |nbd| {
-            nbd.resize(index, identifier.as_deref(), size_bytes)
+            nbd.resize(index, &identifier, size_bytes)
         })
         .await?;
         until(
@@ -272,8 +259,8 @@ impl Attach for KernelNbd {
         tell("failing an nbd device", move |nbd| nbd.disconnect(index)).await
     }
 
-    async fn detach(&self, device: Option<&Device>, volume: Uuid) -> Result<(), AttachError> {
-        let Some(device) = self.find(volume, device).await? else {
+    async fn detach(&self, volume: Uuid) -> Result<(), AttachError> {
+        let Some(device) = self.find(volume).await? else {
             return Ok(());
         };
         let index = index(&device)?;

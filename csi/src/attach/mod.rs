@@ -170,13 +170,8 @@ pub trait Attach: Send + Sync {
     /// Whether a device whose server went away can be used again once the server is back.
     fn reconnects(&self) -> bool;
 
-    /// The device that carries `volume`, from the kernel's tables. `remembered` is what this program wrote down; it is
-    /// only believed where the kernel cannot say what a device carries.
-    async fn find(
-        &self,
-        volume: Uuid,
-        remembered: Option<&Device>,
-    ) -> Result<Option<Device>, AttachError>;
+    /// The device that carries `volume`, from the kernel's tables.
+    async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError>;
 
     /// Makes a device of an export, after checking that it is served as published. What an earlier, broken-off attempt
     /// left is cleared away first. To be called only when [`Attach::find`] finds none.
@@ -198,7 +193,7 @@ pub trait Attach: Send + Sync {
     async fn fail(&self, device: &Device, volume: Uuid) -> Result<(), AttachError>;
 
     /// Takes the device away, and everything that was made for it. One that is gone is fine.
-    async fn detach(&self, device: Option<&Device>, volume: Uuid) -> Result<(), AttachError>;
+    async fn detach(&self, volume: Uuid) -> Result<(), AttachError>;
 }
 
 /// Tries the servers of an export in turn, those in this machine's file system first.

@@ -113,24 +113,26 @@ impl Nbd {
     pub fn replace_sockets(
         &self,
         index: u32,
-        identifier: Option<&str>,
+        identifier: &str,
         sockets: &[OwnedFd],
     ) -> io::Result<()> {
-        let mut attributes = target(index, identifier);
+        let mut attributes = target(index);
+        identify(&mut attributes, identifier);
         socket_list(&mut attributes, sockets);
         self.ask(RECONFIGURE, &attributes).map(drop)
     }
 
     /// Makes a device larger. Waits for the requests in flight.
-    pub fn resize(&self, index: u32, identifier: Option<&str>, size_bytes: u64) -> io::Result<()> {
-        let mut attributes = target(index, identifier);
+    pub fn resize(&self, index: u32, identifier: &str, size_bytes: u64) -> io::Result<()> {
+        let mut attributes = target(index);
+        identify(&mut attributes, identifier);
         attribute(&mut attributes, SIZE_BYTES, &size_bytes.to_ne_bytes());
         self.ask(RECONFIGURE, &attributes).map(drop)
     }
 
     /// Ends all requests with an error and lets the device go as soon as nobody has it open.
     pub fn disconnect(&self, index: u32) -> io::Result<()> {
-        self.ask(DISCONNECT, &target(index, None)).map(drop)
+        self.ask(DISCONNECT, &target(index)).map(drop)
     }
 
     fn ask(&self, command: u8, attributes: &[u8]) -> io::Result<Vec<u8>> {
@@ -159,12 +161,9 @@ fn connect_attributes(setup: &Setup<'_>) -> Vec<u8> {
     out
 }
 
-fn target(index: u32, identifier: Option<&str>) -> Vec<u8> {
+fn target(index: u32) -> Vec<u8> {
     let mut out = Vec::new();
     attribute(&mut out, INDEX, &index.to_ne_bytes());
-    if let Some(identifier) = identifier {
-        identify(&mut out, identifier);
-    }
     out
 }
 

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::format::Found;
@@ -114,6 +116,40 @@ async fn is_readable(device: &Path, size_bytes: u64) -> Result<Result<(), String
 /// Whether a device answers at all.
 pub async fn answers(device: &Path) -> bool {
     matches!(is_readable(device, 4096).await, Ok(Ok(())))
+}
+
+/// Whether a device answers with an error. One that does not answer is another matter.
+pub async fn fails(device: &Path) -> bool {
+    matches!(is_readable(device, 4096).await, Ok(Err(_)))
+}
+
+/// Waits until nobody has a device for himself any more. An unmount ends before the filesystem does: that keeps the device
+/// until the last of its blocks is written.
+pub async fn released(device: &Path, limit: Duration) -> Result<(), Refusal> {
+    const LOOK_AGAIN: Duration = Duration::from_millis(200);
+    let looking = async {
+        loop {
+            let node = device.to_owned();
+            let opened = tokio::task::spawn_blocking(move || {
+                let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                rustix::fs::open(node, flags, Mode::empty()).map(drop)
+            });
+            match opened.await {
+                Ok(Err(Errno::BUSY)) => tokio::time::sleep(LOOK_AGAIN).await,
+                // Anything else is for who uses the device next.
+                _ => return,
+            }
+        }
+    };
+    tokio::time::timeout(limit, looking).await.map_err(|_| {
+        Refusal::new(
+            Class::DeadlineExceeded,
+            format!(
+                "{} is still being written to, or somebody has it open for himself",
+                device.display()
+            ),
+        )
+    })
 }
 
 /// Makes a filesystem with this UUID. Never forces, though only mkfs.xfs then refuses where it finds something: mkfs.ext4

@@ -140,6 +140,14 @@ pub fn decide(
                         why: why.clone(),
                     });
                 }
+                // A mkfs that did not end leaves nothing of another kind.
+                if let Found::Signature { kind: seen, .. } = found
+                    && seen != kind.name()
+                {
+                    return Decision::Refuse(Problem::Occupied {
+                        found: format!("holds {seen}"),
+                    });
+                }
                 Decision::MakeAgain(kind, *uuid)
             }
             _ => Decision::Refuse(Problem::Unwanted {
@@ -331,6 +339,11 @@ mod tests {
             decide(&begun, &Found::Nothing, false),
             Decision::MakeAgain(Ext4, uuid())
         );
+        // Written raw meanwhile, or the wrong device.
+        assert!(matches!(
+            decide(&begun, &signature("xfs", ""), true),
+            Decision::Refuse(Problem::Occupied { .. })
+        ));
         for damaged in [Found::Nothing, Found::Unreadable("EIO".into())] {
             assert!(matches!(
                 decide(&made, &damaged, true),

@@ -146,7 +146,7 @@ impl Node {
             }
             return Ok(health);
         };
-        let Some(device) = self.device_of(volume, Some(&state)).await? else {
+        let Some(device) = self.device_of(volume).await? else {
             health.push(HealthEntry {
                 severity: Severity::Inaccessible,
                 reason: "DeviceMissing",
@@ -188,10 +188,7 @@ impl Node {
         let not_there =
             || Refusal::not_found(format!("volume {volume} is not at {}", path.display()));
         let state = self.known(volume)?.ok_or_else(not_there)?;
-        let device = self
-            .device_of(volume, Some(&state))
-            .await?
-            .ok_or_else(not_there)?;
+        let device = self.device_of(volume).await?.ok_or_else(not_there)?;
         if is_seen_at(&state, &device, path)? {
             Ok((state, device))
         } else {

@@ -135,14 +135,9 @@ impl Node {
     }
 
     /// The device that carries a volume now, whichever way it was attached.
-    async fn device_of(
-        &self,
-        volume: Uuid,
-        state: Option<&VolumeState>,
-    ) -> Result<Option<Device>, AttachError> {
-        let remembered = state.and_then(|state| state.device.as_ref());
+    async fn device_of(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
         for attacher in &self.attachers {
-            if let Some(device) = attacher.find(volume, remembered).await? {
+            if let Some(device) = attacher.find(volume).await? {
                 return Ok(Some(device));
             }
         }

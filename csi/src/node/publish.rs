@@ -15,7 +15,7 @@ use crate::attach::Device;
 use crate::capability::{Access, Capability};
 use crate::failpoint;
 use crate::paths;
-use crate::refusal::{Class, Refusal};
+use crate::refusal::Refusal;
 
 /// What publishing needs to know.
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ impl Node {
             if block || is_read_only_as_wanted(&request.target, read_only)? {
                 return Ok(());
             }
-        } else if present.is_none() && filesystem::mounts()?.at(&request.target).is_some() {
+        } else if filesystem::mounts()?.at(&request.target).is_some() {
             return Err(Refusal::exists(format!(
                 "something else is mounted at {}",
                 request.target.display()
@@ -108,7 +108,7 @@ impl Node {
         for attempt in 0..2 {
             if let Some(state) = self.known(request.volume)?
                 && state.stage.is_complete
-                && let Some(device) = self.device_of(request.volume, Some(&state)).await?
+                && let Some(device) = self.device_of(request.volume).await?
                 && is_in_place(&state, &device)?
                 && self.is_healthy(&state, &device, request).await?
             {
@@ -231,15 +231,13 @@ impl Node {
         if is_ours(&filesystem::mounts()?, target)? {
             let unmounted = filesystem::unmount(target, UNMOUNT_LIMIT).await;
             if let Err(refusal) = unmounted {
-                if refusal.class != Class::DeadlineExceeded
-                    && !self
-                        .is_held_by_the_dead(volume, state.as_ref(), target)
-                        .await?
+                if !self
+                    .is_held_by_the_dead(volume, state.as_ref(), target)
+                    .await?
                 {
                     return Err(refusal);
                 }
-                // Only a dead device can keep a bind mount from going.
-                self.fail_device(volume, state.as_ref()).await?;
+                self.fail_device(volume).await?;
                 filesystem::unmount_once_free(target, UNMOUNT_FAILED_LIMIT).await?;
             }
         }
@@ -266,7 +264,7 @@ impl Node {
         if others {
             return Ok(false);
         }
-        match self.device_of(volume, state).await? {
+        match self.device_of(volume).await? {
             Some(device) => Ok(self
                 .is_dead(state.map(|state| &state.export), &device)
                 .await),
@@ -340,9 +338,20 @@ async fn remount(at: PathBuf, read_only: bool) -> Result<(), Refusal> {
         return Ok(());
     }
     let point = at.clone();
-    let done = tokio::task::spawn_blocking(move || {
-        mount_remount(&point, MountFlags::BIND | MountFlags::RDONLY, "")
-    });
+    // The kernel takes away what is not named again.
+    let mut flags = MountFlags::BIND | MountFlags::RDONLY;
+    if let Some(mount) = filesystem::mounts()?.at(&at) {
+        for (option, flag) in [
+            ("nosuid", MountFlags::NOSUID),
+            ("nodev", MountFlags::NODEV),
+            ("noexec", MountFlags::NOEXEC),
+        ] {
+            if mount.has_option(option) {
+                flags |= flag;
+            }
+        }
+    }
+    let done = tokio::task::spawn_blocking(move || mount_remount(&point, flags, ""));
     match done.await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(failed("making read-only", &at, std::io::Error::from(error))),

@@ -23,14 +23,14 @@ impl Node {
                 // orchestrator still wants it stages again.
                 tracing::info!(volume = %volume, "forgetting a volume of before the machine was restarted");
                 for attacher in &self.attachers {
-                    if let Err(error) = attacher.detach(None, volume).await {
+                    if let Err(error) = attacher.detach(volume).await {
                         tracing::warn!(volume = %volume, %error, "clearing up failed");
                     }
                 }
                 self.states.remove(volume)?;
                 continue;
             }
-            let device = self.device_of(volume, Some(&state)).await?;
+            let device = self.device_of(volume).await?;
             self.adopt(state, device)?;
         }
         Ok(())
@@ -68,7 +68,7 @@ impl Node {
             if state.boot_id != self.boot_id {
                 continue;
             }
-            let Some(device) = self.device_of(volume, Some(&state)).await? else {
+            let Some(device) = self.device_of(volume).await? else {
                 continue;
             };
             if device.kind != DeviceKind::KernelNbd {

@@ -58,7 +58,7 @@ impl Node {
         state: &VolumeState,
         request: &StageRequest,
     ) -> Result<bool, Refusal> {
-        let Some(device) = self.device_of(request.export.volume, Some(state)).await? else {
+        let Some(device) = self.device_of(request.export.volume).await? else {
             return Ok(false);
         };
         if !state.stage.is_complete || !is_in_place(state, &device)? {
@@ -119,13 +119,22 @@ impl Node {
         known: Option<VolumeState>,
     ) -> Result<(), Refusal> {
         let id = volume.id;
+        if request.capability.access == Access::Block
+            && let Recorded::Begun { filesystem, uuid } = &volume.filesystem
+        {
+            // What is written raw would be thrown away when the filesystem is made again.
+            return Err(Refusal::precondition(format!(
+                "making {filesystem} {uuid} on the volume was begun and did not end; stage it as a mounted volume once, \
+                 or delete it"
+            )));
+        }
         let stage = Stage {
             path: request.staging.clone(),
             capability: request.capability.clone(),
             filesystem: None,
             is_complete: false,
         };
-        let mut device = self.device_of(id, known.as_ref()).await?;
+        let mut device = self.device_of(id).await?;
         let is_same_export = known
             .as_ref()
             .is_none_or(|state| state.export.name == request.export.name);
