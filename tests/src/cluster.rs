@@ -123,12 +123,11 @@ impl Node {
 const LONG: Duration = Duration::from_secs(90);
 
 /// What daemons say when a node is away, as tests make it be.
-const OF_LOST_NODES: [&str; 11] = [
+const OF_LOST_NODES: [&str; 10] = [
     "a replica failed",
     "a replica does not answer",
     "a replica is out of sync",
     "bringing a replica up to date was cut off",
-    "a volume is no longer served here",
     "a volume's record was not changed for certain",
     "the records of volumes cannot be followed",
     "closing a link",
@@ -174,14 +173,22 @@ impl Trio {
             nodes.push(joined);
         }
         for node in &mut nodes {
-            for said in OF_LOST_NODES {
-                node.daemon.log.expect(said);
-            }
+            // Said when it is opened at another one.
+            node.daemon.log.expect("a volume is no longer served here");
         }
         Trio {
             nodes,
             etcd,
             _scratch: scratch,
+        }
+    }
+
+    /// Nodes will be away, by the test's doing: what the others say of it, and they of the others, is expected.
+    pub fn expect_losses(&mut self) {
+        for node in &mut self.nodes {
+            for said in OF_LOST_NODES {
+                node.daemon.log.expect(said);
+            }
         }
     }
 

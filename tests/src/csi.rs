@@ -133,13 +133,6 @@ impl Driver {
         assert_eq!(status.signal(), Some(9), "{}", self.log.tail());
     }
 
-    /// True once it has ended.
-    pub fn is_dead(&mut self) -> bool {
-        self.process
-            .as_mut()
-            .is_none_or(|process| process.exited().is_some())
-    }
-
     /// SIGKILL, and gone when this returns.
     pub fn kill_driver(&mut self) {
         self.process.take().expect("it runs").kill();
@@ -165,10 +158,6 @@ impl Driver {
 
     pub fn log_tail(&self) -> String {
         self.log.tail()
-    }
-
-    pub fn log_text(&self) -> String {
-        self.log.text()
     }
 
     /// A connection, made when it is first used.
@@ -411,6 +400,10 @@ impl Drop for Driver {
                 self.log.path().display(),
                 self.log.tail()
             );
+        } else {
+            // It warns of what tests do to it on purpose; it never panics.
+            self.log.expect("");
+            self.log.check();
         }
     }
 }

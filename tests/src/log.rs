@@ -71,6 +71,14 @@ impl Log {
     }
 }
 
+/// The lines of a log that tell of a panic.
+pub fn panics(text: &str) -> Vec<String> {
+    text.lines()
+        .filter(|line| severity(line) == Severity::Panic)
+        .map(str::to_owned)
+        .collect()
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Severity {
     Fine,

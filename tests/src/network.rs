@@ -1,24 +1,22 @@
 //! Machines of their own on one computer: network namespaces on a switch, between which links can be cut, one way or both.
 //!
-//! Needs root, `ip` and `iptables`. Where they are missing tests say so, loudly, and check nothing.
+//! Needs root, `ip` and `iptables`. Where they are missing tests fail and say what is.
 
 use std::net::Ipv4Addr;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Whether namespaces can be made here. Says so when not: nobody must take a skipped test for one that passed.
-pub fn is_possible(test: &str) -> bool {
-    let missing = if !rustix::process::geteuid().is_root() {
-        "it needs root"
-    } else if run_quietly("ip", &["netns", "list"]).is_err() {
-        "it needs `ip` (scripts/setup.sh test installs it)"
-    } else if run_quietly("iptables", &["--version"]).is_err() {
-        "it needs `iptables` (scripts/setup.sh test installs it)"
-    } else {
-        return true;
-    };
-    eprintln!("\n!!! SKIPPED: {test}: {missing}. NOTHING WAS CHECKED. !!!\n");
-    false
+/// Panics where namespaces cannot be made: nobody must take a skipped test for one that passed.
+pub fn demand() {
+    assert!(rustix::process::geteuid().is_root(), "this test needs root");
+    for arguments in [["ip", "netns"], ["iptables", "--version"]] {
+        run_quietly(arguments[0], &arguments[1..]).unwrap_or_else(|error| {
+            panic!(
+                "this test needs `{}` (scripts/setup.sh test installs it): {error}",
+                arguments[0]
+            )
+        });
+    }
 }
 
 fn run_quietly(program: &str, arguments: &[&str]) -> Result<String, String> {

@@ -116,6 +116,7 @@ impl Drop for Group {
 /// when its NBD server dies.
 pub struct Collector {
     thread: JoinHandle<Vec<u8>>,
+    total: Arc<AtomicU64>,
     overflow: Arc<AtomicBool>,
 }
 
@@ -127,7 +128,8 @@ impl Collector {
     ) -> Collector {
         let overflow = Arc::new(AtomicBool::new(false));
         let flag = overflow.clone();
-        let total = AtomicU64::new(0);
+        let total = Arc::new(AtomicU64::new(0));
+        let count_all = total.clone();
         let thread = std::thread::spawn(move || {
             let mut kept = Vec::new();
             let mut piece = vec![0; 1 << 16];
@@ -135,7 +137,7 @@ impl Collector {
                 match source.read(&mut piece) {
                     Ok(0) => break,
                     Ok(count) => {
-                        if total.fetch_add(count as u64, Ordering::Relaxed) + (count as u64)
+                        if count_all.fetch_add(count as u64, Ordering::Relaxed) + (count as u64)
                             <= limit_bytes
                         {
                             kept.extend_from_slice(&piece[..count]);
@@ -151,7 +153,16 @@ impl Collector {
             }
             kept
         });
-        Collector { thread, overflow }
+        Collector {
+            thread,
+            total,
+            overflow,
+        }
+    }
+
+    /// Bytes that came so far.
+    pub fn bytes(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
     }
 
     /// All that was kept, and whether the limit was passed.

@@ -55,7 +55,6 @@ impl Rpc {
         open_volume(OpenVolumeRequest) -> OpenVolumeResponse;
         set_volume(SetVolumeRequest) -> SetVolumeResponse;
         set_annotations(SetAnnotationsRequest) -> SetAnnotationsResponse;
-        list_connections(ListConnectionsRequest) -> ListConnectionsResponse;
         publish_volume(PublishVolumeRequest) -> PublishVolumeResponse;
         unpublish_volume(UnpublishVolumeRequest) -> UnpublishVolumeResponse;
         close_connections(CloseConnectionsRequest) -> CloseConnectionsResponse;
@@ -64,7 +63,6 @@ impl Rpc {
         get_capacity(GetCapacityRequest) -> GetCapacityResponse;
         register_node(RegisterNodeRequest) -> RegisterNodeResponse;
         unregister_node(UnregisterNodeRequest) -> UnregisterNodeResponse;
-        list_nodes(ListNodesRequest) -> ListNodesResponse;
     }
 
     /// A volume as it is now.

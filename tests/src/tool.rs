@@ -118,6 +118,11 @@ impl Running {
         self.group.exited().is_none()
     }
 
+    /// Bytes that it has printed so far.
+    pub fn printed(&self) -> u64 {
+        self.stdout.bytes()
+    }
+
     /// Waits for the end, at most the limit it was given.
     pub fn finish(mut self) -> Finished {
         let ended = self.group.wait(self.limit);

@@ -28,11 +28,10 @@ const SIZE: u64 = 130 * MIB;
 const PATIENCE: Duration = Duration::from_secs(60);
 const CLUSTER: Uuid = Uuid::from_u128(99);
 
-/// Where every daemon's data plane is, and which links are cut.
+/// Where every daemon's data plane is.
 #[derive(Default)]
 struct Town {
     planes: Mutex<HashMap<NodeId, DataPlane>>,
-    cut: Mutex<Vec<(NodeId, NodeId)>>,
 }
 
 /// Greets over a socket pair, as over a network.
@@ -45,13 +44,7 @@ struct Neighbour {
 impl Dial for Neighbour {
     async fn dial(&self, node: NodeId, store: StoreId) -> Result<LinkEnds, LinkRefused> {
         let plane = self.town.planes.lock().expect("town").get(&node).cloned();
-        let is_cut = self
-            .town
-            .cut
-            .lock()
-            .expect("town")
-            .contains(&(self.this, node));
-        let Some(plane) = plane.filter(|_| !is_cut) else {
+        let Some(plane) = plane else {
             return Err(LinkRefused::NoAddress(node));
         };
         let (ours, theirs) = UnixStream::pair()?;
@@ -200,9 +193,12 @@ impl Cluster {
     }
 
     async fn in_sync(&self, count: usize) {
+        let key = keys::volume(VOLUME);
+        let now = self.records.list(&key).await.expect("list").revision;
+        let mut changes = self.records.watch(&key, now).await.expect("watch");
         let wait = async {
             while self.record().await.placement.sets[0].in_sync().count() != count {
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                changes.next().await.expect("the watch goes on");
             }
         };
         tokio::time::timeout(PATIENCE, wait)

@@ -94,7 +94,9 @@ proptest! {
         let sent = bytes(steps.iter().map(|step| step.0).sum());
         let (mut at, mut got) = (0, Vec::new());
         let mut blocked = false;
+        let mut idle_turns = 0;
         for (len, cut, room) in steps.iter().copied().cycle() {
+            let before = (at, got.len());
             if at < sent.len() || blocked {
                 let taken = send(&mut ours, &sent[at..(at + len).min(sent.len())], cut);
                 at += taken.bytes;
@@ -108,6 +110,9 @@ proptest! {
             if got.len() == sent.len() {
                 break;
             }
+            // A few, in which a record is not whole yet.
+            idle_turns = if (at, got.len()) == before { idle_turns + 1 } else { 0 };
+            prop_assert!(idle_turns < 1_000, "{} of {} bytes arrived", got.len(), sent.len());
         }
         prop_assert!(got == sent);
         drop(ours);

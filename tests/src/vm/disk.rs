@@ -73,10 +73,4 @@ impl Disk {
             server.kill();
         }
     }
-
-    /// Bytes of the host's disk that the file takes.
-    pub fn used_bytes(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(&self.file).map_or(0, |meta| meta.blocks() * 512)
-    }
 }

@@ -15,6 +15,7 @@ use rustix::process::Signal;
 use super::disk::Disk;
 use super::image::Image;
 use super::wire::{self, Answer, Ask, End, Process, Question, Ran, Reply};
+use crate::log;
 use crate::process::{Group, describe};
 use crate::scratch::Scratch;
 use crate::wait;
@@ -368,7 +369,7 @@ impl Machine {
             .push(part.to_owned());
     }
 
-    /// Keeps a file of the machine with the console's log when the test fails.
+    /// A program's log: it is kept with the console's when the test fails, and a panic in it fails the test.
     pub fn save(&self, path: &str) {
         self.saved
             .lock()
@@ -405,8 +406,37 @@ impl Machine {
             .collect()
     }
 
+    /// Panics that the machine's programs tell of.
+    fn panics(&self) -> Vec<String> {
+        let saved = self
+            .saved
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+            .clone();
+        let mut panics = Vec::new();
+        for path in saved {
+            let (answer, heard) = channel();
+            self.put_question(Ask::Read { path: path.clone() }, answer);
+            // A log that is not there yet is none.
+            if let Answer::Text(text) = self.hear(&heard, RUN_LIMIT, &path) {
+                panics.extend(log::panics(&text));
+            }
+        }
+        panics
+    }
+
+    fn check_logs(&self) {
+        let panics = self.panics();
+        assert!(
+            panics.is_empty(),
+            "a program's log has\n{}",
+            panics.join("\n")
+        );
+    }
+
     /// Ends the machine in an orderly way, as `poweroff` does after its last unmount; returns the disks.
     pub fn power_off(mut self) -> Vec<Disk> {
+        self.check_logs();
         // The machine may be off before its answer is out.
         let (answer, _) = channel();
         self.put_question(Ask::PowerOff, answer);
@@ -421,6 +451,7 @@ impl Machine {
 
     /// Cuts the power: everything stops at one moment, and what no disk had flushed is gone. Returns the disks.
     pub fn cut_power(mut self) -> Vec<Disk> {
+        self.check_logs();
         // The machine stops first, so that it never sees its disks go.
         self.qemu.signal(Signal::STOP);
         for disk in &mut self.disks {
@@ -463,12 +494,26 @@ impl Drop for Machine {
             self.keep_evidence();
             return;
         }
-        self.qemu.kill();
+        let panics = if self.qemu.exited().is_none() {
+            self.panics()
+        } else {
+            Vec::new()
+        };
         let alarms = self.alarms();
-        if !alarms.is_empty() {
+        if !panics.is_empty() || !alarms.is_empty() {
             self.keep_evidence();
-            panic!("the kernel's log has\n{}", alarms.join("\n"));
         }
+        self.qemu.kill();
+        assert!(
+            panics.is_empty(),
+            "a program's log has\n{}",
+            panics.join("\n")
+        );
+        assert!(
+            alarms.is_empty(),
+            "the kernel's log has\n{}",
+            alarms.join("\n")
+        );
     }
 }
 

@@ -219,13 +219,13 @@ impl Driver {
             return;
         };
         self.links.remove(&member);
-        self.end_session(world, node, member);
+        self.end_session(member);
         self.event(world, node, Event::LinkDown { member });
         self.connect_later(world, node, member);
     }
 
     /// What a member had been asked on the session of before is not answered any more; reads are asked again.
-    fn end_session(&mut self, world: &mut World, node: usize, member: MemberId) {
+    fn end_session(&mut self, member: MemberId) {
         self.sessions.remove(&member);
         let gone: Vec<u64> = self
             .pending
@@ -233,7 +233,6 @@ impl Driver {
             .filter(|(_, (at, _))| *at == member)
             .map(|(op, _)| *op)
             .collect();
-        let _ = (world, node);
         for op in gone {
             if let Some((_, For::Read { request, .. })) = self.pending.remove(&op) {
                 self.parked.push(request);

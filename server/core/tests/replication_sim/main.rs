@@ -113,7 +113,13 @@ fn every_promise_holds() {
         return;
     }
     match run_seeds(first, count, Rules::default(), |_| true) {
-        Ok(ran) => println!("{count} seeds in {:?}: {ran:?}", began.elapsed()),
+        Ok(ran) => {
+            println!("{count} seeds in {:?}: {ran:?}", began.elapsed());
+            assert!(
+                ran.writes > 0 && ran.reads > 0 && ran.flushes > 0,
+                "nothing was at stake: {ran:?}"
+            );
+        }
         Err((seed, violation)) => panic!(
             "seed {seed} breaks {}: {}\nrun it again: {}",
             violation.promise,

@@ -140,19 +140,16 @@ impl World {
             Ask::Heartbeat { sent_us } => self.answer(node, conn, Answer::Alive { sent_us }),
             Ask::Op {
                 tag,
-                epoch,
                 op,
                 what: What::Whole,
-            } => {
-                let _ = epoch;
-                self.accept(
-                    node,
-                    AcceptorEvent::Whole {
-                        session: session(tag),
-                        op,
-                    },
-                );
-            }
+                ..
+            } => self.accept(
+                node,
+                AcceptorEvent::Whole {
+                    session: session(tag),
+                    op,
+                },
+            ),
             Ask::Op {
                 tag,
                 epoch,

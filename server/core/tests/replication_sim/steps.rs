@@ -347,10 +347,10 @@ impl World {
             Fault::Poison => {
                 if self.nodes[node].is_up && !self.nodes[node].disk.poisoned {
                     self.store_failed(node);
+                    // The daemon runs on without its store until somebody restarts it.
                     let run_on_us = self.rng.between(1_000, 200_000);
-                    let _ = run_on_us;
-                    // Somebody restarts the daemon.
-                    self.stop_node(node);
+                    let run = self.nodes[node].run;
+                    self.after(run_on_us, Ev::StopNode { node, run });
                 }
             }
             Fault::Full => {
@@ -531,8 +531,11 @@ impl World {
             .sets
             .iter()
             .all(|set| set.replicas.iter().all(|replica| replica.is_in_sync()));
+        // Who runs on without its store is restarted yet.
+        let restarted = self.nodes.iter().all(|n| !n.disk.poisoned);
         let heads: Vec<_> = self.nodes.iter().filter_map(|n| n.head.as_ref()).collect();
         in_sync
+            && restarted
             && heads.len() == 1
             && heads[0].is_serving
             && heads[0].head.is_serving()

@@ -142,6 +142,10 @@ pub(crate) enum Ev {
     StartNode {
         node: usize,
     },
+    StopNode {
+        node: usize,
+        run: u64,
+    },
     Thaw {
         node: usize,
     },
@@ -600,6 +604,11 @@ impl World {
             }
             Ev::StartHead { node } => self.start_head(node),
             Ev::StartNode { node } => self.start_node(node),
+            Ev::StopNode { node, run } => {
+                if self.is_running(node, run) {
+                    self.stop_node(node);
+                }
+            }
             Ev::Thaw { node } => self.thaw(node),
             Ev::EndCut { from, to } => {
                 if let Some(count) = self.cuts.get_mut(&(from, to)) {

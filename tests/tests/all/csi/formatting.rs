@@ -37,9 +37,13 @@ fn write(driver: &Driver, claim: &Claim, offset: u64, byte: u8, length: usize) {
         .succeed();
 }
 
-fn uuid_of(image: &[u8]) -> Option<Vec<u8>> {
-    (image[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef])
-        .then(|| image[1024 + 0x68..1024 + 0x78].to_vec())
+/// The UUID of the file system that an image begins with.
+fn uuid_of(image: &[u8]) -> &[u8] {
+    if image.starts_with(b"XFSB") {
+        return &image[32..48];
+    }
+    assert_eq!(image[1080..1082], [0x53, 0xef], "neither xfs nor ext4");
+    &image[1128..1144]
 }
 
 #[test]
@@ -62,6 +66,7 @@ fn a_blank_volume_is_formatted_once() {
         assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
         claim.unpublish(&driver).expect("unpublished");
         claim.unstage(&driver).expect("unstaged");
+        assert_eq!(first.starts_with(b"XFSB"), fs_type == "xfs");
         assert_eq!(uuid_of(&first), uuid_of(&beginning(&driver, &claim)));
         // Another file system than it has is refused and nothing is touched.
         let other = if fs_type == "xfs" { "ext4" } else { "xfs" };
@@ -159,8 +164,11 @@ fn a_device_that_answers_errors_is_never_formatted() {
         moment.display()
     )));
     let mut driver = Driver::start("csi-eio", setup);
-    driver.daemon.log.expect("fault");
-    driver.daemon.log.expect("Input/output error");
+    driver
+        .daemon
+        .log
+        .expect("faults are being injected into disk operations");
+    driver.daemon.log.expect("injecting a fault");
     let claim = Claim::new(
         &driver,
         "eio",

@@ -240,14 +240,13 @@ impl Harm<'_> {
 /// For 75 s, or as many as `ASHLAR_TESTS_CHAOS_SECONDS` says.
 #[test]
 fn nothing_is_lost_whatever_happens_to_one_at_a_time() {
-    if !network::is_possible("nothing_is_lost_whatever_happens_to_one_at_a_time") {
-        return;
-    }
+    network::demand();
     let seconds = std::env::var("ASHLAR_TESTS_CHAOS_SECONDS");
     let seconds = seconds.map_or(75, |text| text.parse().expect("a number of seconds"));
     let seed = seed::of_run("chaos");
     let network = Network::new(3);
-    let trio = Trio::on("chaos", &network);
+    let mut trio = Trio::on("chaos", &network);
+    trio.expect_losses();
     for number in 0..CLIENTS {
         trio.create(&name(number), &(BLOCKS * 4096).to_string());
         trio.open_at(number, &name(number));

@@ -45,6 +45,7 @@ fn ended(mut client: Transmission, what: &str) {
 #[test]
 fn a_head_that_slept_through_its_succession_answers_nothing() {
     let mut trio = Trio::start("fenced");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let open = |trio: &Trio, at: usize| trio.nodes[at].daemon.open("disk", Wishes::SIMPLE);
     let mut old = [open(&trio, 0), open(&trio, 0), open(&trio, 0)];

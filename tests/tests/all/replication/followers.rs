@@ -1,5 +1,6 @@
 //! A node that holds a copy dies, freezes or is stopped in order, and returns.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ fn away_and_back(
     come: impl FnOnce(&mut Trio),
 ) -> Duration {
     let mut trio = Trio::start(test);
+    trio.expect_losses();
     filled(&trio);
     let fio = verifying(&trio, 0, "disk", 25, "2M");
     wait::until(LEASE * 4, "fio is at work", || {
@@ -51,15 +53,24 @@ fn away_and_back(
         }
     });
     let before = written(&trio);
+    let known = trio.nodes[0].copied_bytes().len();
     leave(&mut trio);
     trio.wait_in_sync(0, "disk", 2);
-    wait::pass(Duration::from_secs(3));
+    wait::until(LEASE * 4, "something is written meanwhile", || {
+        let bytes = written(&trio) - before;
+        if bytes > 2e6 {
+            Ok(())
+        } else {
+            Err(format!("{bytes}"))
+        }
+    });
     come(&mut trio);
     let took = trio.wait_in_sync(0, "disk", 3);
     // The log line comes a moment after the record.
     let copied = wait::until(LEASE, "what was copied is told", || {
         let copied = trio.nodes[0].copied_bytes();
-        copied.first().copied().ok_or_else(String::new)
+        let told = copied.get(known).copied();
+        told.ok_or_else(|| format!("{copied:?}, {known} of them of before"))
     });
     let meanwhile = written(&trio) - before;
     let pause = longest_pause(fio.finish());
@@ -98,18 +109,19 @@ fn a_killed_node_costs_a_short_pause_and_returns_by_what_it_missed() {
 
 #[test]
 fn a_frozen_node_is_left_out_and_taken_back() {
-    let mut frozen = None;
+    let frozen = Cell::new(None::<Instant>);
     let pause = away_and_back(
         "follower-stop",
         |trio| {
             trio.nodes[2].daemon.process().signal(Signal::STOP);
-            frozen = Some(Instant::now());
+            frozen.set(Some(Instant::now()));
         },
         |trio| {
+            wait::pass(LEASE);
+            assert!(frozen.get().expect("set").elapsed() > LEASE, "too short");
             trio.nodes[2].daemon.process().signal(Signal::CONT);
         },
     );
-    assert!(frozen.expect("set").elapsed() > LEASE, "too short");
     assert!(pause < PAUSE_LIMIT, "{pause:?}");
 }
 

@@ -12,13 +12,14 @@ mod volumes;
 
 use std::time::Duration;
 
+use ashlar_server::data::DataConfig;
 use ashlar_tests::cluster::Trio;
 use ashlar_tests::fio::Fio;
 use ashlar_tests::tool::{Finished, Running};
 use serde_json::Value;
 
 /// How long a head relies on what it heard.
-const LEASE: Duration = Duration::from_secs(4);
+const LEASE: Duration = DataConfig::LEASE;
 /// The longest that clients may wait because a node died.
 const PAUSE_LIMIT: Duration = Duration::from_secs(6);
 

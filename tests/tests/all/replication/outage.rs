@@ -11,6 +11,7 @@ use super::{LEASE, longest_pause, verifying};
 #[test]
 fn a_healthy_volume_does_not_notice_that_etcd_is_gone() {
     let mut trio = Trio::start("etcd-gone");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let fio = verifying(&trio, 0, "disk", 30, "8M");
     wait::until(LEASE * 4, "fio is at work", || {
@@ -39,6 +40,7 @@ fn a_healthy_volume_does_not_notice_that_etcd_is_gone() {
 #[test]
 fn a_node_that_dies_while_etcd_is_away_makes_clients_wait() {
     let mut trio = Trio::start("etcd-node");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
     client.write(0, &[1; 4096]).expect("written");

@@ -19,11 +19,10 @@ fn client(trio: &Trio, at: usize) -> Transmission {
 /// and again: the old one must answer no read with what was overwritten elsewhere, and no write at all.
 #[test]
 fn a_head_that_is_cut_off_serves_nothing() {
-    if !network::is_possible("a_head_that_is_cut_off_serves_nothing") {
-        return;
-    }
+    network::demand();
     let network = Network::new(3);
-    let trio = Trio::on("cut-off", &network);
+    let mut trio = Trio::on("cut-off", &network);
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let mut old: Vec<Transmission> = (0..2).map(|_| client(&trio, 0)).collect();
     for number in 0..4 {
@@ -93,11 +92,10 @@ fn read_of(number: u64) -> Request<'static> {
 /// Packets are lost in one direction only, or only to etcd: nobody gets an error, and all copies are in sync again.
 #[test]
 fn cuts_of_every_kind_give_no_error() {
-    if !network::is_possible("cuts_of_every_kind_give_no_error") {
-        return;
-    }
+    network::demand();
     let network = Network::new(3);
-    let trio = Trio::on("cuts", &network);
+    let mut trio = Trio::on("cuts", &network);
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let [head, one, other] = [0, 1, 2].map(Place::Host);
     let kinds: [(&str, Vec<(Place, Place)>); 6] = [

@@ -101,7 +101,8 @@ fn campaign(test: &str, blows: &[Blow], rounds: u32) {
         kill_starts_percent: 0,
         ..Campaign::new(seed::of_run(test))
     };
-    let trio = Trio::start(test);
+    let mut trio = Trio::start(test);
+    trio.expect_losses();
     trio.create("disk", &campaign.volume_bytes().to_string());
     let mut served = Served {
         trio,

@@ -51,7 +51,7 @@ fn a_deleted_volume_is_gone_from_every_node() {
         .daemon
         .admin()
         .refused(["volume", "delete", "disk", "--yes"]);
-    println!("elsewhere: {refusal}");
+    assert!(refusal.contains("is served by node"), "{refusal}");
     assert_eq!(client.read(0, 4096).expect("read"), [1; 4096]);
     client.disconnect().expect("left");
     trio.nodes[0]
@@ -68,6 +68,7 @@ fn a_deleted_volume_is_gone_from_every_node() {
 #[test]
 fn a_node_that_was_away_drops_its_copy_when_it_returns() {
     let mut trio = Trio::start("delete-away");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
     client.write(0, &vec![1; 8 << 20]).expect("written");
@@ -117,7 +118,7 @@ fn a_volume_grows_on_every_node() {
         .daemon
         .admin()
         .refused(["volume", "resize", "disk", "--size", "64MiB"]);
-    println!("smaller: {refusal}");
+    assert!(refusal.contains("cannot shrink"), "{refusal}");
 }
 
 #[test]

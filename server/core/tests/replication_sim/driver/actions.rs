@@ -36,7 +36,7 @@ impl Driver {
                     if let Some(conn) = self.links.remove(&member).filter(|conn| *conn != 0) {
                         world.break_connection(conn);
                     }
-                    self.end_session(world, node, member);
+                    self.end_session(member);
                 }
                 Action::Open {
                     member,
@@ -44,7 +44,7 @@ impl Driver {
                     opening,
                     resync,
                 } => {
-                    self.end_session(world, node, member);
+                    self.end_session(member);
                     let Some(conn) = self.links.get(&member).copied() else {
                         continue;
                     };
@@ -76,7 +76,7 @@ impl Driver {
                 }
                 Action::CloseSession { member, query } => {
                     let session = self.sessions.get(&member).map(|s| (s.conn, s.tag));
-                    self.end_session(world, node, member);
+                    self.end_session(member);
                     if let Some((conn, tag)) = session {
                         let op = world.next_op;
                         world.next_op += 1;
