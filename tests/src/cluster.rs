@@ -315,3 +315,15 @@ impl Node {
             .collect()
     }
 }
+
+impl Drop for Trio {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            for node in &self.nodes {
+                node.daemon.log.check();
+            }
+        }
+        // They are ended one by one now.
+        self.expect_losses();
+    }
+}

@@ -309,6 +309,7 @@ impl Attach for FuseLoop {
         _device: &Device,
         _export: &Export,
         _missing: u32,
+        _may: super::Check<'_>,
     ) -> Result<u32, AttachError> {
         Err(AttachError::NotWhileInUse(
             "nbdfuse does not connect again; the volume has to be unstaged and staged".into(),

@@ -197,6 +197,7 @@ impl Attach for KernelNbd {
         device: &Device,
         export: &Export,
         missing: u32,
+        may: super::Check<'_>,
     ) -> Result<u32, AttachError> {
         let index = index(device)?;
         let identifier = export.volume.to_string();
@@ -208,6 +209,7 @@ impl Attach for KernelNbd {
                 connections[0].info.size_bytes
             )));
         }
+        may.await?;
         let sockets: Vec<OwnedFd> = connections.into_iter().map(|each| each.socket).collect();
         let mut given = 0;
         // One by one: the kernel fills dead places in turn and drops what is too much without a word.

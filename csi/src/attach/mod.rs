@@ -11,6 +11,7 @@ pub mod netlink;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -126,6 +127,9 @@ pub enum AttachError {
     /// This way of attaching cannot do it while the device is in use.
     #[error("{0}")]
     NotWhileInUse(String),
+    /// Writes that the kernel takes for done may be gone from the volume.
+    #[error("answered writes may be gone: the volume's nodes lost power")]
+    AnswersLost,
 }
 
 impl AttachError {
@@ -147,6 +151,7 @@ impl From<AttachError> for Refusal {
                 HandshakeError::Refused { .. } | HandshakeError::WantsTls { .. },
             )
             | AttachError::NotWhileInUse(_)
+            | AttachError::AnswersLost
             | AttachError::Mismatch(_) => Class::FailedPrecondition,
             AttachError::Handshake(HandshakeError::Protocol { .. })
             | AttachError::System { .. }
@@ -160,6 +165,9 @@ impl From<AttachError> for Refusal {
         Refusal::new(class, error.to_string())
     }
 }
+
+/// Something to be asked between two steps.
+pub type Check<'a> = Pin<Box<dyn Future<Output = Result<(), AttachError>> + Send + 'a>>;
 
 /// A way of attaching.
 #[async_trait]
@@ -177,12 +185,14 @@ pub trait Attach: Send + Sync {
     /// left is cleared away first. To be called only when [`Attach::find`] finds none.
     async fn attach(&self, export: &Export) -> Result<Device, AttachError>;
 
-    /// Gives a device whose server went away `missing` new connections. Returns how many were made.
+    /// Gives a device whose server went away `missing` new connections. Returns how many were made. `may`: asked when they
+    /// are made and the kernel does not have them yet, whether the device may go on with them.
     async fn reconnect(
         &self,
         device: &Device,
         export: &Export,
         missing: u32,
+        may: Check<'_>,
     ) -> Result<u32, AttachError>;
 
     /// Makes the device as large as its export is now, and returns that size in bytes.

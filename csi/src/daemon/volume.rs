@@ -30,6 +30,8 @@ pub struct Volume {
     pub limits: Limits,
     /// True when it is being deleted.
     pub is_deleting: bool,
+    /// Raised whenever answered writes may be gone: a device attached under a smaller number must not go on.
+    pub client_generation: u64,
     /// Why clients cannot reach it.
     pub not_served: Option<String>,
 }
@@ -141,6 +143,7 @@ impl TryFrom<admin::Volume> for Volume {
             annotations: volume.annotations.into_iter().collect(),
             limits: volume.limits.map(Limits::from).unwrap_or_default(),
             is_deleting,
+            client_generation: volume.client_generation,
             not_served: Some(volume.not_served_reason).filter(|reason| !reason.is_empty()),
         })
     }

@@ -131,11 +131,11 @@ impl Node {
     /// What is wrong with a volume as it is seen from here. [`Class::NotFound`] when it was given a path and is not there.
     pub async fn health(&self, volume: Uuid, path: Option<&Path>) -> Result<Health, Refusal> {
         let mut health = Health::new();
-        if let Some(problem) = self.problem(volume) {
+        if let Some((reason, message)) = self.problem(volume) {
             health.push(HealthEntry {
                 severity: Severity::Inaccessible,
-                reason: "StagingFailed",
-                message: problem,
+                reason,
+                message,
             });
         }
         let Some(state) = self.known(volume)? else {

@@ -80,7 +80,7 @@ pub struct Node {
     turns: Operations,
     boot_id: String,
     /// What was found wrong with volumes that are not staged, for whoever asks after their health.
-    problems: Mutex<HashMap<Uuid, String>>,
+    problems: Mutex<HashMap<Uuid, Problem>>,
 }
 
 impl Node {
@@ -144,7 +144,7 @@ impl Node {
         Ok(None)
     }
 
-    fn set_problem(&self, volume: Uuid, problem: Option<String>) {
+    fn set_problem(&self, volume: Uuid, problem: Option<Problem>) {
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         match problem {
             Some(problem) => problems.insert(volume, problem),
@@ -152,11 +152,14 @@ impl Node {
         };
     }
 
-    fn problem(&self, volume: Uuid) -> Option<String> {
+    fn problem(&self, volume: Uuid) -> Option<Problem> {
         let problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         problems.get(&volume).cloned()
     }
 }
+
+/// What is wrong with a volume: a reason that programs know, and a sentence.
+type Problem = (&'static str, String);
 
 /// The mount of `device` at `point`, if that is what one sees there.
 fn mount_of<'a>(mounts: &'a Mounts, device: &Device, point: &Path) -> Option<&'a Mount> {

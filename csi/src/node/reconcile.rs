@@ -4,10 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::Node;
 use super::filesystem;
 use super::state::VolumeState;
-use crate::attach::{Device, DeviceKind};
+use crate::attach::{AttachError, Device, DeviceKind};
 use crate::refusal::Refusal;
 
 /// Between two looks at the connections. Requests of a device without one wait meanwhile.
@@ -89,13 +91,24 @@ impl Node {
             if missing == 0 {
                 continue;
             }
+            // Asked of the daemon that the connections are to: a daemon that lost power after this was read ends them itself.
+            let may = async {
+                let known = self.daemon.volume(volume).await;
+                let known = known.map_err(|refusal| AttachError::Failed(refusal.message))?;
+                if known.client_generation == state.client_generation {
+                    Ok(())
+                } else {
+                    Err(AttachError::AnswersLost)
+                }
+            };
             // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
             // refuses connections for a device that carries another volume by now, and for one that is let go.
             match self
                 .attacher(device.kind)?
-                .reconnect(&device, &state.export, missing)
+                .reconnect(&device, &state.export, missing, Box::pin(may))
                 .await
             {
+                Err(AttachError::AnswersLost) => self.give_up(volume, &device).await,
                 Ok(given) => {
                     tracing::info!(volume = %volume, device = device.name, given, "gave a device new connections");
                 }
@@ -105,6 +118,25 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+impl Node {
+    /// Fails a device whose volume lost answered writes: with a new connection its users would go on as if they were there.
+    async fn give_up(&self, volume: Uuid, device: &Device) {
+        let problem = ("AnswersLost", AttachError::AnswersLost.to_string());
+        if self.problem(volume).as_ref() == Some(&problem) {
+            return;
+        }
+        match self.fail_device(volume).await {
+            Ok(()) => {
+                tracing::error!(volume = %volume, device = device.name, "{}; the device answers errors until the volume is unstaged and staged again", problem.1);
+                self.set_problem(volume, Some(problem));
+            }
+            Err(error) => {
+                tracing::warn!(volume = %volume, device = device.name, %error, "{}, and the device could not be failed", problem.1);
+            }
+        }
     }
 }
 

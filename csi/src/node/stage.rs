@@ -33,7 +33,7 @@ impl Node {
         failpoint::reach("stage-begun");
         let known = self.known(id)?;
         if let Some(state) = &known
-            && self.is_staged_as(state, request).await?
+            && self.is_staged_as(state, request, &volume).await?
         {
             return Ok(());
         }
@@ -41,7 +41,8 @@ impl Node {
         match &staged {
             Ok(()) => self.set_problem(id, None),
             Err(refusal) if is_final(refusal.class) => {
-                self.set_problem(id, Some(refusal.message.clone()));
+                let message = refusal.message.clone();
+                self.set_problem(id, Some(("StagingFailed", message)));
                 // After a final answer nobody comes to unstage: what was attached for nothing goes now.
                 if let Err(error) = self.take_down(id, &request.staging).await {
                     tracing::warn!(volume = %id, %error, "clearing up after a failed staging failed");
@@ -57,6 +58,7 @@ impl Node {
         &self,
         state: &VolumeState,
         request: &StageRequest,
+        volume: &Volume,
     ) -> Result<bool, Refusal> {
         let Some(device) = self.device_of(request.export.volume).await? else {
             return Ok(false);
@@ -80,6 +82,17 @@ impl Node {
             if let Some(target) = state.targets.iter().find(|target| is_used(&target.path)) {
                 return Err(Refusal::precondition(format!(
                     "the volume was published anew while it is still mounted at {}",
+                    target.path.display()
+                )));
+            }
+            return Ok(false);
+        }
+        // What the kernel takes for written may be gone: nobody goes on with that device.
+        if state.client_generation != volume.client_generation {
+            if let Some(target) = state.targets.iter().find(|target| is_used(&target.path)) {
+                return Err(Refusal::precondition(format!(
+                    "the volume lost answered writes in a power cut while it was mounted at {}; end what uses it, then it \
+                     is checked and mounted again",
                     target.path.display()
                 )));
             }
@@ -138,7 +151,9 @@ impl Node {
         let is_same_export = known
             .as_ref()
             .is_none_or(|state| state.export.name == request.export.name);
-        let is_half_way = known.as_ref().is_some_and(|state| !state.stage.is_complete);
+        let is_half_way = known.as_ref().is_some_and(|state| {
+            !state.stage.is_complete && state.client_generation == volume.client_generation
+        });
         if let Some(found) = &device
             && !(is_same_export && is_half_way && self.is_usable(found).await?)
         {
@@ -149,7 +164,13 @@ impl Node {
             self.take_down(id, place).await?;
             device = None;
         }
-        let mut state = VolumeState::new(self.boot_id.clone(), request.export.clone(), stage);
+        // Read before the device is made: what is lost from now on is seen.
+        let mut state = VolumeState::new(
+            self.boot_id.clone(),
+            request.export.clone(),
+            volume.client_generation,
+            stage,
+        );
         state.device = device.clone();
         self.states.save(&state)?;
         failpoint::reach("stage-state-written");

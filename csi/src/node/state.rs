@@ -26,6 +26,10 @@ pub struct VolumeState {
     pub boot_id: String,
     /// What was published to this node. Has a secret, which is why the files are for root alone.
     pub export: Export,
+    /// The volume's client generation before it was attached. When the volume has a larger one, writes that the kernel takes
+    /// for done may be gone.
+    #[serde(default)]
+    pub client_generation: u64,
     /// The device it was last attached as.
     pub device: Option<Device>,
     /// Where it is, or is being, staged.
@@ -60,11 +64,17 @@ pub struct Target {
 
 impl VolumeState {
     /// A volume that is about to be staged.
-    pub fn new(boot_id: String, export: Export, stage: Stage) -> VolumeState {
+    pub fn new(
+        boot_id: String,
+        export: Export,
+        client_generation: u64,
+        stage: Stage,
+    ) -> VolumeState {
         VolumeState {
             version: VERSION,
             boot_id,
             export,
+            client_generation,
             device: None,
             stage,
             targets: Vec::new(),
@@ -215,7 +225,7 @@ mod tests {
             filesystem: None,
             is_complete: false,
         };
-        VolumeState::new("boot".into(), export, stage)
+        VolumeState::new("boot".into(), export, 0, stage)
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         head_node_id: record
             .head
             .map_or_else(String::new, |head| head.node.0.to_string()),
+        client_generation: record.client_generation,
         runtime: view.runtime.map(
             |VolumeRuntime {
                  connections,

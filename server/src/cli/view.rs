@@ -48,6 +48,7 @@ pub(super) struct Volume {
     /// Empty when no node ever served it, or its copies are not recorded.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) head_node_id: String,
+    pub(super) client_generation: u64,
     pub(super) ever_written: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) filesystem: Option<Filesystem>,
@@ -101,6 +102,7 @@ impl From<admin::Volume> for Volume {
                 .collect(),
             min_in_sync: volume.min_in_sync,
             head_node_id: volume.head_node_id,
+            client_generation: volume.client_generation,
             ever_written: volume.ever_written,
             filesystem: volume.filesystem.map(Filesystem::from),
             publications: volume

@@ -443,13 +443,16 @@ impl Daemon {
             config.scrub_bytes_per_second,
         )
         .await?;
+        let records = store.clone();
         let volumes = Volumes::start(
             store,
             host.clone() as Arc<dyn VolumeHost>,
             metadata.node,
             metadata.identity.is_some(),
+            &stores::that_lost_answers(known, plane.stores()),
         )
         .await?;
+        stores::record_boot(&*records, plane.stores()).await?;
         state.set_services(Services {
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,

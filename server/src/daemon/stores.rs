@@ -1,17 +1,21 @@
 //! Which stores a daemon opens: what is configured, held against what was there before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use ashlar_core::records::{Record, StoreRecord, Transaction, Versioned, keys};
-use ashlar_core::units::NodeId;
+use ashlar_core::records::{
+    OpenedAs, Record, StoreRecord, Transaction, Versioned, answers_may_be_gone, keys,
+};
+use ashlar_core::units::{NodeId, StoreId};
+use uuid::Uuid;
 
 use crate::config::{ByteCount, Config};
 use crate::data::{OpenedStore, StoreConfig};
 use crate::directory::DirectoryProblem;
-use crate::meta::{MetadataError, MetadataStore};
+use crate::meta::{self, MetadataError, MetadataStore};
+use crate::tail::boot_id;
 use crate::volumes::unix_ms;
 
 /// Share of a filesystem's free space that a new store without a size may grow to. The rest is for the metadata, logs
@@ -198,6 +202,7 @@ pub(super) async fn record(
             path,
             node,
             first_seen_unix_ms,
+            boot: earlier.and_then(|earlier| earlier.record.boot),
         };
         transaction = transaction.put(keys::store(store.id), record.encode());
     }
@@ -208,6 +213,57 @@ pub(super) async fn record(
         .iter()
         .filter(|known| opened.iter().all(|opened| opened.id != known.record.id));
     Ok(missing.map(|missing| missing.record.clone()).collect())
+}
+
+/// This run of the machine's kernel. Where it cannot be told no tail is believed either.
+fn this_boot() -> Uuid {
+    boot_id().map_or(Uuid::nil(), Uuid::from_bytes)
+}
+
+/// Opened stores from which answered writes may be gone.
+pub(super) fn that_lost_answers(
+    known: &[Versioned<StoreRecord>],
+    opened: &[OpenedStore],
+) -> BTreeSet<StoreId> {
+    let boot = this_boot();
+    let lost = opened.iter().filter(|store| {
+        let earlier = known.iter().find(|known| known.record.id == store.id);
+        let opened_as = OpenedAs {
+            boot,
+            was_closed: store.report.clean,
+            tail_is_void: store.report.tail_void,
+        };
+        answers_may_be_gone(earlier.map(|earlier| &earlier.record), opened_as)
+    });
+    lost.map(|store| store.id).collect()
+}
+
+/// Writes down that the volumes of these stores are served in this run of the kernel.
+pub(super) async fn record_boot(
+    store: &dyn MetadataStore,
+    opened: &[OpenedStore],
+) -> Result<(), MetadataError> {
+    let boot = Some(this_boot());
+    let mut transaction = Transaction::new();
+    for opened in opened {
+        let key = keys::store(opened.id);
+        let found = meta::read::<StoreRecord>(store, &key).await?;
+        let Some(found) = found.filter(|found| found.record.boot != boot) else {
+            continue;
+        };
+        let record = StoreRecord {
+            boot,
+            ..found.record
+        };
+        transaction = transaction
+            .when_unchanged(key.clone(), found.changed_at)
+            .put(key, record.encode());
+    }
+    if !transaction.effects.is_empty() {
+        // Somebody who was faster only leaves it to the next start to tell the clients once more.
+        store.commit(transaction).await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -242,6 +298,7 @@ mod tests {
                 path,
                 node: None,
                 first_seen_unix_ms: 0,
+                boot: None,
             },
             changed_at: Revision(1),
         };

@@ -357,6 +357,7 @@ mod tests {
             path: "/s".to_owned(),
             node: None,
             first_seen_unix_ms: 1,
+            boot: None,
         };
         let mut fill = Transaction::new().put(keys::store(records.id), records.encode());
         for n in 0..COPIED_AT_ONCE + 1 {

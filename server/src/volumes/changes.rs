@@ -3,8 +3,8 @@
 use ashlar_core::records::{
     ClientNodeId, FilesystemType, LayerCounter, NewPublication, NewVolume, PublishError,
     RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, begin_delete,
-    begin_format, claim, configure, create, end_format, keys, mark_written, publish, rename,
-    resize, set_limits, unpublish,
+    begin_format, claim, configure, create, end_format, keys, lose_answers, mark_written, publish,
+    rename, resize, set_limits, unpublish,
 };
 use ashlar_core::units::VolumeId;
 use uuid::Uuid;
@@ -58,6 +58,9 @@ pub(super) enum Change<'a> {
         uuid: Uuid,
     },
     MarkWritten {
+        id: VolumeId,
+    },
+    LoseAnswers {
         id: VolumeId,
     },
 }
@@ -149,6 +152,7 @@ impl Volumes {
             }
             Change::EndFormat { id, uuid } => Ok(end_format(&self.reread(id).await?, uuid)?),
             Change::MarkWritten { id } => Ok(mark_written(&self.reread(id).await?)),
+            Change::LoseAnswers { id } => Ok(Some(lose_answers(&self.reread(id).await?))),
         }
     }
 }

@@ -18,7 +18,7 @@ mod publications;
 mod replicated;
 mod start;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,7 +28,7 @@ use ashlar_core::records::{
     RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
     begin_delete, configure, finish_delete, first_annotations, keys, round_up_to_block,
 };
-use ashlar_core::units::{Epoch, LayerId, NodeId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
 use uuid::Uuid;
 
 pub use catalog::Serving;
@@ -100,12 +100,14 @@ pub struct Volumes {
 
 impl Volumes {
     /// Reads every record, claims and opens every active volume, and takes unfinished deletions up again in the
-    /// background. One volume that cannot be opened does not keep the others from being served.
+    /// background. One volume that cannot be opened does not keep the others from being served. `lost`: stores from which
+    /// answered writes may be gone.
     pub async fn start(
         store: Arc<dyn MetadataStore>,
         host: Arc<dyn VolumeHost>,
         node: NodeId,
         is_shared: bool,
+        lost: &BTreeSet<StoreId>,
     ) -> Result<Arc<Volumes>, VolumeError> {
         let head = HeadClaim {
             node,
@@ -128,6 +130,7 @@ impl Volumes {
         service.load_annotations().await?;
         service.survey_stores().await?;
         service.follow_heads();
+        service.lose_answers(lost).await?;
         service.open_all().await?;
         service.resume_deletions();
         service.renew_epochs();

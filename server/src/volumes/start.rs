@@ -10,7 +10,7 @@ use ashlar_core::records::{
 };
 use ashlar_core::units::{Epoch, LayerId, StoreId};
 
-use super::{ATTEMPTS, OPENING, Serving, VolumeError, Volumes, lock};
+use super::{ATTEMPTS, Change, OPENING, Serving, VolumeError, Volumes, lock};
 use crate::meta::{self, MetadataError, Outcome};
 
 /// Volumes claimed by one transaction at the start: a condition and an effect each, within
@@ -102,6 +102,32 @@ impl Volumes {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Before any volume is served: those that lie on `lost` tell their clients from now on that answered writes may be
+    /// gone.
+    pub(super) async fn lose_answers(&self, lost: &BTreeSet<StoreId>) -> Result<(), VolumeError> {
+        for entry in self.catalog().all() {
+            let record = &entry.current.record;
+            let stores = &record.placement.stores;
+            // Copies are looked at when their head opens them.
+            if record.state != VolumeState::Active
+                || record.write_through
+                || record.placement.is_replicated()
+                || !stores.iter().any(|store| lost.contains(store))
+            {
+                continue;
+            }
+            let told = self.change(&Change::LoseAnswers { id: record.id }).await?;
+            let told = told.ok_or(VolumeError::Contended)?;
+            tracing::warn!(
+                volume = %record.name,
+                client_generation = told.record.client_generation,
+                "the machine lost power: writes that were answered and not flushed may be gone; clients must attach the volume anew"
+            );
+            self.update(told);
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod cluster;
 mod fabric;
 mod filesystem;
 mod limits;
+mod loss;
 mod name;
 mod publication;
 mod record;
@@ -42,6 +43,7 @@ pub use filesystem::{
     end_format, mark_written,
 };
 pub use limits::{LimitsError, VolumeLimits, set_limits};
+pub use loss::{OpenedAs, answers_may_be_gone, lose_answers};
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use publication::{
     AccessMode, NewPublication, PUBLICATIONS_MAX, Publication, PublishError, parse_export_name,

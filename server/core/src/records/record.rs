@@ -163,8 +163,8 @@ pub struct VolumeRecord {
     /// Absent in records of unreplicated volumes, where it is 1.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub min_in_sync: u32,
-    /// Raised whenever acknowledged writes may be gone because every copy lost power: clients that were connected under
-    /// a smaller number must not go on as if nothing had happened.
+    /// Raised whenever acknowledged writes may be gone because the store, or every copy, lost power: clients that were
+    /// connected under a smaller number must not go on as if nothing had happened.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub client_generation: u64,
     /// Every block whose newest version is below this is the same on all replicas in sync. Only what is at or above it
@@ -425,6 +425,10 @@ pub struct StoreRecord {
     pub node: Option<NodeId>,
     /// Milliseconds since 1970-01-01 UTC.
     pub first_seen_unix_ms: u64,
+    /// The run of the machine's kernel in which volumes on it were last served; see
+    /// [`answers_may_be_gone`](super::answers_may_be_gone). Absent: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<Uuid>,
 }
 
 impl Record for StoreRecord {}

@@ -127,7 +127,10 @@ mod tests {
     /// How many of `sets` sets each node should be in: in proportion to its room, but in none twice, so that what is too
     /// much for a large node falls to the others.
     fn fair_shares(free: &[u64], sets: f64, replicas: f64) -> Vec<f64> {
-        let at = |level: f64| free.iter().map(move |free| (*free as f64 * level).min(sets));
+        let at = |level: f64| {
+            free.iter()
+                .map(move |free| (*free as f64 * level).min(sets))
+        };
         let (mut low, mut high) = (0.0, sets);
         for _ in 0..60 {
             let middle = (low + high) / 2.0;
