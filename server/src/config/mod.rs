@@ -108,6 +108,7 @@ pub struct Config {
     /// At least 100.
     pub overcommit_percent: u32,
     pub drain_timeout: Duration,
+    pub accept_tail_loss: bool,
     pub io_flusher: bool,
     pub oom_score_adjust: Option<i32>,
     /// Checked: parses as a [`FaultPlan`].
@@ -311,6 +312,7 @@ impl Config {
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
             overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
+            accept_tail_loss: settings.accept_tail_loss.unwrap_or(false),
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings
                 .oom_score_adjust
@@ -359,6 +361,7 @@ impl Config {
             scrub_every: Some(self.scrub_every),
             overcommit: Some(self.overcommit_percent),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),
+            accept_tail_loss: Some(self.accept_tail_loss),
             io_flusher: Some(self.io_flusher),
             oom_score_adjust: self.oom_score_adjust,
             fault: self.fault.clone(),

@@ -188,6 +188,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain_timeout: Option<u32>,
 
+    /// Open stores although the tail of a daemon that was killed is missing or damaged: writes that were answered and not
+    /// flushed are gone, and volumes tell their clients so. For one start, never to stay [default: false]
+    #[arg(long, env = "ASHLAR_ACCEPT_TAIL_LOSS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accept_tail_loss: Option<bool>,
+
     /// Tell the kernel that this process serves block I/O (PR_SET_IO_FLUSHER, needs CAP_SYS_RESOURCE), so that it
     /// never waits for memory that only its own volumes could free [default: false]
     #[arg(long, env = "ASHLAR_IO_FLUSHER", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
@@ -248,6 +254,7 @@ impl Settings {
             scrub_every: self.scrub_every.or(below.scrub_every),
             overcommit: self.overcommit.or(below.overcommit),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),
+            accept_tail_loss: self.accept_tail_loss.or(below.accept_tail_loss),
             io_flusher: self.io_flusher.or(below.io_flusher),
             oom_score_adjust: self.oom_score_adjust.or(below.oom_score_adjust),
             fault: self.fault.or(below.fault),

@@ -534,6 +534,7 @@ fn data_config(
     data.fault = config.fault.as_ref().and_then(|plan| plan.parse().ok());
     data.tail_dir = config.tail_dir.clone();
     data.tail_bytes = config.tail_bytes;
+    data.accept_tail_loss = config.accept_tail_loss;
     data.cache_bytes = config.leaf_cache_bytes;
     data.limits = Limits {
         bytes_per_connection: config.max_connection_buffer_bytes as usize,

@@ -109,7 +109,8 @@ impl Volumes {
     /// Before any volume is served: those that lie on `lost` tell their clients from now on that answered writes may be
     /// gone.
     pub(super) async fn lose_answers(&self, lost: &BTreeSet<StoreId>) -> Result<(), VolumeError> {
-        for entry in self.catalog().all() {
+        let all = self.catalog().all();
+        for entry in all {
             let record = &entry.current.record;
             let stores = &record.placement.stores;
             // Copies are looked at when their head opens them.

@@ -54,9 +54,21 @@ impl<'a> GuestDaemon<'a> {
 
     /// Starts it without waiting.
     pub fn spawn(&mut self) {
+        self.spawn_with(&[]);
+    }
+
+    /// Starts it as after a power cut: what only its memory held is gone.
+    pub fn spawn_without_tail(&mut self) {
+        self.machine
+            .sh("find /run /dev/shm -name 'ashlar-*.tail' -print -delete | grep .");
+        self.spawn_with(&["--accept-tail-loss"]);
+    }
+
+    fn spawn_with(&mut self, more: &[&str]) {
         assert!(self.pid.is_none(), "already running");
         let mut argv = vec!["ashlard", "--store-size", &self.store_size];
         argv.extend(ARGUMENTS);
+        argv.extend(more);
         self.pid = Some(self.machine.start(&argv, LOG));
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ashlar_tests::daemon::Setup;
+use ashlar_tests::daemon::{Daemon, Setup};
 use ashlar_tests::fio::Fio;
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::wait;
@@ -118,4 +118,71 @@ fn clients_that_come_too_early() {
         assert_eq!(read, b"early");
         daemon.wait_ready();
     }
+}
+
+/// What a power cut takes, a killed daemon still has: only of the first are clients told.
+#[test]
+fn clients_are_told_of_a_power_cut_and_of_nothing_else() {
+    let mut daemon = Setup::default().store_size("256MiB").start("told");
+    daemon.create("disk", "8MiB");
+    daemon.create("through", "8MiB");
+    let admin = daemon.admin();
+    admin.run(["volume", "set", "through", "--write-through"]);
+    let generation = |daemon: &Daemon, name: &str| {
+        let shown = daemon.admin().json(["volume", "show", name]);
+        shown["client_generation"].as_u64().expect("a number")
+    };
+    let write = |daemon: &Daemon, number: u8| {
+        let mut client = daemon.open("disk", Wishes::SIMPLE);
+        client.write(0, &[number; 4096]).unwrap();
+    };
+    write(&daemon, 1);
+    daemon.kill();
+    daemon.start();
+    daemon.stop();
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 0);
+
+    // Another boot, after an orderly stop and after none.
+    let booted_anew = |daemon: &mut Daemon| {
+        let file = daemon.scratch.join("boot_id");
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+        std::fs::write(&file, id).unwrap();
+        daemon.setup.booted_as(&file);
+    };
+    daemon.stop();
+    booted_anew(&mut daemon);
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 0);
+    write(&daemon, 2);
+    daemon.kill();
+    booted_anew(&mut daemon);
+    daemon.log.expect("the machine lost power");
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 1);
+    // It never answered what was not durable.
+    assert_eq!(generation(&daemon, "through"), 0);
+    daemon.kill();
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 1);
+
+    // The tail alone is gone: refused, and told once it is accepted.
+    write(&daemon, 3);
+    daemon.kill();
+    for entry in std::fs::read_dir(daemon.scratch.memory()).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    daemon
+        .log
+        .expect("accept their loss with --accept-tail-loss");
+    let refused = daemon.start_refused();
+    assert!(refused.contains("--accept-tail-loss"), "{refused}");
+    let as_before = daemon.setup.clone();
+    daemon.setup = as_before.clone().arg("--accept-tail-loss");
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 2);
+    daemon.kill();
+    daemon.setup = as_before;
+    daemon.start();
+    assert_eq!(generation(&daemon, "disk"), 2);
 }

@@ -345,3 +345,66 @@ fn the_suite_passes_with_mounted_volumes() {
 fn the_suite_passes_with_raw_volumes() {
     sanity("block");
 }
+
+/// The daemon comes back without what was answered and not flushed, and the kernel lived through it: given a new connection it
+/// would take for written what is gone.
+#[test]
+fn a_device_does_not_go_on_after_a_power_cut_of_its_server() {
+    let (machine, _scratch) = machine("csi-power");
+    for words in [
+        "I/O error",
+        "EXT4-fs",
+        "Buffer I/O",
+        "JBD2",
+        "Aborting journal",
+    ] {
+        machine.expect(words);
+    }
+    let mut daemon = GuestDaemon::first(&machine, "2GiB");
+    let plugin = Plugin::start(&machine, &[]);
+    plugin.bring_up("claim", "ext4", GIB);
+    let directory = pod("claim");
+    machine.sh(&format!(
+        "echo before > {directory}/file; sync {directory}/file"
+    ));
+    // A death that loses nothing: the device goes on.
+    daemon.kill();
+    daemon.spawn();
+    daemon.wait_ready();
+    machine.sh(&format!(
+        "echo after > {directory}/more; sync {directory}/more"
+    ));
+    daemon.kill();
+    daemon.spawn_without_tail();
+    daemon.wait_ready();
+    wait::until(LIMIT, "the device answers errors", || {
+        let tried = machine.try_run(&[
+            "dd",
+            "if=/dev/nbd0",
+            "of=/dev/null",
+            "bs=4096",
+            "count=1",
+            "iflag=direct",
+        ]);
+        if tried.ok() {
+            Err("it was read".to_owned())
+        } else {
+            Ok(())
+        }
+    });
+    assert!(plugin.log().contains("answered writes may be gone"));
+    // Taken down and brought up again it is used as after any power cut.
+    for call in ["unpublish", "unstage", "stage", "publish"] {
+        plugin.call(call, "claim", "");
+    }
+    assert_eq!(
+        machine.sh(&format!("cat {directory}/file {directory}/more")),
+        "before\nafter"
+    );
+    machine.sh(&format!(
+        "echo again > {directory}/file; sync {directory}/file"
+    ));
+    plugin.take_down("claim");
+    plugin.call("delete", "claim", "");
+    assert_eq!(leftovers(&machine), "");
+}
