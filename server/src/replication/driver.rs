@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ashlar_core::records::{VolumeRecord, keys};
 use ashlar_core::replication::{News, Seal, StopReason, SwapOutcome};
@@ -67,6 +67,7 @@ struct Dialling {
     task: AbortHandle,
     /// Set before the link is handed over: from then on a wish for the same link is a new one.
     is_done: Arc<AtomicBool>,
+    begun: Instant,
 }
 
 impl Driver {
@@ -169,15 +170,23 @@ impl Driver {
         {
             return;
         }
+        // A peer that takes links and ends them at once, because it is going away, is not dialled in a tight loop.
+        let pause = self.dialling.get(&key).map_or(Duration::ZERO, |last| {
+            RETRY_FIRST.saturating_sub(last.begun.elapsed())
+        });
         let is_done = Arc::new(AtomicBool::new(false));
-        let task = tokio::spawn(dial_until_there(
-            self.plane.clone(),
-            self.dial.clone(),
-            wish,
-            is_done.clone(),
-        ));
-        let task = task.abort_handle();
-        self.dialling.insert(key, Dialling { task, is_done });
+        let dialling =
+            dial_until_there(self.plane.clone(), self.dial.clone(), wish, is_done.clone());
+        let task = tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            dialling.await;
+        });
+        let dialling = Dialling {
+            task: task.abort_handle(),
+            is_done,
+            begun: Instant::now() + pause,
+        };
+        self.dialling.insert(key, dialling);
     }
 }
 
