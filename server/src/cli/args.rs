@@ -85,6 +85,19 @@ pub(super) enum DaemonCommand {
         /// Only those of this volume (name or id)
         volume: Option<String>,
     },
+    /// Why a volume is degraded, waiting or not served, and what would free it
+    Explain {
+        /// Name or id
+        volume: String,
+    },
+    /// What happened in the daemon that is asked, since it was started
+    Events {
+        /// Only what happened to this volume (name or id)
+        volume: Option<String>,
+        /// Go on with what happens from now on
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// What every volume and store is doing, live
     Top(TopArgs),
 

@@ -108,6 +108,7 @@ impl DataPlane {
             first_changes: first_change,
             scrubs_ended: end_scrub,
             cluster: tell_cluster,
+            events: config.events.clone(),
         };
         let mut starting = Vec::new();
         let mut joins = Vec::new();

@@ -231,7 +231,7 @@ impl Daemon {
     async fn start_over(&self, store: Arc<dyn MetadataStore>) -> Arc<Volumes> {
         lock(&self.host.open).clear();
         let node = node_record(&*store).await.expect("node").id;
-        let service = Volumes::start(store, self.host.clone(), node, false)
+        let service = Volumes::start(store, self.host.clone(), node, false, Events::default())
             .await
             .expect("start");
         service.catalog().check_invariants();

@@ -19,7 +19,7 @@ pub(in super::super) struct Replica {
     pub(in super::super) store: usize,
     pub(super) acceptor: Acceptor,
     /// The layer whose chunks it holds.
-    pub(super) layer: LayerId,
+    pub(in super::super) layer: LayerId,
 }
 
 /// A piece of work as it comes.
