@@ -3,7 +3,8 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use ashlar_core::units::VolumeId;
+use ashlar_core::store::ExtentKey;
+use ashlar_core::units::{CHUNK_LEAVES, ChunkIndex, LayerId, StoreId, VolumeId};
 use ashlar_proto::{diagnosis as proto, request};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -13,7 +14,7 @@ use uuid::Uuid;
 
 use super::service::{refused, services_of};
 use crate::daemon::{Services, State};
-use crate::diagnosis::{self, DiagnosisError};
+use crate::diagnosis::{self, DiagnosisError, Doctor, Orders};
 
 /// Pages that a slow reader may be behind before the reading of events waits for it.
 const PAGES_AHEAD: usize = 4;
@@ -108,6 +109,140 @@ impl proto::diagnosis_server::Diagnosis for Service {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
+
+    type ExamineStream = Pin<Box<dyn Stream<Item = Result<proto::ExamineResponse, Status>> + Send>>;
+
+    async fn examine(
+        &self,
+        request: Request<proto::ExamineRequest>,
+    ) -> Answer<Self::ExamineStream> {
+        let asked = request.into_inner();
+        let volume = request::VolumeRef::parse_optional(&asked.volume)?;
+        let volume = volume.map(|volume| volume.to_string());
+        let orders = Orders {
+            repairs_orphans: asked.repair().any(|one| one == proto::Repair::Orphans),
+            repairs_differing: asked.repair().any(|one| one == proto::Repair::Differing),
+            is_whole: asked.all,
+            is_records_only: asked.records_only,
+        };
+        let (state, services) = (self.state.clone(), self.services()?.clone());
+        if let Some(volume) = &volume {
+            services.volumes.get(volume).map_err(refused)?;
+        }
+        let (sender, receiver) = mpsc::channel(PAGES_AHEAD);
+        tokio::spawn(async move {
+            if let Err(error) = examine(&state, &services, volume, orders, &sender).await {
+                let _ = sender.send(Err(error)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn holdings(
+        &self,
+        _: Request<proto::HoldingsRequest>,
+    ) -> Answer<proto::HoldingsResponse> {
+        let holdings = diagnosis::holdings(self.services()?).await;
+        let holdings = holdings.map_err(unheld)?;
+        Ok(Response::new(diagnosis::holdings_message(&holdings)))
+    }
+
+    async fn digests(
+        &self,
+        request: Request<proto::DigestsRequest>,
+    ) -> Answer<proto::DigestsResponse> {
+        let asked = request.into_inner();
+        let (store, layer) = (store(&asked.store_id)?, LayerId(asked.layer));
+        let from = ChunkIndex(asked.from_chunk);
+        let page = diagnosis::digests(self.services()?, store, layer, from).await;
+        Ok(Response::new(diagnosis::digest_message(
+            &page.map_err(unheld)?,
+        )))
+    }
+
+    async fn leaf_sums(
+        &self,
+        request: Request<proto::LeafSumsRequest>,
+    ) -> Answer<proto::LeafSumsResponse> {
+        let asked = request.into_inner();
+        let store = store(&asked.store_id)?;
+        if asked.leaf >= CHUNK_LEAVES {
+            return Err(Status::invalid_argument("leaf: a chunk has no such leaf"));
+        }
+        let extent = ExtentKey {
+            layer: LayerId(asked.layer),
+            chunk: ChunkIndex(asked.chunk),
+        };
+        let sums = diagnosis::sums(self.services()?, store, extent, vec![asked.leaf]).await;
+        let sums = sums.map_err(unheld)?.pop().unwrap_or_default();
+        Ok(Response::new(diagnosis::sums_message(&sums)))
+    }
+
+    async fn drop_orphan(
+        &self,
+        request: Request<proto::DropOrphanRequest>,
+    ) -> Answer<proto::DropOrphanResponse> {
+        let asked = request.into_inner();
+        let (store, layer) = (store(&asked.store_id)?, LayerId(asked.layer));
+        let dropped = diagnosis::drop_orphan(self.services()?, store, layer).await;
+        dropped.map_err(unheld)?;
+        Ok(Response::new(proto::DropOrphanResponse {}))
+    }
+
+    async fn distrust_copy(
+        &self,
+        request: Request<proto::DistrustCopyRequest>,
+    ) -> Answer<proto::DistrustCopyResponse> {
+        let asked = request.into_inner();
+        let store = store(&asked.store_id)?;
+        let volume = Uuid::try_parse(&asked.volume_id)
+            .map_err(|_| Status::invalid_argument("volume_id is not a UUID"))?;
+        let done = diagnosis::distrust(self.services()?, VolumeId(volume), store).await;
+        done.map_err(unheld)?;
+        Ok(Response::new(proto::DistrustCopyResponse {}))
+    }
+}
+
+/// A store and whatever else names a place, from a request.
+fn store(text: &str) -> Result<StoreId, Status> {
+    Uuid::try_parse(text)
+        .map(StoreId)
+        .map_err(|_| Status::invalid_argument("store_id is not a UUID"))
+}
+
+fn unheld(error: String) -> Status {
+    Status::failed_precondition(error)
+}
+
+/// A visit of the doctor, message by message, until it is over or nobody listens.
+async fn examine(
+    state: &State,
+    services: &Services,
+    volume: Option<String>,
+    orders: Orders,
+    sender: &mpsc::Sender<Result<proto::ExamineResponse, Status>>,
+) -> Result<(), Status> {
+    let visit = Doctor::visit(state, services, volume.as_deref(), orders).await;
+    let doctor = visit.map_err(undiagnosed)?;
+    let (findings, volumes) = doctor.examine().await.map_err(refused)?;
+    let mut next = Some(diagnosis::findings_message(&findings));
+    let mut volumes = volumes.into_iter();
+    while let Some(message) = next.take() {
+        if sender.send(Ok(message)).await.is_err() {
+            return Ok(());
+        }
+        if let Some(volume) = volumes.next() {
+            let compared = tokio::select! {
+                compared = doctor.compare(volume) => compared,
+                () = sender.closed() => return Ok(()),
+                () = state.draining() => {
+                    return Err(Status::unavailable("the daemon is shutting down"));
+                }
+            };
+            next = Some(diagnosis::findings_message(&compared));
+        }
+    }
+    Ok(())
 }
 
 /// Sends events in messages of a bounded size. An error: nobody listens any more.

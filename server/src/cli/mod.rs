@@ -6,6 +6,7 @@ mod cluster;
 mod connect;
 mod copies;
 mod diagnosis;
+mod doctor;
 mod error;
 mod offline;
 mod output;
@@ -86,6 +87,7 @@ async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Res
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
         DaemonCommand::Node(command) => cluster::node(daemon, format, command).await,
         DaemonCommand::Explain { volume } => diagnosis::explain(daemon, format, volume).await,
+        DaemonCommand::Doctor(args) => doctor::run(daemon, format, args).await,
         DaemonCommand::Events { volume, follow } => {
             diagnosis::events(daemon, format, volume.unwrap_or_default(), follow).await
         }

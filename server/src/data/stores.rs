@@ -190,6 +190,8 @@ impl DataThread {
                     let _ = answer.send(result.map(|_| ()));
                 }
             }
+            // It asks for no operation of the store's.
+            Some(Operation::Survey(_)) => {}
             Some(Operation::DropLayer { .. }) => {
                 if let Operation::DropLayer { answer, .. } = self.operations.remove(key) {
                     let _ = answer.send(result.map(|_| ()));

@@ -1,15 +1,24 @@
 //! Between the words of the daemon and the messages of `ashlar.diagnosis.v1`.
 
+use ashlar_core::diagnosis::doctor::{
+    Ailment, Holdings, LayerHolding, LeafDigest, SealHolding, StoreHolding, Weight,
+};
 use ashlar_core::diagnosis::events::{Event, Severity};
 use ashlar_core::diagnosis::{
     Condition, CopyFact, Explanation, Facts, Filling, Finding, HeadFact, NodeReport, StoreFact,
     StoreTrouble, VolumeFact,
 };
-use ashlar_core::replication::PhaseName;
 use ashlar_core::replication::wire::Status;
-use ashlar_core::units::{Epoch, NodeId, StoreId};
+use ashlar_core::replication::{PhaseName, Seal};
+use ashlar_core::store::{BlockContent, BlockState, BlockSum, LeafSums};
+use ashlar_core::units::{
+    ChunkIndex, Epoch, LEAF_BLOCKS, LayerId, NodeId, StoreId, Version, VolumeId,
+};
 use ashlar_proto::diagnosis as proto;
 use uuid::Uuid;
+
+use super::doctor::Findings;
+use super::peers::DigestPage;
 
 fn condition(condition: Condition) -> proto::Condition {
     match condition {
@@ -194,6 +203,151 @@ fn head(head: proto::HeadReport) -> Result<HeadFact, String> {
         swapping_ms: head.swapping_ms,
         copies: copies?,
     })
+}
+
+/// What was found, as it is sent.
+pub(crate) fn findings_message(findings: &Findings) -> proto::ExamineResponse {
+    let ailment = |ailment: &Ailment| proto::Ailment {
+        code: ailment.code().to_owned(),
+        weight: match ailment.weight() {
+            Weight::Unknown => proto::Weight::Unknown,
+            Weight::Untidy => proto::Weight::Untidy,
+            Weight::Wrong => proto::Weight::Wrong,
+        }
+        .into(),
+        text: ailment.to_string(),
+        remedy: ailment.remedy(),
+    };
+    proto::ExamineResponse {
+        volume_name: findings.volume.clone(),
+        ailments: findings.ailments.iter().map(ailment).collect(),
+        repairs: findings.repairs.clone(),
+        compared_leaves: findings.compared_leaves,
+    }
+}
+
+/// What a daemon holds, as it is sent.
+pub(crate) fn holdings_message(holdings: &Holdings) -> proto::HoldingsResponse {
+    let layer = |held: &LayerHolding| proto::LayerHolding {
+        layer: held.layer.0,
+        chunks: held.chunks,
+        newest_version: held.newest.0,
+    };
+    let store = |held: &StoreHolding| proto::StoreHolding {
+        store_id: held.store.0.to_string(),
+        layers: held.layers.iter().map(layer).collect(),
+    };
+    let seal = |held: &SealHolding| proto::SealHolding {
+        volume_id: held.volume.0.to_string(),
+        store_id: held.store.0.to_string(),
+        epoch: held.seal.epoch.0,
+        is_lost: held.seal.lost,
+    };
+    proto::HoldingsResponse {
+        stores: holdings.stores.iter().map(store).collect(),
+        seals: holdings.seals.iter().map(seal).collect(),
+    }
+}
+
+/// What another daemon holds.
+pub(super) fn holdings(message: proto::HoldingsResponse) -> Result<Holdings, String> {
+    let layer = |held: &proto::LayerHolding| LayerHolding {
+        layer: LayerId(held.layer),
+        chunks: held.chunks,
+        newest: Version(held.newest_version),
+    };
+    let store = |held: &proto::StoreHolding| {
+        Ok::<_, String>(StoreHolding {
+            store: StoreId(uuid(&held.store_id)?),
+            layers: held.layers.iter().map(layer).collect(),
+        })
+    };
+    let seal = |held: &proto::SealHolding| {
+        Ok::<_, String>(SealHolding {
+            volume: VolumeId(uuid(&held.volume_id)?),
+            store: StoreId(uuid(&held.store_id)?),
+            seal: Seal {
+                epoch: Epoch(held.epoch),
+                lost: held.is_lost,
+                ..Seal::default()
+            },
+        })
+    };
+    let stores: Result<Vec<_>, _> = message.stores.iter().map(store).collect();
+    let seals: Result<Vec<_>, _> = message.seals.iter().map(seal).collect();
+    Ok(Holdings {
+        stores: stores?,
+        seals: seals?,
+    })
+}
+
+/// A page of digests, as it is sent.
+pub(crate) fn digest_message(page: &DigestPage) -> proto::DigestsResponse {
+    let leaves = page.leaves.iter();
+    let leaf = |(chunk, leaf, digest): &(ChunkIndex, u32, LeafDigest)| proto::LeafDigest {
+        chunk: chunk.0,
+        leaf: *leaf,
+        content: digest.content,
+    };
+    proto::DigestsResponse {
+        leaves: leaves.map(leaf).collect(),
+        more_after_chunk: page.more_after.map(|chunk| chunk.0),
+    }
+}
+
+/// A page of digests of another daemon.
+pub(super) fn digest_page(message: proto::DigestsResponse) -> DigestPage {
+    let leaf = |leaf: proto::LeafDigest| {
+        let content = leaf.content;
+        (ChunkIndex(leaf.chunk), leaf.leaf, LeafDigest { content })
+    };
+    DigestPage {
+        leaves: message.leaves.into_iter().map(leaf).collect(),
+        more_after: message.more_after_chunk.map(ChunkIndex),
+    }
+}
+
+/// The blocks of a leaf, as they are sent.
+pub(crate) fn sums_message(sums: &LeafSums) -> proto::LeafSumsResponse {
+    let content = |sum: &BlockSum| match sum.state.content {
+        BlockContent::Hole => 0u8,
+        BlockContent::Zeros => 1,
+        BlockContent::Data => 2,
+        BlockContent::Lost => 3,
+    };
+    proto::LeafSumsResponse {
+        versions: sums.iter().map(|sum| sum.state.version.0).collect(),
+        contents: sums.iter().map(content).collect(),
+        crcs: sums.iter().map(|sum| sum.crc).collect(),
+    }
+}
+
+/// The blocks of a leaf of another daemon.
+pub(super) fn leaf_sums(message: &proto::LeafSumsResponse) -> Result<LeafSums, String> {
+    let blocks = LEAF_BLOCKS as usize;
+    if [
+        message.versions.len(),
+        message.contents.len(),
+        message.crcs.len(),
+    ] != [blocks; 3]
+    {
+        return Err("its answer is of another version".to_owned());
+    }
+    let all = message.versions.iter().zip(&message.contents);
+    let all = all.zip(&message.crcs).map(|((version, content), crc)| {
+        let content = match content {
+            0 => BlockContent::Hole,
+            1 => BlockContent::Zeros,
+            2 => BlockContent::Data,
+            _ => BlockContent::Lost,
+        };
+        let state = BlockState {
+            version: Version(*version),
+            content,
+        };
+        BlockSum { state, crc: *crc }
+    });
+    Ok(all.collect())
 }
 
 #[cfg(test)]

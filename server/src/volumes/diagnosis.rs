@@ -1,11 +1,13 @@
 //! What the volume service tells of itself: to the daemon's events, and to whoever explains a volume.
 
-use ashlar_core::diagnosis::events::Occurrence;
-use ashlar_core::records::{Versioned, VolumeRecord, keys};
-use ashlar_core::replication::{News, StopReason};
-use ashlar_core::units::{BLOCK_BYTES, NodeId, VolumeId};
+use std::collections::BTreeMap;
 
-use super::{VolumeError, Volumes};
+use ashlar_core::diagnosis::events::Occurrence;
+use ashlar_core::records::{NameRecord, Versioned, VolumeRecord, keys};
+use ashlar_core::replication::{News, StopReason};
+use ashlar_core::units::{BLOCK_BYTES, LayerId, NodeId, StoreId, VolumeId};
+
+use super::{VolumeError, Volumes, lock};
 
 impl Volumes {
     /// Something happened to a volume, or to its copy on `node`.
@@ -22,6 +24,51 @@ impl Volumes {
         id: VolumeId,
     ) -> Result<Versioned<VolumeRecord>, VolumeError> {
         self.reread(id).await
+    }
+
+    /// Every volume's record as the metadata store has it now.
+    pub(crate) async fn read_records(&self) -> Result<Vec<VolumeRecord>, VolumeError> {
+        let entries = self.store.list(keys::VOLUMES).await?.entries;
+        let read = entries.iter().map(|entry| entry.read::<VolumeRecord>());
+        let records = read.map(|read| read.map(|read| read.record));
+        Ok(records.collect::<Result<_, _>>()?)
+    }
+
+    /// Which volume each name leads to.
+    pub(crate) async fn read_names(&self) -> Result<BTreeMap<String, VolumeId>, VolumeError> {
+        let mut names = BTreeMap::new();
+        for entry in self.store.list(keys::NAMES).await?.entries {
+            let name = entry.key.strip_prefix(keys::NAMES).unwrap_or_default();
+            let volume = entry.read::<NameRecord>()?.record.volume;
+            names.insert(name.to_owned(), volume);
+        }
+        Ok(names)
+    }
+
+    /// A layer that no record names was dropped from a store here: it is not warned of any more, unless another store
+    /// still has it.
+    pub(crate) async fn forget_unknown_layer(&self, layer: LayerId) {
+        let held = self.host.layers().await;
+        if held.is_ok_and(|held| !held.contains_key(&layer)) {
+            lock(&self.unknown_layers).retain(|known| *known != layer);
+        }
+        let what = Occurrence::Repaired {
+            what: format!("layer {}, which no record names, was dropped", layer.0),
+        };
+        tracing::warn!(
+            layer = layer.0,
+            "a layer that no record names was dropped, as somebody asked"
+        );
+        self.events.tell_of_node(Some(self.head.node), what);
+    }
+
+    /// A copy that was found to be wrong was put out of sync.
+    pub(crate) fn distrusted(&self, id: VolumeId, store: StoreId) {
+        tracing::warn!(id = %id.0, store = %store.0, "a copy that differs from the others was put out of sync, as somebody asked");
+        let what = Occurrence::Repaired {
+            what: format!("the copy in store {} was put out of sync", store.0),
+        };
+        self.tell(id, None, what);
     }
 
     /// Nodes that have dropped what they had of a volume that is being deleted.

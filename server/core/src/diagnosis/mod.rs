@@ -3,9 +3,11 @@
 //! All of it is decided here, from facts that the shell gathers; nothing here asks anybody or changes anything.
 //!
 //! - `facts`: what is known of a volume and of the nodes it needs; `explain`: from facts to causes; `cause`: their words
+//! - `doctor`: where records and stores disagree, and which of two copies is wrong
 //! - `events`: what is worth remembering, and the bounded memory of it
 
 mod cause;
+pub mod doctor;
 pub mod events;
 mod explain;
 mod facts;
