@@ -344,7 +344,8 @@ impl<'a> Explaining<'a> {
             return OutBecause::Filling(filling);
         }
         let report = match self.report(node) {
-            Err(error) if copy.is_none_or(|copy| !copy.is_linked) => {
+            // A node that stands still has open links; what tells is that it takes no work either.
+            Err(error) if copy.is_none_or(|copy| copy.away_ms.is_some()) => {
                 return OutBecause::NodeAway { error };
             }
             Err(_) => None,

@@ -1,6 +1,7 @@
 //! Volumes with three copies on three real daemons with a real etcd: nodes that die, freeze, leave and return.
 
 mod chaos;
+mod doctor;
 mod explained;
 mod fencing;
 mod followers;

@@ -241,8 +241,18 @@ fn each_way_of_being_out_is_told_apart() {
     );
     // The node that was asked does not reach it, but the head does: it is not away.
     assert_eq!(
-        out(&|facts| facts.nodes[2].report = Err("timeout".to_owned())),
+        out(&|facts| {
+            facts.nodes[2].report = Err("timeout".to_owned());
+            head(facts).copies[2].away_ms = None;
+        }),
         OutBecause::Returning
+    );
+    // One that stands still has open links, and answers nobody.
+    assert_eq!(
+        out(&|facts| facts.nodes[2].report = Err("timeout".to_owned())),
+        OutBecause::NodeAway {
+            error: "timeout".to_owned()
+        }
     );
 }
 
