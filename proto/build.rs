@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         [
             "ashlar/admin/v1/admin.proto",
             "ashlar/cluster/v1/cluster.proto",
+            "ashlar/diagnosis/v1/diagnosis.proto",
         ],
         ["proto"],
     )?;

@@ -18,6 +18,13 @@ pub mod cluster {
     tonic::include_proto!("ashlar.cluster.v1");
 }
 
+/// `ashlar.diagnosis.v1`: why volumes are as they are and what happened, from
+/// `proto/ashlar/diagnosis/v1/diagnosis.proto`.
+pub mod diagnosis {
+    #![allow(clippy::all, unreachable_pub)]
+    tonic::include_proto!("ashlar.diagnosis.v1");
+}
+
 /// The part of etcd's interface that the metadata store uses: messages and clients, from `proto/etcd/rpc.proto`.
 pub mod etcd {
     #![allow(clippy::all, unreachable_pub)]

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ashlar_core::store::{OpenReport, StoreStatus};
-use ashlar_core::units::{ExportToken, StoreId, VolumeId};
+use ashlar_core::diagnosis::doctor::Holdings;
+use ashlar_core::store::{ExtentKey, LeafSums, OpenReport, RowOfVersions, StoreStatus};
+use ashlar_core::units::{ChunkIndex, ExportToken, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
 use crate::data::ScrubEnd;
@@ -85,6 +86,32 @@ pub trait Plane: VolumeHost {
 
     /// Takes a checkpoint; answers when it is durable.
     async fn checkpoint(&self, store: StoreId) -> Result<(), HostError>;
+
+    /// What the stores hold, and whom the copies in them follow.
+    async fn holdings(&self) -> Result<Holdings, HostError>;
+
+    /// Rows of a layer in a store from a chunk on, and whether there are more.
+    async fn survey_rows(
+        &self,
+        store: StoreId,
+        layer: LayerId,
+        from: ChunkIndex,
+    ) -> Result<(Vec<RowOfVersions>, bool), HostError>;
+
+    /// What a store's index says of the blocks of a few leaves.
+    async fn survey_sums(
+        &self,
+        store: StoreId,
+        extent: ExtentKey,
+        leaves: Vec<u32>,
+    ) -> Result<Vec<LeafSums>, HostError>;
+
+    /// Drops a layer from one store; answers when that is durable.
+    async fn drop_layer_at(&self, store: StoreId, layer: LayerId) -> Result<(), HostError>;
+
+    /// Puts a copy of a volume whose head is here out of sync, to be compared and filled as a whole. False: the head
+    /// cannot spare it.
+    async fn distrust(&self, volume: VolumeId, store: StoreId) -> Result<bool, HostError>;
 
     /// Everything that is counted on the path of an I/O.
     fn metrics(&self) -> &Metrics;

@@ -3,6 +3,7 @@
 //! Nothing here does I/O, reads a clock, draws a random number or waits: every machine takes events and returns
 //! actions, so one seed replays one run. The shell in `ashlar-server` carries the actions out.
 
+pub mod diagnosis;
 pub mod nbd;
 pub mod placement;
 pub mod records;

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod convert;
+mod diagnosis;
 mod orchestration;
 mod secure;
 mod service;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use ashlar_proto::admin::admin_server::AdminServer;
 use ashlar_proto::cluster::cluster_server::ClusterServer;
+use ashlar_proto::diagnosis::diagnosis_server::DiagnosisServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -51,6 +53,8 @@ pub(crate) async fn serve(
     // Its calls say for themselves who may make them: one is for everybody.
     let cluster = ClusterServer::new(cluster::Service::new(state.clone()))
         .max_decoding_message_size(REQUEST_MAX_BYTES);
+    let diagnosis = DiagnosisServer::new(diagnosis::Service::new(state.clone()))
+        .max_decoding_message_size(REQUEST_MAX_BYTES);
     let describe = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(ashlar_proto::FILE_DESCRIPTOR_SET)
@@ -63,6 +67,7 @@ pub(crate) async fn serve(
         .max_concurrent_streams(STREAMS_MAX)
         .add_service(cluster)
         .add_service(InterceptedService::new(admin, admitted))
+        .add_service(InterceptedService::new(diagnosis, admitted))
         .add_service(InterceptedService::new(health_service, admitted))
         .add_service(InterceptedService::new(reflection, admitted))
         .add_service(InterceptedService::new(reflection_alpha, admitted));

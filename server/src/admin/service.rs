@@ -36,12 +36,7 @@ impl Service {
     }
 
     pub(super) fn services(&self) -> Result<&Services, Status> {
-        match self.state.phase() {
-            Phase::Draining => Err(Status::unavailable("the daemon is shutting down")),
-            Phase::Starting | Phase::Ready => self.state.services().ok_or_else(|| {
-                Status::unavailable(format!("the daemon is starting: {}", self.state.step()))
-            }),
-        }
+        services_of(&self.state)
     }
 
     /// A volume by the name or id in a request.
@@ -108,6 +103,16 @@ impl Service {
             volumes: volumes.collect(),
             stores: Service::stores(services).await,
         }
+    }
+}
+
+/// What serves volumes, as long as it does.
+pub(super) fn services_of(state: &State) -> Result<&Services, Status> {
+    match state.phase() {
+        Phase::Draining => Err(Status::unavailable("the daemon is shutting down")),
+        Phase::Starting | Phase::Ready => state.services().ok_or_else(|| {
+            Status::unavailable(format!("the daemon is starting: {}", state.step()))
+        }),
     }
 }
 

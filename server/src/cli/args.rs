@@ -85,12 +85,54 @@ pub(super) enum DaemonCommand {
         /// Only those of this volume (name or id)
         volume: Option<String>,
     },
+    /// Why a volume is degraded, waiting or not served, and what would free it
+    Explain {
+        /// Name or id
+        volume: String,
+    },
+    /// Compare records with what the stores hold, and copies with each other; exit code 7 when something is wrong
+    Doctor(DoctorArgs),
+    /// What happened in the daemon that is asked, since it was started
+    Events {
+        /// Only what happened to this volume (name or id)
+        volume: Option<String>,
+        /// Go on with what happens from now on
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// What every volume and store is doing, live
     Top(TopArgs),
 
     /// List, label and remove the nodes of a cluster
     #[command(subcommand)]
     Node(NodeCommand),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Only this volume (name or id); without it all of them, and what belongs to none
+    pub(super) volume: Option<String>,
+    /// What to put right; nothing is without it
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(super) repair: Vec<Repair>,
+    /// Compare copies however much there is, not 64 GiB of each volume at most
+    #[arg(long)]
+    pub(super) all: bool,
+    /// Compare records with stores, and not copies with each other
+    #[arg(long, conflicts_with = "all")]
+    pub(super) records_only: bool,
+    /// Do not ask before a repair, even at a terminal
+    #[arg(long, short)]
+    pub(super) yes: bool,
+}
+
+/// What the doctor may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Repair {
+    /// Drop layers that no record names
+    Orphans,
+    /// Put the copy of each volume that is wrong most often out of sync, so that it is filled from the others
+    Differing,
 }
 
 #[derive(Debug, Subcommand)]

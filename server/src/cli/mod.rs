@@ -5,6 +5,8 @@ mod attach;
 mod cluster;
 mod connect;
 mod copies;
+mod diagnosis;
+mod doctor;
 mod error;
 mod offline;
 mod output;
@@ -84,6 +86,11 @@ async fn ask(daemon: &mut Daemon, format: Format, command: DaemonCommand) -> Res
         DaemonCommand::ClientNode(command) => publication::node(daemon, format, command).await,
         DaemonCommand::Connections { volume } => status::connections(daemon, format, volume).await,
         DaemonCommand::Node(command) => cluster::node(daemon, format, command).await,
+        DaemonCommand::Explain { volume } => diagnosis::explain(daemon, format, volume).await,
+        DaemonCommand::Doctor(args) => doctor::run(daemon, format, args).await,
+        DaemonCommand::Events { volume, follow } => {
+            diagnosis::events(daemon, format, volume.unwrap_or_default(), follow).await
+        }
         DaemonCommand::Top(args) => top::run(daemon, format, args).await,
     }
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use ashlar_core::diagnosis::doctor::{Holdings, LayerHolding, SealHolding, StoreHolding};
 use ashlar_core::nbd::session::{Admitted, ReplyStyle};
 use ashlar_core::placement::StoreSpace;
 use ashlar_core::records::VolumeLimits;
-use ashlar_core::units::{BLOCK_BYTES, Epoch, LayerId, StoreId, VolumeId};
+use ashlar_core::store::{ExtentKey, LeafSums, RowOfVersions};
+use ashlar_core::units::{BLOCK_BYTES, ChunkIndex, Epoch, LayerId, StoreId, VolumeId};
 use async_trait::async_trait;
 
 use crate::data::{self, DataError, DataPlane, ReplicatedSpec, ReplicationStatus};
@@ -263,6 +265,63 @@ impl Plane for Host {
 
     async fn checkpoint(&self, store: StoreId) -> Result<(), HostError> {
         self.plane.checkpoint(store).await.map_err(refusal)
+    }
+
+    async fn holdings(&self) -> Result<Holdings, HostError> {
+        let stores = self.plane.held().await.map_err(refusal)?;
+        let stores = stores.into_iter().map(|(store, held)| {
+            let layers = held
+                .into_iter()
+                .map(|(layer, (chunks, newest))| LayerHolding {
+                    layer,
+                    chunks,
+                    newest,
+                });
+            StoreHolding {
+                store,
+                layers: layers.collect(),
+            }
+        });
+        let stores = stores.collect();
+        let seals = self.plane.seals().await.map_err(refusal)?;
+        let seals = seals.into_iter().map(|(volume, store, seal)| SealHolding {
+            volume,
+            store,
+            seal,
+        });
+        Ok(Holdings {
+            stores,
+            seals: seals.collect(),
+        })
+    }
+
+    async fn survey_rows(
+        &self,
+        store: StoreId,
+        layer: LayerId,
+        from: ChunkIndex,
+    ) -> Result<(Vec<RowOfVersions>, bool), HostError> {
+        let rows = self.plane.survey_rows(store, layer, from).await;
+        rows.map_err(refusal)
+    }
+
+    async fn survey_sums(
+        &self,
+        store: StoreId,
+        extent: ExtentKey,
+        leaves: Vec<u32>,
+    ) -> Result<Vec<LeafSums>, HostError> {
+        let sums = self.plane.survey_sums(store, extent, leaves).await;
+        sums.map_err(refusal)
+    }
+
+    async fn drop_layer_at(&self, store: StoreId, layer: LayerId) -> Result<(), HostError> {
+        let dropped = self.plane.drop_layer_at(store, layer).await;
+        dropped.map_err(refusal)
+    }
+
+    async fn distrust(&self, volume: VolumeId, store: StoreId) -> Result<bool, HostError> {
+        self.plane.distrust(volume, store).await.map_err(refusal)
     }
 
     fn metrics(&self) -> &Metrics {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_proto::admin::ListenerKind;
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -326,6 +327,8 @@ impl Daemon {
             interfaces.spawn(services.scrubs.clone().run(until(stopped)));
         }
         state.enter(Phase::Ready);
+        let events = state.events();
+        events.tell_of_node(state.node(), Occurrence::DaemonReady);
         let views = volumes.list();
         tracing::info!(
             volumes = views.len(),
@@ -354,6 +357,7 @@ impl Daemon {
         let node = metadata.node;
         state.set_node(node);
         if let Some(identity) = &metadata.identity {
+            identity.trust().tell_events(state.events().clone());
             state.set_cluster(ClusterServices {
                 identity: identity.clone(),
                 records: metadata.records.clone(),
@@ -368,6 +372,7 @@ impl Daemon {
         let seals = Seals::new(metadata.local.clone());
         let mut data = data_config(config, node, stores::lay_out(config, &known)?);
         data.seals = seals.load().await?;
+        data.events = state.events().clone();
         let plane = DataPlane::start(data).await?;
         for opened in plane.stores() {
             tracing::info!(
@@ -450,6 +455,7 @@ impl Daemon {
             metadata.node,
             metadata.identity.is_some(),
             &stores::that_lost_answers(known, plane.stores()),
+            state.events().clone(),
         )
         .await?;
         stores::record_boot(&*records, plane.stores()).await?;
@@ -485,6 +491,10 @@ impl Daemon {
 
     /// Accepts no more, answers what was accepted, takes a checkpoint, closes every socket.
     pub(super) async fn drain(mut self, timeout: Duration) {
+        let node = self.state.node();
+        self.state
+            .events()
+            .tell_of_node(node, Occurrence::DaemonStopping);
         self.state.enter(Phase::Draining);
         self.listeners.stop().await;
         self.volumes.drain().await;

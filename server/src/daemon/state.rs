@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::process::{self, Usage};
 use crate::admin::poison_reason;
 use crate::config::Config;
+use crate::events::Events;
 use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
 use crate::identity::Identity;
 use crate::meta::MetadataStore;
@@ -70,6 +71,7 @@ pub struct State {
     listener_stats: Arc<ListenerStats>,
     /// Found at the start and true until the next one.
     lasting_warnings: Mutex<Vec<String>>,
+    events: Events,
 }
 
 impl State {
@@ -87,6 +89,7 @@ impl State {
             listeners: Mutex::default(),
             listener_stats: Arc::default(),
             lasting_warnings: Mutex::default(),
+            events: Events::default(),
         }
     }
 
@@ -184,6 +187,11 @@ impl State {
 
     pub(crate) fn connections(&self) -> &ConnectionCount {
         &self.connections
+    }
+
+    /// What happened since the start.
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
     }
 
     pub(crate) fn listener_stats(&self) -> &Arc<ListenerStats> {

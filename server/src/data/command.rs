@@ -18,6 +18,7 @@ use super::gate::Gate;
 use super::operation::{Operation, op_id};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
+use super::survey::SurveyCommand;
 use super::thread::{DataThread, Drain, Volume, VolumeHead};
 use crate::nbd::AttachedClient;
 
@@ -101,6 +102,8 @@ pub(super) enum Command {
     },
     /// Of replicated volumes.
     Cluster(ClusterCommand),
+    /// Of whoever compares what stores hold.
+    Survey(SurveyCommand),
     Drain {
         patience: Duration,
         answer: Answer<()>,
@@ -208,6 +211,7 @@ impl DataThread {
                 let _ = answer.send(answers);
             }
             Command::Cluster(command) => self.cluster_command(command),
+            Command::Survey(command) => self.survey_command(command),
             Command::Drain { patience, answer } => {
                 if self.drain.is_none() {
                     // One that is due is due again after the next start.
@@ -512,7 +516,7 @@ impl DataThread {
         done
     }
 
-    fn drop_layer(
+    pub(super) fn drop_layer(
         &mut self,
         store: usize,
         layer: LayerId,

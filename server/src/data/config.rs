@@ -14,6 +14,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::cluster::{ClusterTell, ReplicationStatus};
 use crate::engine::{EngineChoice, FaultPlan, OpenStoreError};
+use crate::events::Events;
 use crate::tail::TailError;
 
 /// Everything needed to start the data plane.
@@ -49,6 +50,8 @@ pub struct DataConfig {
     pub seals: HashMap<(VolumeId, StoreId), Seal>,
     /// How long a head may serve reads after a sign of life of its replicas.
     pub lease: Duration,
+    /// Where it is told what happens to stores.
+    pub events: Events,
 }
 
 impl DataConfig {
@@ -71,6 +74,7 @@ impl DataConfig {
             spin: DataConfig::SPIN,
             seals: HashMap::new(),
             lease: DataConfig::LEASE,
+            events: Events::default(),
         }
     }
 
@@ -195,6 +199,7 @@ pub(super) struct Tells {
     pub(super) scrubs_ended: UnboundedSender<ScrubEnd>,
     /// What replicated volumes need of the control plane.
     pub(super) cluster: UnboundedSender<ClusterTell>,
+    pub(super) events: Events,
 }
 
 /// A store, its layers and the highest epoch each was written under.

@@ -224,6 +224,7 @@ impl DataThread {
             },
             Some(Operation::DropLayer { .. }) => self.try_drop_layer(key),
             Some(Operation::Replica(_)) => self.resume_replica(key),
+            Some(Operation::Survey(_)) => self.go_on_with_survey(key),
             Some(Operation::Task(_) | Operation::Replicated(_)) | None => {}
         }
     }

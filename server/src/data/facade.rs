@@ -45,7 +45,7 @@ struct Inner {
     joins: Mutex<Vec<JoinHandle<()>>>,
 }
 
-struct Mailbox {
+pub(super) struct Mailbox {
     commands: mpsc::Sender<Command>,
     engine_reason: String,
     waker: Waker,
@@ -61,7 +61,7 @@ impl Mailbox {
         Ok(())
     }
 
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>) -> Command,
     ) -> Result<T, DataError> {
@@ -108,6 +108,7 @@ impl DataPlane {
             first_changes: first_change,
             scrubs_ended: end_scrub,
             cluster: tell_cluster,
+            events: config.events.clone(),
         };
         let mut starting = Vec::new();
         let mut joins = Vec::new();
@@ -195,7 +196,11 @@ impl DataPlane {
         groups
     }
 
-    fn thread_of(&self, id: VolumeId) -> Result<&Mailbox, DataError> {
+    pub(super) fn threads(&self) -> &[Mailbox] {
+        &self.0.threads
+    }
+
+    pub(super) fn thread_of(&self, id: VolumeId) -> Result<&Mailbox, DataError> {
         let thread = *lock(&self.0.volumes)
             .get(&id)
             .ok_or(DataError::NotOpen(id))?;
@@ -503,7 +508,7 @@ impl DataPlane {
         wait_all(self.thread_of_store(store)?.ask(command).await?).await
     }
 
-    fn thread_of_store(&self, id: StoreId) -> Result<&Mailbox, DataError> {
+    pub(super) fn thread_of_store(&self, id: StoreId) -> Result<&Mailbox, DataError> {
         let store = self.0.stores.iter().find(|store| store.id == id);
         Ok(&self.0.threads[store.ok_or(DataError::NoSuchStore(id))?.thread])
     }

@@ -119,7 +119,10 @@ impl DataThread {
                     let request = &replicated.request;
                     request.volume == volume && self.alive(request.connection).is_none()
                 }
-                Operation::DropLayer { .. } | Operation::Task(_) | Operation::Replica(_) => false,
+                Operation::DropLayer { .. }
+                | Operation::Task(_)
+                | Operation::Survey(_)
+                | Operation::Replica(_) => false,
             })
     }
 }

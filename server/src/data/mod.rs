@@ -4,7 +4,8 @@
 //! [`DataPlane`] is what the rest of the daemon sees. Each thread (`thread`) runs one event loop over one
 //! [`Engine`](crate::engine::Engine); `execute` carries a request from admission to reply
 //! (`reads`, `changes`), `gate` and `fence` keep requests and connections out of a head, `receiver` and `outbox` are
-//! the two directions of a connection, `pool` lends the buffers between them and the disk.
+//! the two directions of a connection, `pool` lends the buffers between them and the disk, `survey` tells what
+//! stores hold.
 
 mod changes;
 mod cluster;
@@ -27,6 +28,7 @@ mod receiver;
 mod sockets;
 mod spin;
 mod stores;
+mod survey;
 mod thread;
 
 pub use cluster::{
@@ -39,6 +41,7 @@ pub use config::{
 };
 pub use facade::DataPlane;
 pub use open::FileDisk;
+pub use survey::{HeldLayers, SURVEY_LEAVES_MAX};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -181,6 +181,8 @@ pub(super) enum Operation {
     Replica(ReplicaOperation),
     /// Answers when the store says so.
     Task(oneshot::Sender<Result<(), StoreError>>),
+    /// Of whoever compares copies.
+    Survey(super::survey::Survey),
     /// A layer to be dropped, tried again when the store can take it.
     DropLayer {
         store: usize,

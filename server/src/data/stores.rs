@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
+use ashlar_core::diagnosis::events::{Occurrence, Subject};
 use ashlar_core::store::{Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, StoreError};
-use ashlar_core::units::StoreId;
+use ashlar_core::units::{BLOCK_BYTES, LayerId, StoreId, VolumeId};
 
 use super::config::ScrubEnd;
 use super::operation::{Operation, op_key};
@@ -189,6 +190,8 @@ impl DataThread {
                     let _ = answer.send(result.map(|_| ()));
                 }
             }
+            // It asks for no operation of the store's.
+            Some(Operation::Survey(_)) => {}
             Some(Operation::DropLayer { .. }) => {
                 if let Operation::DropLayer { answer, .. } = self.operations.remove(key) {
                     let _ = answer.send(result.map(|_| ()));
@@ -238,7 +241,48 @@ impl DataThread {
         }
     }
 
+    /// Tells the daemon's events what somebody may ask for later.
+    fn remember(&self, store: usize, event: &StoreEvent) {
+        let what = match event {
+            StoreEvent::Poisoned(errno) => Occurrence::StorePoisoned(*errno),
+            StoreEvent::ChecksumMismatch(error) => Occurrence::ChecksumError(error.clone()),
+            StoreEvent::GrowthFailed(errno) => Occurrence::StoreNotGrown(*errno),
+            StoreEvent::ScrubFinished { blocks, damaged } => Occurrence::StoreScrubbed {
+                bytes: *blocks * BLOCK_BYTES as u64,
+                damaged_blocks: *damaged,
+            },
+            StoreEvent::SegmentDamaged { .. } | StoreEvent::Checkpointed { .. } => return,
+        };
+        let layer = match event {
+            StoreEvent::ChecksumMismatch(
+                StoreError::Corrupt { layer, .. } | StoreError::Lost { layer, .. },
+            ) => Some(*layer),
+            _ => None,
+        };
+        let (volume, volume_name) = layer.and_then(|layer| self.owner_of(layer)).unzip();
+        let subject = Subject {
+            volume,
+            volume_name: volume_name.unwrap_or_default(),
+            node: None,
+            store: Some(self.stores[store].id),
+        };
+        self.tells.events.tell(subject, what);
+    }
+
+    /// The volume that a layer belongs to, and its name where it is served here.
+    fn owner_of(&self, layer: LayerId) -> Option<(VolumeId, String)> {
+        let served = self.volumes.iter().map(|(_, volume)| &volume.spec);
+        let mut served = served.filter(|spec| spec.layer == layer);
+        if let Some(spec) = served.next() {
+            return Some((spec.id, spec.name.clone()));
+        }
+        let mut replicas = self.cluster.replicas.iter().map(|(_, replica)| replica);
+        let replica = replicas.find(|replica| replica.layer == layer)?;
+        Some((replica.volume, String::new()))
+    }
+
     pub(super) fn store_event(&self, store: usize, event: &StoreEvent) {
+        self.remember(store, event);
         let id = self.stores[store].id.0;
         match event {
             StoreEvent::Poisoned(error) => {

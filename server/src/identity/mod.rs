@@ -8,6 +8,7 @@
 //! Private keys are files that only their owner can read (0600); they are never logged and never leave their machine.
 
 mod authority;
+mod channel;
 mod files;
 mod init;
 mod join;

@@ -9,11 +9,9 @@ use ashlar_proto::cluster::RenewRequest;
 use ashlar_proto::cluster::cluster_client::ClusterClient;
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
-use tonic::transport::{ClientTlsConfig, Endpoint};
 
 use super::authority::Lifetime;
 use super::files::IdentityFile;
-use super::join::innermost;
 use super::names::Peer;
 use super::{Identity, IdentityError};
 use crate::volumes::unix_ms;
@@ -106,26 +104,7 @@ async fn ask_one(
     public_key: &[u8],
     names: &[String],
 ) -> Result<(CertificateDer<'static>, Lifetime), String> {
-    let file = IdentityFile::read(&identity.data_dir).map_err(|error| error.to_string())?;
-    let file = file.ok_or("the identity of this node is gone")?;
-    let tls = ClientTlsConfig::new()
-        .identity(file.for_tonic())
-        .domain_name(Peer::Node(node).dns_name(identity.cluster()))
-        .timeout(TIMEOUT);
-    let verifier = identity
-        .node_verifier()
-        .map_err(|error| error.to_string())?;
-    let channel = Endpoint::from_shared(format!("https://{address}"))
-        .and_then(|endpoint| {
-            endpoint
-                .connect_timeout(TIMEOUT)
-                .timeout(TIMEOUT)
-                .tls_config_with_verifier(tls, verifier)
-        })
-        .map_err(|error| innermost(&error))?
-        .connect()
-        .await
-        .map_err(|error| innermost(&error))?;
+    let channel = identity.channel(node, address, TIMEOUT).await?;
     let answer = ClusterClient::new(channel)
         .renew(RenewRequest {
             public_key: public_key.to_vec(),
@@ -139,11 +118,4 @@ async fn ask_one(
         expires_at_unix_ms: answer.expires_at_unix_ms,
     };
     Ok((CertificateDer::from(answer.certificate), lifetime))
-}
-
-impl IdentityFile {
-    /// Certificate and key as the gRPC library takes them.
-    fn for_tonic(&self) -> tonic::transport::Identity {
-        tonic::transport::Identity::from_pem(self.certificate_pem(), self.key_pem())
-    }
 }

@@ -3,9 +3,10 @@
 //! An outage of the metadata store changes nothing: what was known last is believed until something newer is read.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
+use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
     ClientRecord, MemberRecord, MemberState, Record, Revision, Versioned, keys,
 };
@@ -14,6 +15,7 @@ use thiserror::Error;
 
 use super::names::Peer;
 use super::sessions::Sessions;
+use crate::events::Events;
 use crate::meta::{Change, MetadataError, MetadataStore};
 use crate::volumes::unix_ms;
 
@@ -48,6 +50,8 @@ struct Known {
 pub struct Trust {
     known: RwLock<Known>,
     sessions: Arc<Sessions>,
+    /// Where it is told who comes and goes, once there is somebody to listen.
+    events: OnceLock<Events>,
 }
 
 /// One of the two kinds of records.
@@ -75,6 +79,7 @@ impl Trust {
         let trust = Arc::new(Trust {
             known: RwLock::default(),
             sessions,
+            events: OnceLock::new(),
         });
         for kind in [Kind::Members, Kind::Clients] {
             let revision = trust.list(&*records, kind).await?;
@@ -142,8 +147,25 @@ impl Trust {
         self.list(records, kind).await
     }
 
+    /// Tells of nodes that come and go from now on.
+    pub(crate) fn tell_events(&self, events: Events) {
+        let _ = self.events.set(events);
+    }
+
     fn change(&self, change: impl FnOnce(&mut Known)) {
+        let before = self.events.get().map(|_| self.states());
         change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner));
+        if let (Some(before), Some(events)) = (before, self.events.get()) {
+            for (node, state) in self.states() {
+                let what = match state {
+                    MemberState::Active => Occurrence::NodeJoined,
+                    MemberState::Removed => Occurrence::NodeRemoved,
+                };
+                if before.get(&node) != Some(&state) {
+                    events.tell_of_node(Some(node), what);
+                }
+            }
+        }
         self.sessions.cut(|peer| self.check(peer).is_err());
     }
 
@@ -170,6 +192,12 @@ impl Trust {
         } else {
             Err(TrustError::ShutOut { peer: peer.clone() })
         }
+    }
+
+    fn states(&self) -> BTreeMap<NodeId, MemberState> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let members = known.members.values();
+        members.map(|member| (member.id, member.state)).collect()
     }
 
     /// Every node that is or was in the cluster.

@@ -8,6 +8,7 @@
 mod annotations;
 mod catalog;
 mod changes;
+mod diagnosis;
 mod epochs;
 mod error;
 mod exports;
@@ -23,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
     Annotations, AnnotationsRecord, HeadClaim, NameRecord, NewVolume, Placement, Record, Revision,
     RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
@@ -38,6 +40,7 @@ pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
 pub use publications::Unpublished;
 
+use crate::events::Events;
 use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 
 /// How often a change is decided again after a conflict. On one node only this process changes records, so a conflict
@@ -94,6 +97,8 @@ pub struct Volumes {
     /// What the stores held at the start, and the highest epoch of each.
     written: Mutex<BTreeMap<LayerId, Epoch>>,
     draining: AtomicBool,
+    /// Where it is told what happens to volumes.
+    events: Events,
     /// Held for reading by every change, so that a drain can wait for them.
     changes: Arc<tokio::sync::RwLock<()>>,
 }
@@ -108,6 +113,7 @@ impl Volumes {
         node: NodeId,
         is_shared: bool,
         lost: &BTreeSet<StoreId>,
+        events: Events,
     ) -> Result<Arc<Volumes>, VolumeError> {
         let head = HeadClaim {
             node,
@@ -124,6 +130,7 @@ impl Volumes {
             unknown_layers: Mutex::default(),
             written: Mutex::default(),
             draining: AtomicBool::new(false),
+            events,
             changes: Arc::default(),
         });
         service.load().await?;
@@ -350,6 +357,12 @@ impl Volumes {
         let created = created.ok_or(VolumeError::Contended)?;
         let id = created.record.id;
         tracing::info!(volume = %created.record.name, id = %id.0, size_bytes = size.bytes, "volume created");
+        let size_bytes = size.bytes;
+        self.events.tell_of(
+            &created.record,
+            None,
+            Occurrence::VolumeCreated { size_bytes },
+        );
         if let Some((annotations, _)) = first_annotations {
             lock(&self.annotations).insert(id, Arc::new(annotations));
         }
@@ -375,6 +388,9 @@ impl Volumes {
         let renamed = self.change(&Change::Rename { id, name }).await?;
         if let Some(renamed) = renamed {
             tracing::info!(volume = %name, id = %id.0, before = %before.record.name, "volume renamed");
+            let before = before.record.name.to_string();
+            self.events
+                .tell_of(&renamed.record, None, Occurrence::VolumeRenamed { before });
             self.update(renamed);
             self.host.rename_volume(id, name.as_str());
         }
@@ -391,6 +407,9 @@ impl Volumes {
         let grown = self.change(&Change::Resize { id, size }).await?;
         if let Some(grown) = grown {
             tracing::info!(volume = %grown.record.name, id = %id.0, size_bytes = size.bytes, "volume grown");
+            let size_bytes = size.bytes;
+            self.events
+                .tell_of(&grown.record, None, Occurrence::VolumeGrown { size_bytes });
             let name = grown.record.name.to_string();
             self.update(grown);
             match self.host.resize_volume(id, size.bytes).await {
@@ -512,6 +531,8 @@ impl Volumes {
         self.catalog().remove(id);
         lock(&self.annotations).remove(&id);
         tracing::info!(volume = %name, id = %id.0, "volume deleted");
+        self.events
+            .tell_of(&tombstone.record, None, Occurrence::VolumeDeleted);
         Ok(())
     }
 
@@ -562,12 +583,17 @@ impl Volumes {
         };
         match opened {
             Ok(()) => {
+                self.events.tell_of(record, None, Occurrence::VolumeServed);
                 self.catalog().put(claimed, Serving::Yes);
                 Ok(())
             }
             Err(error) => {
                 let reference = record.name.to_string();
                 let reason = error.to_string();
+                let what = Occurrence::VolumeNotServed {
+                    reason: reason.clone(),
+                };
+                self.events.tell_of(record, None, what);
                 self.catalog().put(claimed, Serving::No(reason.clone()));
                 Err(VolumeError::NotServed { reference, reason })
             }

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
     AccessMode, ClientNodeId, NewPublication, Publication, VolumeRecord, VolumeState,
 };
@@ -93,6 +94,12 @@ impl Volumes {
             match self.change(&change).await {
                 Ok(Some(published)) => {
                     tracing::info!(volume = %published.record.name, id = %id.0, node = %new.node, mode = ?new.mode, "volume published");
+                    let client = new.node.to_string();
+                    self.events.tell_of(
+                        &published.record,
+                        None,
+                        Occurrence::VolumePublished { client },
+                    );
                     self.update(published);
                 }
                 Ok(None) => {}
@@ -146,6 +153,10 @@ impl Volumes {
             }
             for node in &nodes {
                 tracing::info!(volume = %now.name, id = %id.0, %node, epoch = now.epoch.0, connections = closed, "volume unpublished");
+                let what = Occurrence::VolumeUnpublished {
+                    connections: closed,
+                };
+                self.events.tell_of(&now, None, what);
             }
         }
         Ok(Unpublished {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
     HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
@@ -13,6 +14,7 @@ use ashlar_core::records::{
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 
+use super::diagnosis::{remembered, stopped};
 use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
 use crate::data::{ReplicatedSpec, ReplicationStatus};
 use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
@@ -124,12 +126,19 @@ impl Volumes {
             },
             record: current.clone(),
         };
+        let epoch = current.record.epoch;
         self.catalog()
             .put(current.clone(), Serving::No(SEALING.to_owned()));
+        self.events
+            .tell_of(&current.record, None, Occurrence::VolumeClaimed { epoch });
         match self.host.open_replicated(spec).await {
             Ok(()) => Ok(()),
             Err(error) => {
                 let reason = error.to_string();
+                let what = Occurrence::VolumeNotServed {
+                    reason: reason.clone(),
+                };
+                self.events.tell_of(&current.record, None, what);
                 self.catalog().put(current, Serving::No(reason.clone()));
                 tracing::error!(volume = reference, id = %id.0, %error, "a volume is not served");
                 Err(VolumeError::NotServed { reference, reason })
@@ -220,12 +229,14 @@ impl Volumes {
         match event {
             ReplicationEvent::Serving { volume } => {
                 self.set_serving(volume, Serving::Yes);
+                self.tell(volume, None, Occurrence::VolumeServed);
                 tracing::info!(id = %volume.0, "a volume is served");
             }
             ReplicationEvent::SessionsEnded {
                 volume,
                 client_generation,
             } => {
+                self.tell(volume, None, Occurrence::SessionsEnded);
                 tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
             }
             ReplicationEvent::Stopped { volume, reason } => {
@@ -233,6 +244,7 @@ impl Volumes {
                 if self.host.replication(volume).await.is_some() {
                     return;
                 }
+                self.tell(volume, None, stopped(reason));
                 let text = match reason {
                     StopReason::Closed => "it was closed".to_owned(),
                     StopReason::Fenced { .. } => {
@@ -256,6 +268,7 @@ impl Volumes {
     }
 
     fn on_news(&self, volume: VolumeId, node: Option<NodeId>, news: &News) {
+        self.tell(volume, node, remembered(news));
         let node = node.map_or_else(String::new, |node| node.0.to_string());
         let id = volume.0;
         match news {
@@ -441,6 +454,7 @@ impl Volumes {
             if let Outcome::Committed(_) = self.store.commit(transaction).await? {
                 self.catalog().remove(id);
                 tracing::info!(volume = %record.name, id = %id.0, "volume deleted");
+                self.events.tell_of(record, None, Occurrence::VolumeDeleted);
             }
         }
         Ok(())
@@ -464,6 +478,11 @@ async fn follow(service: Weak<Volumes>) {
         drop(volumes);
         if let Err(error) = followed {
             tracing::warn!(%error, "the records of volumes cannot be followed; trying again");
+            if let Some(volumes) = service.upgrade() {
+                let reason = error.to_string();
+                let what = Occurrence::RecordsAway { reason };
+                volumes.events.tell_of_node(None, what);
+            }
         }
         tokio::time::sleep(TRY_AGAIN).await;
     }

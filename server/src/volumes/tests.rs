@@ -231,9 +231,16 @@ impl Daemon {
     async fn start_over(&self, store: Arc<dyn MetadataStore>) -> Arc<Volumes> {
         lock(&self.host.open).clear();
         let node = node_record(&*store).await.expect("node").id;
-        let service = Volumes::start(store, self.host.clone(), node, false, &BTreeSet::new())
-            .await
-            .expect("start");
+        let service = Volumes::start(
+            store,
+            self.host.clone(),
+            node,
+            false,
+            &BTreeSet::new(),
+            Events::default(),
+        )
+        .await
+        .expect("start");
         service.catalog().check_invariants();
         service
     }

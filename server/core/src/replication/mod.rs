@@ -24,9 +24,9 @@ pub use acceptor::{
     Acceptor, AcceptorAction, AcceptorEvent, BootId, LinkId, Seal, SessionRef, StartedWith,
 };
 pub use head::{
-    Action, CopyId, Event, FlushAdmission, HeadParams, HeadStatus, MemberId, MemberPlace, News,
-    OpKey, Outcome, PhaseName, QueryId, ReadAdmission, ReplicaMask, ReplicatedHead, ResyncProgress,
-    StopReason, SwapOutcome, WriteAdmission,
+    Action, CopyId, Event, FlushAdmission, HeadParams, HeadStatus, MemberId, MemberPlace,
+    MemberStatus, News, OpKey, Outcome, PhaseName, QueryId, ReadAdmission, ReplicaMask,
+    ReplicatedHead, ResyncProgress, StopReason, SwapOutcome, WriteAdmission,
 };
 pub use rules::Rules;
 

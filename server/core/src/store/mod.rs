@@ -43,7 +43,7 @@ pub use machine::Store;
 pub use open::{BlockingDisk, DiskError, OpenError, OpenOptions, OpenReport};
 pub use root::format_store;
 pub use tail::{TAIL_HEADER_BYTES, TailMemory, tail_bytes};
-pub use versions::{BlockContent, BlockState, RowOfVersions};
+pub use versions::{BlockContent, BlockState, BlockSum, LeafSums, RowOfVersions};
 
 use smallvec::SmallVec;
 

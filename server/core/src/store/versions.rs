@@ -4,6 +4,8 @@
 //! The version of zeros that change nothing is not kept (of blocks in a chunk or leaf that was never written), so two
 //! blocks that read as zeros are alike whatever their versions.
 
+use std::collections::BTreeMap;
+
 use crate::units::{CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId, Version};
 
 use super::format::{Addr, ExtentKey};
@@ -53,10 +55,35 @@ impl BlockState {
     }
 }
 
+/// What a replica has of one block, with the checksum of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockSum {
+    /// Its version, and whether there are bytes.
+    pub state: BlockState,
+    /// CRC-32 of the bytes; zero where there are none.
+    pub crc: u32,
+}
+
+/// What a replica has of the blocks of a leaf.
+pub type LeafSums = Vec<BlockSum>;
+
 /// The highest version in each leaf of a chunk.
 pub type RowOfVersions = (ChunkIndex, [Version; CHUNK_LEAVES as usize]);
 
 impl Store {
+    /// Chunks that the store has of each layer, and the newest version of it as the directory has it, which what was
+    /// written since the last checkpoint may exceed.
+    pub fn held(&self) -> BTreeMap<LayerId, (u32, Version)> {
+        let mut held = BTreeMap::new();
+        for (_, row) in self.index.rows().filter(|(_, row)| !row.dropped) {
+            let (chunks, newest) = held.entry(row.key.layer).or_insert((0, Version::NONE));
+            *chunks += 1;
+            let versions = row.leaves.iter().map(|leaf| Version(leaf.version));
+            *newest = versions.fold(*newest, Version::max);
+        }
+        held
+    }
+
     /// The rows of a layer from chunk `from` on that are wanted and hold a version of at least `floor`, ascending, at
     /// most `limit`; and whether there are more.
     pub fn row_versions(
@@ -129,6 +156,25 @@ impl Store {
             *state = self.block_state(row, leaf, block);
         }
         Ok(Some(states))
+    }
+
+    /// What the store has of each block of a leaf, with the checksums that its index keeps; the blocks themselves are
+    /// not read. `None`: the leaf has to be read first; ask again after [`super::Action::Ready`].
+    pub fn leaf_sums(&mut self, key: ExtentKey, leaf: u32) -> Result<Option<LeafSums>, StoreError> {
+        let Some(states) = self.leaf_states(key, leaf)? else {
+            return Ok(None);
+        };
+        let row = self.index.row_of(key);
+        let sums = (leaf * LEAF_BLOCKS..)
+            .zip(states.iter())
+            .map(|(block, state)| {
+                let crc = match row.map(|row| self.index.lookup(row, block)) {
+                    Some(Lookup::Stored { crc, .. }) => crc,
+                    _ => 0,
+                };
+                BlockSum { state: *state, crc }
+            });
+        Ok(Some(sums.collect()))
     }
 
     /// Of a block whose leaf is in memory or does not exist. The same order as [`Lookup`]'s: pending entries, marks of

@@ -115,6 +115,14 @@ impl Driver {
         );
     }
 
+    /// Somebody has the copy of a node put out of sync.
+    pub(crate) fn distrust(&mut self, world: &mut World, node: usize, copy: usize) {
+        let store = crate::world::store_of(copy);
+        let mut actions = Vec::new();
+        self.head.distrust(store, world.now_us, &mut actions);
+        self.carry_out(world, node, actions);
+    }
+
     pub(crate) fn is_stopped(&self) -> bool {
         self.head.stopped().is_some()
     }

@@ -19,6 +19,7 @@ pub(crate) struct Faults {
     pub(crate) full: u64,
     pub(crate) rot: u64,
     pub(crate) failing_reads: u64,
+    pub(crate) distrust: u64,
     /// Of a hundred swaps, how many end with an unknown outcome.
     pub(crate) unknown_swaps: u64,
     /// Between one fault and the next, on average, microseconds.
@@ -49,6 +50,7 @@ impl Faults {
             full: some(5),
             rot: some(10),
             failing_reads: some(5),
+            distrust: some(10),
             unknown_swaps: some(50),
             every_us: 0,
         };
@@ -56,6 +58,10 @@ impl Faults {
         // Two faults of one block at once (its last good copy rots) are beyond what is promised.
         if faults.power_loss + faults.power_loss_of_all + faults.poison > 0 {
             faults.rot = 0;
+        }
+        // The same: what rots is on the copies that are left.
+        if faults.rot > 0 {
+            faults.distrust = 0;
         }
         faults
     }
@@ -77,6 +83,7 @@ impl Faults {
             (self.full, Fault::Full),
             (self.rot, Fault::Rot),
             (self.failing_reads, Fault::FailingReads),
+            (self.distrust, Fault::Distrust),
         ];
         let total: u64 = all.iter().map(|(weight, _)| weight).sum();
         if total == 0 {
@@ -115,4 +122,6 @@ pub(crate) enum Fault {
     Full,
     Rot,
     FailingReads,
+    /// Somebody has a copy put out of sync, to be filled as a whole.
+    Distrust,
 }

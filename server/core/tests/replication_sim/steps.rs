@@ -377,6 +377,15 @@ impl World {
                     self.nodes[node].disk.rot(at);
                 }
             }
+            Fault::Distrust => {
+                let serves = |n: &crate::world::Node| n.head.as_ref().is_some_and(|h| h.is_serving);
+                let serving = self.nodes.iter().position(serves);
+                let serving = serving.filter(|at| self.nodes[*at].is_up && !self.nodes[*at].frozen);
+                let Some(at) = serving else { return };
+                if let Some(head) = self.nodes[at].head.as_ref().map(|head| head.id) {
+                    self.with_head(at, head, |world, driver| driver.distrust(world, at, node));
+                }
+            }
             Fault::FailingReads => {
                 self.nodes[node].disk.failing_reads = true;
                 let delay_us = self.rng.between(5_000, 100_000);

@@ -184,6 +184,11 @@ impl Ev {
     }
 }
 
+/// The store of a node.
+pub(crate) fn store_of(node: usize) -> StoreId {
+    StoreId(Uuid::from_u128(200 + node as u128))
+}
+
 struct Queued(u64, u64, Ev);
 
 impl PartialEq for Queued {
@@ -244,7 +249,7 @@ impl World {
         let nodes: Vec<Node> = (0..nodes_count)
             .map(|n| Node {
                 id: NodeId(Uuid::from_u128(100 + n as u128)),
-                store: StoreId(Uuid::from_u128(200 + n as u128)),
+                store: store_of(n as usize),
                 disk: Disk::default(),
                 seal: None,
                 boot: 1,

@@ -112,7 +112,7 @@ impl DataThread {
     }
 
     /// Also one that is being closed, which is not found by name any more.
-    fn replicated_by_id(&self, id: VolumeId) -> Option<VolumeRef> {
+    pub(in super::super) fn replicated_by_id(&self, id: VolumeId) -> Option<VolumeRef> {
         let found = self.volumes.iter().find_map(|(key, volume)| {
             let VolumeHead::Replicated(replication) = &volume.head else {
                 return None;

@@ -2,7 +2,7 @@
 
 use ashlar_core::replication::wire::{LeafStates, MAX_ROWS, RowVersions, Rows, RowsQuery, Status};
 use ashlar_core::replication::{
-    Acceptor, AcceptorAction, AcceptorEvent, Rules, SessionRef, StartedWith,
+    Acceptor, AcceptorAction, AcceptorEvent, Rules, Seal, SessionRef, StartedWith,
 };
 use ashlar_core::store::{ExtentKey, ReadInfo, ReadOutcome, StoreError, WriteError};
 use ashlar_core::units::{BLOCK_BYTES, ChunkIndex, Epoch, LayerId, Version, VolumeId};
@@ -19,7 +19,14 @@ pub(in super::super) struct Replica {
     pub(in super::super) store: usize,
     pub(super) acceptor: Acceptor,
     /// The layer whose chunks it holds.
-    pub(super) layer: LayerId,
+    pub(in super::super) layer: LayerId,
+}
+
+impl Replica {
+    /// Whom it follows, durable or about to be.
+    pub(in super::super) fn seal(&self) -> Seal {
+        self.acceptor.seal()
+    }
 }
 
 /// A piece of work as it comes.

@@ -1,7 +1,7 @@
 //! What the data threads ask of the control plane for replicated volumes, and what they tell it.
 
 use ashlar_core::records::{SetIndex, Transaction};
-use ashlar_core::replication::{News, Seal, StopReason};
+use ashlar_core::replication::{HeadStatus, News, Seal, StopReason};
 use ashlar_core::units::{Epoch, NodeId, StoreId, VolumeId};
 
 /// Asked or told by a data thread.
@@ -87,6 +87,8 @@ pub struct ReplicationStatus {
     pub is_serving: bool,
     /// Every replica of every set.
     pub replicas: Vec<ReplicaStatus>,
+    /// What the head says of itself.
+    pub head: HeadStatus,
 }
 
 /// One replica of one set.

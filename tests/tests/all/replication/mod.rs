@@ -1,11 +1,14 @@
 //! Volumes with three copies on three real daemons with a real etcd: nodes that die, freeze, leave and return.
 
 mod chaos;
+mod doctor;
+mod explained;
 mod fencing;
 mod followers;
 mod outage;
 mod partition;
 mod power;
+mod rolling;
 mod strangers;
 mod takeover;
 mod volumes;

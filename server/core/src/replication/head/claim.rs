@@ -29,6 +29,7 @@ pub(super) struct PendingSwap {
     proposed: Box<VolumeRecord>,
     /// Its outcome is not known; the record is being read.
     reading: bool,
+    pub(super) since_us: u64,
 }
 
 impl ReplicatedHead {
@@ -84,6 +85,7 @@ impl ReplicatedHead {
             reason,
             proposed: Box::new(proposed),
             reading: false,
+            since_us: self.now_us,
         });
         actions.push(Action::Swap {
             serial: self.swap_serial,
@@ -275,6 +277,9 @@ impl ReplicatedHead {
         for id in 0..self.members.len() {
             let member = super::MemberId(id as u8);
             if self.members[id].session != super::members::Session::None {
+                if self.members[id].is_open() {
+                    self.members[id].away_since_us = self.now_us;
+                }
                 self.members[id].session = super::members::Session::None;
                 actions.push(Action::CloseSession {
                     member,

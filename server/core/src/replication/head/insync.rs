@@ -4,9 +4,36 @@ use super::super::wire::Status;
 use super::claim::SwapFor;
 use super::{Action, MemberId, News, Phase, ReplicaMask, ReplicatedHead};
 use crate::records::{ReplicaState, VolumeRecord};
-use crate::units::Version;
+use crate::units::{StoreId, Version};
 
 impl ReplicatedHead {
+    /// The copies of a store were found to differ from the others in what they should have: they count for nothing until
+    /// they were compared as a whole and filled. False, and nothing changed: the volume is not served, the store has no
+    /// copy in sync that takes work, or a set has no other.
+    pub fn distrust(&mut self, store: StoreId, now_us: u64, actions: &mut Vec<Action>) -> bool {
+        self.note_time(now_us);
+        let member = self.members().find(|(_, place)| place.store == store);
+        let Some((member, _)) = member else {
+            return false;
+        };
+        let is_needed = |set: &super::Set| {
+            let bit = set.bit_of(member);
+            set.usable() & bit != 0 && set.usable() == bit
+        };
+        if self.phase != Phase::Serving
+            || !self.at(member).is_open()
+            || !self.is_in_sync_anywhere(member)
+            || self.sets.iter().any(is_needed)
+        {
+            return false;
+        }
+        // As one that lost power is: nothing that it has is taken for granted.
+        self.at_mut(member).lost = true;
+        self.lose(member, Some(Status::Corrupt), actions);
+        self.advance(actions);
+        true
+    }
+
     /// A member's session ended while the volume is served.
     pub(super) fn fail_replicas_of(
         &mut self,

@@ -38,6 +38,10 @@ pub(super) struct Member {
     /// Changes it answered, and how many of them are durable for certain.
     pub(super) answered: u64,
     pub(super) flushed: u64,
+    /// Since when it has had no session, when it has none.
+    pub(super) away_since_us: u64,
+    /// How it failed last, when it said so itself.
+    pub(super) failure: Option<Status>,
 }
 
 impl Member {
@@ -112,6 +116,8 @@ impl ReplicatedHead {
             // What a head before this one wrote may not be durable yet.
             answered: 1,
             flushed: 0,
+            away_since_us: self.now_us,
+            failure: None,
         });
         Some(MemberId(id))
     }
@@ -181,6 +187,7 @@ impl ReplicatedHead {
         let is_lost = lost_power && self.params.rules.power_loss_is_out;
         let m = self.at_mut(member);
         m.session = Session::Open { epoch };
+        m.failure = None;
         m.fresh_until_us = if m.place.is_local {
             u64::MAX
         } else {
@@ -215,6 +222,7 @@ impl ReplicatedHead {
         let retry_at_us = self.now_us + self.params.resync_backoff_us;
         let m = self.at_mut(member);
         m.session = Session::None;
+        m.failure = Some(status);
         m.retry_at_us = retry_at_us;
         if status == Status::Fenced && epoch > self.record.record.epoch {
             self.sealed_beyond(epoch, actions);
@@ -259,10 +267,15 @@ impl ReplicatedHead {
         status: Option<Status>,
         actions: &mut Vec<Action>,
     ) {
-        let retry_at_us = self.now_us + self.params.resync_backoff_us;
+        let now_us = self.now_us;
+        let retry_at_us = now_us + self.params.resync_backoff_us;
         let m = self.at_mut(member);
         if m.session == Session::None {
             return;
+        }
+        if m.is_open() {
+            m.away_since_us = now_us;
+            m.failure = status;
         }
         m.session = Session::None;
         m.fresh_until_us = 0;

@@ -34,7 +34,7 @@ pub use event::{
     ReplicaMask, StopReason, SwapOutcome, WriteAdmission,
 };
 pub use members::MemberPlace;
-pub use status::{HeadStatus, PhaseName, ResyncProgress};
+pub use status::{HeadStatus, MemberStatus, PhaseName, ResyncProgress};
 
 use hashbrown::HashMap;
 use slab::Slab;

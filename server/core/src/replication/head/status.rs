@@ -1,7 +1,8 @@
 //! What a head says of itself.
 
+use super::super::wire::Status;
 use super::resync::Stage;
-use super::{MemberId, Phase, ReplicatedHead};
+use super::{MemberId, MemberPlace, Phase, ReplicatedHead};
 use crate::records::SetIndex;
 use crate::units::Epoch;
 
@@ -37,6 +38,21 @@ pub struct ResyncProgress {
     pub is_finishing: bool,
 }
 
+/// A store that has replicas of the volume, as the head finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Where.
+    pub place: MemberPlace,
+    /// A link to it is up.
+    pub is_linked: bool,
+    /// For how long it has had no session, microseconds; `None`: it has one.
+    pub away_us: Option<u64>,
+    /// How it failed last, when it said so itself.
+    pub failure: Option<Status>,
+    /// It lacks writes that it had answered, and has yet to be made whole.
+    pub is_lost: bool,
+}
+
 /// What a head says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeadStatus {
@@ -52,8 +68,14 @@ pub struct HeadStatus {
     pub sets_waiting: u32,
     /// Changes sent and not answered.
     pub writes_in_flight: usize,
+    /// For how long the oldest of them has waited, microseconds.
+    pub oldest_write_us: u64,
     /// A swap of the record is awaited.
     pub is_swapping: bool,
+    /// For how long, microseconds.
+    pub swapping_us: u64,
+    /// Every store that the record names, or named.
+    pub members: Vec<MemberStatus>,
     /// Members without a session.
     pub away: Vec<MemberId>,
     /// Replicas being brought up to date.
@@ -82,7 +104,29 @@ impl ReplicatedHead {
                 .filter(|set| sound(set) < self.min_in_sync())
                 .count() as u32,
             writes_in_flight: self.ops.len(),
+            oldest_write_us: self
+                .ops
+                .iter()
+                .map(|(_, op)| self.now_us.saturating_sub(op.since_us))
+                .max()
+                .unwrap_or(0),
             is_swapping: self.swap.is_some(),
+            swapping_us: self
+                .swap
+                .as_ref()
+                .map_or(0, |swap| self.now_us.saturating_sub(swap.since_us)),
+            members: self
+                .members
+                .iter()
+                .map(|member| MemberStatus {
+                    place: member.place,
+                    is_linked: member.link,
+                    away_us: (!member.is_open())
+                        .then(|| self.now_us.saturating_sub(member.away_since_us)),
+                    failure: member.failure,
+                    is_lost: member.lost,
+                })
+                .collect(),
             away: self
                 .members()
                 .map(|(member, _)| member)

@@ -176,7 +176,8 @@ pub enum Status {
 }
 
 impl Status {
-    fn from_wire(number: u16) -> Option<Status> {
+    /// The status with this number; `None`: there is none.
+    pub fn from_wire(number: u16) -> Option<Status> {
         [
             Status::Ok,
             Status::Fenced,

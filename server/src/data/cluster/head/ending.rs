@@ -78,6 +78,7 @@ impl DataThread {
             epoch: record.epoch,
             is_serving: replication.head.is_serving(),
             replicas: replicas.collect(),
+            head: replication.head.status(),
         })
     }
 
