@@ -235,9 +235,14 @@ pub async fn attachers(
 }
 
 /// The operations of this node, in line with the system.
-pub async fn open_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<Arc<Node>> {
+pub async fn open_node(
+    arguments: &Arguments,
+    node_id: &str,
+    daemon: Daemon,
+) -> anyhow::Result<Arc<Node>> {
     let (attachers, preferred) = attachers(arguments).await?;
     let settings = NodeSettings {
+        node_id: node_id.to_owned(),
         state_directory: arguments.state_dir.clone(),
         roots: arguments.roots.clone(),
         preferred,
@@ -277,12 +282,8 @@ async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<N
         topology,
         max_volumes: arguments.max_volumes,
     };
-    let node = open_node(arguments, daemon).await?;
-    tokio::spawn(keep_connected(
-        Arc::clone(&node),
-        placement.node_id.clone(),
-        arguments.nbd_connections,
-    ));
+    let node = open_node(arguments, &placement.node_id, daemon).await?;
+    tokio::spawn(keep_connected(Arc::clone(&node), arguments.nbd_connections));
     tokio::spawn(keep_registered(
         node.daemon().clone(),
         placement.node_id.clone(),

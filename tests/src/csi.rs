@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -27,9 +28,18 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// Longest call: as long as the kubelet waits.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
 
-/// The driver, its daemon, and what they have in the system.
+/// The driver, its daemon, and what they have in the system. The driver goes first.
 pub struct Driver {
+    plugin: Plugin,
     pub daemon: Daemon,
+}
+
+/// A driver beside a daemon, and what it has in the system.
+pub struct Plugin {
+    /// Of its daemon: below it is everything the driver makes.
+    scratch: PathBuf,
+    /// `--daemon`.
+    admin: String,
     log: Log,
     root: PathBuf,
     node_id: String,
@@ -52,12 +62,43 @@ impl Driver {
     /// A daemon that is ready, and a driver that is not started yet.
     pub fn prepare(test: &str, setup: Setup) -> Driver {
         let daemon = setup.start(test);
+        Driver {
+            plugin: Plugin::beside(&daemon, "node-a"),
+            daemon,
+        }
+    }
+}
+
+impl Deref for Driver {
+    type Target = Plugin;
+
+    fn deref(&self) -> &Plugin {
+        &self.plugin
+    }
+}
+
+impl DerefMut for Driver {
+    fn deref_mut(&mut self) -> &mut Plugin {
+        &mut self.plugin
+    }
+}
+
+/// The socket of a daemon's admin interface, as the driver is told it.
+fn admin_of(daemon: &Daemon) -> String {
+    format!("unix:{}", daemon.data_dir().join("admin.sock").display())
+}
+
+impl Plugin {
+    /// A driver on the machine of a daemon, as the node `node_id`, that is not started yet. To be dropped before it.
+    pub fn beside(daemon: &Daemon, node_id: &str) -> Plugin {
         let root = daemon.scratch.join("k");
         fs::create_dir(&root).expect("a directory");
-        Driver {
+        Plugin {
+            scratch: daemon.scratch.path().to_owned(),
+            admin: admin_of(daemon),
             log: Log::new(daemon.scratch.join("csi.log")),
             root,
-            node_id: "node-a".to_owned(),
+            node_id: node_id.to_owned(),
             arguments: Vec::new(),
             process: None,
             runtime: tokio::runtime::Builder::new_multi_thread()
@@ -65,8 +106,12 @@ impl Driver {
                 .enable_all()
                 .build()
                 .expect("a runtime"),
-            daemon,
         }
+    }
+
+    /// Asks another daemon, or this one another way, from the next start on.
+    pub fn ask(&mut self, admin: &str) {
+        admin.clone_into(&mut self.admin);
     }
 
     /// More arguments from the next start on.
@@ -79,11 +124,7 @@ impl Driver {
         command
             .arg("--endpoint")
             .arg(self.socket())
-            .arg("--daemon")
-            .arg(format!(
-                "unix:{}",
-                self.daemon.data_dir().join("admin.sock").display()
-            ))
+            .args(["--daemon", &self.admin])
             .arg("--state-dir")
             .arg(self.state_dir())
             .arg("--kubelet-dir")
@@ -151,11 +192,11 @@ impl Driver {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.daemon.scratch.join("csi.sock")
+        self.scratch.join("csi.sock")
     }
 
     pub fn state_dir(&self) -> PathBuf {
-        self.daemon.scratch.join("s")
+        self.scratch.join("s")
     }
 
     /// Below which the orchestrator's paths lie.
@@ -229,10 +270,7 @@ impl Driver {
     /// Makes another node known to the daemon.
     pub fn register_node(&self, node: &str) {
         use ashlar_proto::admin;
-        let address = format!(
-            "unix:{}",
-            self.daemon.data_dir().join("admin.sock").display()
-        );
+        let address = self.admin.clone();
         let registered = self.runtime.block_on(async {
             let channel = Endpoint::from_shared(address)
                 .expect("an address")
@@ -261,6 +299,39 @@ impl Driver {
                 .controller_expand_volume(request)
                 .await
         })
+    }
+
+    pub fn modify(
+        &self,
+        id: &str,
+        parameters: &[(&str, &str)],
+    ) -> Answer<csi::ControllerModifyVolumeResponse> {
+        let request = csi::ControllerModifyVolumeRequest {
+            volume_id: id.to_owned(),
+            mutable_parameters: strings(parameters),
+            ..Default::default()
+        };
+        self.call(|channel| async move {
+            ControllerClient::new(channel)
+                .controller_modify_volume(request)
+                .await
+        })
+    }
+
+    /// What the controller says is wrong with a volume.
+    pub fn health(&self, id: &str) -> Answer<Vec<String>> {
+        let request = csi::ControllerGetVolumeHealthRequest {
+            volume_id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.call(|channel| async move {
+            ControllerClient::new(channel)
+                .controller_get_volume_health(request)
+                .await
+        })?;
+        let health = answer.volume_health.expect("a volume's health");
+        let entries = health.health_statuses.into_iter();
+        Ok(entries.map(|entry| entry.message).collect())
     }
 
     pub fn create(&self, request: csi::CreateVolumeRequest) -> Answer<csi::Volume> {
@@ -351,7 +422,7 @@ impl Driver {
 
     /// Loop devices, nbdfuse processes and mounts of this driver's, one line each. Empty when nothing is leaked.
     pub fn leftovers(&self) -> Vec<String> {
-        let scratch = self.daemon.scratch.path();
+        let scratch = &self.scratch;
         let mut all: Vec<String> = mounts_below(scratch)
             .iter()
             .map(|point| format!("mount {}", point.display()))
@@ -382,12 +453,12 @@ impl Driver {
     }
 }
 
-impl Drop for Driver {
+impl Drop for Plugin {
     fn drop(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.kill();
         }
-        let scratch = self.daemon.scratch.path().to_owned();
+        let scratch = self.scratch.clone();
         // The mounts on devices first, then the devices, then what is under them.
         for point in mounts_below(&scratch).iter().rev() {
             if !point.starts_with(self.state_dir()) {
@@ -456,6 +527,13 @@ pub fn text(path: &Path) -> String {
     path.to_str().expect("a UTF-8 path").to_owned()
 }
 
+fn strings(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    let pairs = pairs.iter();
+    pairs
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect()
+}
+
 /// A capability to mount, with the file system asked for.
 pub fn mounted(fs_type: &str, mode: Mode) -> csi::VolumeCapability {
     csi::VolumeCapability {
@@ -487,7 +565,7 @@ pub struct Claim {
 
 impl Claim {
     /// Created and published to the node.
-    pub fn new(driver: &Driver, name: &str, size: i64, capability: csi::VolumeCapability) -> Claim {
+    pub fn new(driver: &Plugin, name: &str, size: i64, capability: csi::VolumeCapability) -> Claim {
         let mut claim = Claim::unpublished(driver, name, size, capability);
         claim.publish_context = claim.controller_publish(driver, false).expect("published");
         claim
@@ -495,22 +573,32 @@ impl Claim {
 
     /// Created.
     pub fn unpublished(
-        driver: &Driver,
+        driver: &Plugin,
         name: &str,
         size: i64,
         capability: csi::VolumeCapability,
     ) -> Claim {
-        let volume = driver
-            .create(csi::CreateVolumeRequest {
-                name: name.to_owned(),
-                capacity_range: Some(csi::CapacityRange {
-                    required_bytes: size,
-                    limit_bytes: 0,
-                }),
-                volume_capabilities: vec![capability.clone()],
-                ..Default::default()
-            })
-            .expect("created");
+        Claim::of_class(driver, name, size, capability, &[]).expect("created")
+    }
+
+    /// Created with the parameters of a class, or why not.
+    pub fn of_class(
+        driver: &Plugin,
+        name: &str,
+        size: i64,
+        capability: csi::VolumeCapability,
+        parameters: &[(&str, &str)],
+    ) -> Answer<Claim> {
+        let volume = driver.create(csi::CreateVolumeRequest {
+            name: name.to_owned(),
+            capacity_range: Some(csi::CapacityRange {
+                required_bytes: size,
+                limit_bytes: 0,
+            }),
+            volume_capabilities: vec![capability.clone()],
+            parameters: strings(parameters),
+            ..Default::default()
+        })?;
         let claim = Claim {
             id: volume.volume_id,
             capability,
@@ -519,13 +607,38 @@ impl Claim {
             staging: driver.root().join(format!("staging-{name}")),
             target: driver.root().join(format!("target-{name}")),
         };
-        fs::create_dir(&claim.staging).expect("a staging directory");
+        fs::create_dir_all(&claim.staging).expect("a staging directory");
+        Ok(claim)
+    }
+
+    /// The same volume where another node has it, published to nobody there yet.
+    pub fn on(&self, driver: &Plugin) -> Claim {
+        let moved = |path: &Path| driver.root().join(path.file_name().expect("a name"));
+        let claim = Claim {
+            id: self.id.clone(),
+            capability: self.capability.clone(),
+            publish_context: self.publish_context.clone(),
+            volume_context: self.volume_context.clone(),
+            staging: moved(&self.staging),
+            target: moved(&self.target),
+        };
+        fs::create_dir_all(&claim.staging).expect("a staging directory");
         claim
+    }
+
+    /// Published to a node by the driver of another.
+    pub fn publish_to(&self, driver: &Plugin, node: &str) -> Answer<HashMap<String, String>> {
+        driver.controller_publish(csi::ControllerPublishVolumeRequest {
+            volume_id: self.id.clone(),
+            node_id: node.to_owned(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        })
     }
 
     pub fn controller_publish(
         &self,
-        driver: &Driver,
+        driver: &Plugin,
         readonly: bool,
     ) -> Answer<HashMap<String, String>> {
         driver.controller_publish(csi::ControllerPublishVolumeRequest {
@@ -537,7 +650,7 @@ impl Claim {
         })
     }
 
-    pub fn stage(&self, driver: &Driver) -> Answer<()> {
+    pub fn stage(&self, driver: &Plugin) -> Answer<()> {
         let request = csi::NodeStageVolumeRequest {
             volume_id: self.id.clone(),
             publish_context: self.publish_context.clone(),
@@ -549,7 +662,7 @@ impl Claim {
         driver.stage(request).map(drop)
     }
 
-    pub fn publish_at(&self, driver: &Driver, target: &Path, readonly: bool) -> Answer<()> {
+    pub fn publish_at(&self, driver: &Plugin, target: &Path, readonly: bool) -> Answer<()> {
         let request = csi::NodePublishVolumeRequest {
             volume_id: self.id.clone(),
             publish_context: self.publish_context.clone(),
@@ -563,32 +676,32 @@ impl Claim {
         driver.publish(request).map(drop)
     }
 
-    pub fn publish(&self, driver: &Driver) -> Answer<()> {
+    pub fn publish(&self, driver: &Plugin) -> Answer<()> {
         self.publish_at(driver, &self.target, false)
     }
 
-    pub fn unpublish(&self, driver: &Driver) -> Answer<()> {
+    pub fn unpublish(&self, driver: &Plugin) -> Answer<()> {
         driver.unpublish(&self.id, &self.target).map(drop)
     }
 
-    pub fn unstage(&self, driver: &Driver) -> Answer<()> {
+    pub fn unstage(&self, driver: &Plugin) -> Answer<()> {
         driver.unstage(&self.id, &self.staging).map(drop)
     }
 
-    pub fn controller_unpublish(&self, driver: &Driver) -> Answer<()> {
+    pub fn controller_unpublish(&self, driver: &Plugin) -> Answer<()> {
         driver
             .controller_unpublish(&self.id, &driver.node_id)
             .map(drop)
     }
 
     /// All the way to a workload.
-    pub fn bring_up(&self, driver: &Driver) {
+    pub fn bring_up(&self, driver: &Plugin) {
         self.stage(driver).expect("staged");
         self.publish(driver).expect("published");
     }
 
     /// All the way back, and deleted.
-    pub fn take_away(&self, driver: &Driver) {
+    pub fn take_away(&self, driver: &Plugin) {
         self.unpublish(driver).expect("unpublished");
         self.unstage(driver).expect("unstaged");
         self.controller_unpublish(driver)

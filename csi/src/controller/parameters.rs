@@ -16,8 +16,6 @@ pub const MKFS_OPTIONS: &str = "mkfsOptions";
 pub const WRITE_THROUGH: &str = "writeThrough";
 /// Copies of each chunk.
 pub const REPLICAS: &str = "replicas";
-/// Copies without which writes wait.
-pub const MIN_IN_SYNC: &str = "minInSync";
 /// Bound on requests a second. Mutable.
 pub const IOPS: &str = "iops";
 /// Bound on payload a second. Mutable.
@@ -40,8 +38,6 @@ pub struct Parameters {
     pub write_through: bool,
     /// See [`REPLICAS`]; `None` leaves it to the daemon.
     pub replicas: Option<u32>,
-    /// See [`MIN_IN_SYNC`]; `None` leaves it to the daemon.
-    pub min_in_sync: Option<u32>,
     /// What can be changed later.
     pub mutable: Mutable,
     /// For people: whose claim it is.
@@ -73,7 +69,6 @@ impl Parameters {
                 }
                 WRITE_THROUGH => parameters.write_through = read(key, value)?,
                 REPLICAS => parameters.replicas = Some(within(key, value, 1..=7)?),
-                MIN_IN_SYNC => parameters.min_in_sync = Some(within(key, value, 1..=7)?),
                 IOPS | BYTES_PER_SECOND => parameters.mutable.set(key, value)?,
                 key if METADATA.contains(&key) => {
                     parameters.metadata.insert(key.to_owned(), value.clone());
@@ -83,13 +78,6 @@ impl Parameters {
         }
         for (key, value) in mutable {
             parameters.mutable.set(key, value)?;
-        }
-        if let (Some(replicas), Some(least)) = (parameters.replicas, parameters.min_in_sync)
-            && least > replicas
-        {
-            return Err(Refusal::invalid(format!(
-                "{MIN_IN_SYNC} is larger than {REPLICAS}"
-            )));
         }
         if !parameters.mkfs_options.is_empty() && parameters.filesystem.is_none() {
             return Err(Refusal::invalid(format!(
@@ -216,7 +204,6 @@ mod tests {
                 ("mkfsOptions", "-i size=512 -n  ftype=1"),
                 ("writeThrough", "true"),
                 ("replicas", "3"),
-                ("minInSync", "2"),
                 ("iops", "500"),
                 ("csi.storage.k8s.io/pvc/name", "data"),
             ]),
@@ -226,10 +213,7 @@ mod tests {
         assert_eq!(parameters.filesystem, Some(Filesystem::Xfs));
         assert_eq!(parameters.mkfs_options, ["-i", "size=512", "-n", "ftype=1"]);
         assert!(parameters.write_through);
-        assert_eq!(
-            (parameters.replicas, parameters.min_in_sync),
-            (Some(3), Some(2))
-        );
+        assert_eq!(parameters.replicas, Some(3));
         assert_eq!(parameters.mutable.iops, Some(1000));
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
@@ -244,7 +228,8 @@ mod tests {
             &[("writeThrough", "yes")],
             &[("replicas", "0")],
             &[("replicas", "-1")],
-            &[("replicas", "2"), ("minInSync", "3")],
+            &[("replicas", "8")],
+            &[("replicas", "3"), ("minInSync", "2")],
             &[("iops", "9")],
             &[("iops", "many")],
             &[("bytesPerSecond", "1000")],

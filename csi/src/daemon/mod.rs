@@ -74,6 +74,41 @@ impl Daemon {
         one(answer.into_inner().volume)
     }
 
+    /// Has this daemon serve a volume with copies, wherever it is served now, and answers it and where this daemon's
+    /// exports are reached. [`Class::FailedPrecondition`] when it is not published to `node` any more.
+    pub async fn open(&self, id: Uuid, node: &str) -> Result<(Volume, Vec<Address>), Refusal> {
+        let request = asking(
+            admin::OpenVolumeRequest {
+                volume: id.to_string(),
+                client_node_id: node.to_owned(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        self.client().open_volume(request).await.map_err(refusal)?;
+        let request = asking(
+            admin::GetVolumeRequest {
+                volume: id.to_string(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self.client().get_volume(request).await.map_err(refusal)?;
+        let answer = answer.into_inner();
+        Ok((one(answer.volume)?, addresses(&answer.nbd_listeners)))
+    }
+
+    /// Has this daemon serve a volume with copies that nobody has.
+    pub async fn take_over(&self, id: Uuid) -> Result<(), Refusal> {
+        let request = asking(
+            admin::OpenVolumeRequest {
+                volume: id.to_string(),
+                client_node_id: String::new(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        let answer = self.client().open_volume(request).await;
+        answer.map(drop).map_err(refusal)
+    }
+
     /// One volume by its name; `None` when there is none.
     pub async fn volume_named(&self, name: &str) -> Result<Option<Volume>, Refusal> {
         let request = asking(
@@ -106,7 +141,8 @@ impl Daemon {
 
     /// Creates a volume. [`Class::AlreadyExists`] when the name is taken.
     pub async fn create(&self, new: NewVolume) -> Result<Volume, Refusal> {
-        let request = asking(admin::CreateVolumeRequest::from(new), CALL_LIMIT);
+        // One with copies is served by the end of the call, and that has to wait for daemons that are away.
+        let request = asking(admin::CreateVolumeRequest::from(new), LONG_CALL_LIMIT);
         let answer = self.client().create_volume(request).await;
         one(answer.map_err(refusal)?.into_inner().volume)
     }
@@ -178,11 +214,7 @@ impl Daemon {
         );
         let answer = self.client().publish_volume(request).await;
         let answer = answer.map_err(refusal)?.into_inner();
-        let servers = answer
-            .nbd_listeners
-            .iter()
-            .filter_map(|listener| listener.address.parse().ok())
-            .collect();
+        let servers = addresses(&answer.nbd_listeners);
         Ok(Export {
             volume: id,
             name: answer.export_name,
@@ -274,6 +306,13 @@ fn asking<T>(message: T, limit: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(limit);
     request
+}
+
+fn addresses(listeners: &[admin::Listener]) -> Vec<Address> {
+    listeners
+        .iter()
+        .filter_map(|listener| listener.address.parse().ok())
+        .collect()
 }
 
 fn one(volume: Option<admin::Volume>) -> Result<Volume, Refusal> {

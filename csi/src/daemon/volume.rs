@@ -30,8 +30,12 @@ pub struct Volume {
     pub limits: Limits,
     /// True when it is being deleted.
     pub is_deleting: bool,
-    /// Why clients cannot reach it.
+    /// Why clients cannot reach it at the daemon that was asked.
     pub not_served: Option<String>,
+    /// Whether it has copies on the daemons of a cluster; then any of them can serve it, one at a time.
+    pub is_replicated: bool,
+    /// UUID of the daemon that serves it, or served it last. Empty when none ever did.
+    pub head: String,
 }
 
 /// A volume given to a node.
@@ -67,6 +71,8 @@ pub struct NewVolume {
     pub limits: Limits,
     /// What this driver keeps with it.
     pub annotations: BTreeMap<String, String>,
+    /// Copies of each chunk; 0 leaves it to the daemon.
+    pub replicas: u32,
 }
 
 /// A node that volumes can be published to.
@@ -92,6 +98,8 @@ pub struct Space {
 /// How the daemon does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
+    /// The daemon's UUID.
+    pub node: String,
     /// Whether it serves.
     pub is_ready: bool,
     /// What needs a person.
@@ -142,6 +150,8 @@ impl TryFrom<admin::Volume> for Volume {
             limits: volume.limits.map(Limits::from).unwrap_or_default(),
             is_deleting,
             not_served: Some(volume.not_served_reason).filter(|reason| !reason.is_empty()),
+            is_replicated: !volume.replica_sets.is_empty(),
+            head: volume.head_node_id,
         })
     }
 }
@@ -166,6 +176,7 @@ impl From<NewVolume> for admin::CreateVolumeRequest {
                 bytes_per_second: new.limits.bytes_per_second,
             }),
             annotations: new.annotations.into_iter().collect(),
+            replicas: new.replicas,
             ..admin::CreateVolumeRequest::default()
         }
     }
@@ -193,6 +204,7 @@ impl From<admin::GetCapacityResponse> for Space {
 impl From<admin::GetStatusResponse> for Summary {
     fn from(answer: admin::GetStatusResponse) -> Summary {
         Summary {
+            node: answer.node_id.clone(),
             is_ready: answer.state() == admin::DaemonState::Ready,
             warnings: answer.warnings,
         }

@@ -47,7 +47,8 @@ impl Host {
     /// Opens what is remembered and brings it in line with the system. `suffix` tells the front end's name as a node.
     pub async fn open(arguments: &Arguments, suffix: &str) -> anyhow::Result<Host> {
         let daemon = Daemon::new(&arguments.daemon)?;
-        let node = open_node(arguments, daemon.clone()).await?;
+        let node_id = node_id(arguments, suffix)?;
+        let node = open_node(arguments, &node_id, daemon.clone()).await?;
         let staging = arguments.state_dir.join("staging");
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -56,7 +57,7 @@ impl Host {
         let host = Host {
             node,
             controller: Controller::new(daemon, 0),
-            node_id: node_id(arguments, suffix)?,
+            node_id,
             staging,
         };
         if let Err(error) = host.settle().await {

@@ -26,10 +26,18 @@ impl Node {
     /// Stages a volume. OK when it is staged there in the same way; [`Class::AlreadyExists`] when in another.
     pub async fn stage(&self, request: &StageRequest) -> Result<(), Refusal> {
         let id = request.export.volume;
-        let volume = self.daemon.volume(id).await?;
+        let mut volume = self.daemon.volume(id).await?;
         if volume.is_deleting {
             return Err(Refusal::not_found(format!("volume {id} is being deleted")));
         }
+        let mut request = request.clone();
+        if volume.is_replicated {
+            // Served beside this node from now on, and reached there: what was published names the daemon that was asked.
+            let (served, servers) = self.daemon.open(id, &self.settings.node_id).await?;
+            volume = served;
+            request.export.servers = servers;
+        }
+        let request = &request;
         failpoint::reach("stage-begun");
         let known = self.known(id)?;
         if let Some(state) = &known

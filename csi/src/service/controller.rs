@@ -83,11 +83,13 @@ impl Controller {
         }
     }
 
-    /// What is wrong with a volume, as the daemon knows.
-    fn health(volume: &Volume) -> Vec<csi::volume_health::VolumeHealthEntry> {
+    /// What is wrong with a volume, as the daemon `own` knows. Of one that another daemon serves it knows nothing bad.
+    fn health(volume: &Volume, own: &str) -> Vec<csi::volume_health::VolumeHealthEntry> {
+        let is_elsewhere = volume.is_replicated && !volume.head.is_empty() && volume.head != own;
         volume
             .not_served
             .iter()
+            .filter(|_| !is_elsewhere)
             .map(|reason| csi::volume_health::VolumeHealthEntry {
                 status: csi::VolumeHealthErrorType::Inaccessible.into(),
                 reason: "NotServed".to_owned(),
@@ -292,11 +294,12 @@ impl csi::controller_server::Controller for Controller {
             .page(message.max_entries, &message.starting_token)
             .await
             .map_err(status)?;
+        let own = self.daemon().status().await.map_err(status)?.node;
         let entries = volumes
             .iter()
             .map(|volume| csi::VolumeHealth {
                 volume_id: volume.id.to_string(),
-                health_statuses: Controller::health(volume),
+                health_statuses: Controller::health(volume, &own),
             })
             .collect();
         Ok(Response::new(csi::ControllerListVolumeHealthResponse {
@@ -311,10 +314,11 @@ impl csi::controller_server::Controller for Controller {
     ) -> Answer<csi::ControllerGetVolumeHealthResponse> {
         let id = convert::known_id(&request.into_inner().volume_id).map_err(status)?;
         let volume = self.operations.volume(id).await.map_err(status)?;
+        let own = self.daemon().status().await.map_err(status)?.node;
         Ok(Response::new(csi::ControllerGetVolumeHealthResponse {
             volume_health: Some(csi::VolumeHealth {
                 volume_id: id.to_string(),
-                health_statuses: Controller::health(&volume),
+                health_statuses: Controller::health(&volume, &own),
             }),
         }))
     }

@@ -88,7 +88,6 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
     let host = Host::open(&settings, NODE_SUFFIX).await?;
     tokio::spawn(keep_connected(
         Arc::clone(host.node()),
-        host.node_id().to_owned(),
         settings.nbd_connections,
     ));
     tokio::spawn(keep_registered(

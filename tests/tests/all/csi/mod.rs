@@ -7,6 +7,7 @@ mod flexvolume;
 mod formatting;
 mod killed;
 mod lifecycle;
+mod nodes;
 mod sanity;
 
 /// A size that ext4 and its journal fit on.
