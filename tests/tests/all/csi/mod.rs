@@ -9,6 +9,7 @@ mod killed;
 mod lifecycle;
 mod nodes;
 mod sanity;
+mod simulated;
 
 /// A size that ext4 and its journal fit on.
 const SMALL: i64 = 32 << 20;

@@ -1,11 +1,8 @@
 //! Three daemons of one cluster, each with a driver beside it: volumes with copies that are forced from node to node while
 //! they are written to.
 
-use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,10 +11,9 @@ use ashlar_tests::cluster::Trio;
 use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
 use ashlar_tests::csi::{Claim, Driver, Plugin, csi, mounted, raw};
 use ashlar_tests::daemon::Setup;
-use ashlar_tests::pattern::{self, BLOCK, Content};
 use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::wait;
-use rustix::fs::OFlags;
+use ashlar_tests::workload::{Blocks, Files, direct};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -64,105 +60,44 @@ fn with_copies(
     }
 }
 
-/// Blocks that a page cache cannot answer for.
-fn direct(path: &Path) -> File {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::DIRECT.bits() as i32)
-        .open(path)
-        .expect("a device")
-}
-
-/// A buffer of one block that O_DIRECT takes.
-struct Aligned {
-    bytes: Vec<u8>,
-    from: usize,
-}
-
-impl Aligned {
-    fn new() -> Aligned {
-        let bytes = vec![0; 2 * BLOCK];
-        let from = bytes.as_ptr().align_offset(BLOCK);
-        Aligned { bytes, from }
-    }
-
-    fn block(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.from..self.from + BLOCK]
-    }
-}
-
-/// What may be found in a block: the version that was answered last, and one that was never answered.
-#[derive(Clone, Copy, Debug, Default)]
-struct Possible {
-    answered: u64,
-    in_doubt: u64,
-}
-
-/// Writes to a raw device until it is refused. What it knows then.
-fn write_blocks(path: PathBuf, first: u64, seed: u64, count: &AtomicU64) -> HashMap<u64, Possible> {
-    let mut rng = Rng::new(seed);
-    let device = direct(&path);
-    let mut buffer = Aligned::new();
-    let mut known: HashMap<u64, Possible> = HashMap::new();
-    for version in 1.. {
-        let number = first + rng.below(BLOCKS);
-        pattern::fill(buffer.block(), VOLUME, number, version);
-        let possible = known.entry(number).or_default();
-        match device.write_all_at(buffer.block(), number * BLOCK as u64) {
-            Ok(()) => {
-                possible.answered = version;
-                count.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(_) => {
-                possible.in_doubt = version;
-                break;
-            }
-        }
-    }
-    known
-}
-
-fn content_of(number: u64) -> Vec<u8> {
-    format!("file {number}\n").repeat(500).into_bytes()
-}
-
-/// Writes small files, one after the other, each durable before the next, until one is refused. How many are.
-fn write_files(directory: PathBuf, count: &AtomicU64) -> u64 {
-    for number in 0.. {
-        let write = || {
-            let mut file = File::create_new(directory.join(format!("f{number}")))?;
-            file.write_all(&content_of(number))?;
-            file.sync_all()
-        };
-        if write().is_err() {
-            return number;
-        }
-        count.fetch_add(1, Ordering::Relaxed);
-    }
-    unreachable!("there are numbers enough")
-}
-
-/// Work on a raw and on a mounted volume.
+/// Work on a raw and on a mounted volume, until it is refused.
 struct Work {
-    writers: Vec<JoinHandle<HashMap<u64, Possible>>>,
-    filer: JoinHandle<u64>,
-    counts: &'static [AtomicU64; 2],
+    writers: Vec<JoinHandle<Blocks>>,
+    filer: JoinHandle<Files>,
+    /// Answered so far: blocks, files.
+    counts: Arc<[AtomicU64; 2]>,
+}
+
+/// What was answered.
+struct Done {
+    blocks: Vec<Blocks>,
+    files: Files,
 }
 
 impl Work {
     fn start(block: &Claim, files: &Claim, seed: u64) -> Work {
-        let counts: &'static [AtomicU64; 2] = Box::leak(Box::default());
+        let counts = Arc::<[AtomicU64; 2]>::default();
         let writers = (0..WRITERS).map(|writer| {
-            let path = block.target.clone();
+            let device = direct(&block.target).expect("a device");
+            let (mut rng, counts) = (Rng::new(seed ^ writer), Arc::clone(&counts));
             std::thread::spawn(move || {
-                write_blocks(path, writer * BLOCKS, seed ^ writer, &counts[0])
+                let mut blocks = Blocks::new(VOLUME, writer * BLOCKS, BLOCKS);
+                while blocks.write(&device, &mut rng).is_ok() {
+                    counts[0].fetch_add(1, Ordering::Relaxed);
+                }
+                blocks
             })
         });
-        let directory = files.target.clone();
+        let (directory, counted) = (files.target.clone(), Arc::clone(&counts));
         Work {
             writers: writers.collect(),
-            filer: std::thread::spawn(move || write_files(directory, &counts[1])),
+            filer: std::thread::spawn(move || {
+                let mut files = Files::new(VOLUME);
+                while files.write(&directory).is_ok() {
+                    counted[1].fetch_add(1, Ordering::Relaxed);
+                }
+                files
+            }),
             counts,
         }
     }
@@ -181,46 +116,31 @@ impl Work {
     }
 
     /// What was answered, when every writer was refused.
-    fn end(self) -> (HashMap<u64, Possible>, u64) {
-        let all = self.writers.into_iter();
-        let known = all.flat_map(|writer| writer.join().expect("a writer"));
-        (known.collect(), self.filer.join().expect("the filer"))
+    fn end(self) -> Done {
+        let writers = self.writers.into_iter();
+        Done {
+            blocks: writers
+                .map(|writer| writer.join().expect("a writer"))
+                .collect(),
+            files: self.filer.join().expect("the filer"),
+        }
     }
 }
 
-/// Demands on `block` and `files`, where they are now, everything that was answered and nothing torn.
-fn check(block: &Claim, files: &Claim, known: &HashMap<u64, Possible>, durable: u64) {
-    let device = direct(&block.target);
-    let mut buffer = Aligned::new();
-    let mut doubts = 0;
-    for (number, possible) in known {
-        let read = device.read_exact_at(buffer.block(), number * BLOCK as u64);
-        read.expect("read");
-        let found = match pattern::identify(buffer.block(), VOLUME, *number) {
-            Ok(Content::Zeros) => 0,
-            Ok(Content::Version(version)) => version,
-            Err(torn) => panic!("{torn}"),
-        };
-        doubts += u64::from(found == possible.in_doubt && found != 0);
-        assert!(
-            found == possible.answered || (found == possible.in_doubt && found != 0),
-            "block {number}: version {found}, and {possible:?}"
+impl Done {
+    /// Demands on `block` and `files`, where they are now, everything that was answered and nothing torn.
+    fn check(&mut self, block: &Claim, files: &Claim) {
+        let device = direct(&block.target).expect("a device");
+        let blocks = self.blocks.iter_mut();
+        let doubts: u64 = blocks
+            .map(|blocks| blocks.check(&device).expect("read"))
+            .sum();
+        self.files.check(&files.target).expect("read");
+        println!(
+            "as answered, but for {doubts} blocks of writes that were not; {} files",
+            self.files.durable()
         );
     }
-    for number in 0..durable {
-        let mut found = Vec::new();
-        let path = files.target.join(format!("f{number}"));
-        let mut file = File::open(&path).unwrap_or_else(|error| panic!("f{number}: {error}"));
-        file.read_to_end(&mut found).expect("read");
-        assert!(
-            found == content_of(number),
-            "f{number} is not as it was synced"
-        );
-    }
-    println!(
-        "{} blocks, {doubts} of them of a write that was not answered; {durable} files",
-        known.len()
-    );
 }
 
 /// A raw and a mounted volume, published to node `at` and written to there.
@@ -280,17 +200,18 @@ fn a_forced_move_under_writes_loses_and_tears_nothing() {
     for claim in &moved {
         assert_eq!(trio.volume(1, &claim.id).not_served_reason, "");
     }
-    let (known, durable) = work.end();
-    check(&moved[0], &moved[1], &known, durable);
+    let mut done = work.end();
+    done.check(&moved[0], &moved[1]);
     // What the old node still has is of no use, and goes.
-    let late = direct_late(&block.target);
+    let late = direct(&block.target)
+        .and_then(|device| Blocks::new(VOLUME, 0, 1).write(&device, &mut Rng::new(seed)));
     assert!(late.is_err(), "the old node wrote after it was fenced");
     for claim in [&block, &files] {
         claim.unpublish(&plugins[0]).expect("unpublished");
         claim.unstage(&plugins[0]).expect("unstaged");
     }
     assert_eq!(plugins[0].leftovers(), Vec::<String>::new());
-    check(&moved[0], &moved[1], &known, durable);
+    done.check(&moved[0], &moved[1]);
     for claim in &moved {
         claim.unpublish(&plugins[1]).expect("unpublished");
         claim.unstage(&plugins[1]).expect("unstaged");
@@ -302,34 +223,24 @@ fn a_forced_move_under_writes_loses_and_tears_nothing() {
     nothing_is_left(&plugins);
 }
 
-fn direct_late(path: &Path) -> std::io::Result<()> {
-    let mut buffer = Aligned::new();
-    pattern::fill(buffer.block(), VOLUME, 0, 1 << 40);
-    let device = OpenOptions::new()
-        .write(true)
-        .custom_flags(OFlags::DIRECT.bits() as i32)
-        .open(path)?;
-    device.write_all_at(buffer.block(), 0)
-}
-
 /// The old node stands still, daemon and all, and wakes when its volumes are elsewhere.
 #[test]
 fn a_node_that_slept_through_a_forced_move_writes_nothing() {
     let seed = seed::of_run("csi-zombie");
-    let trio = Trio::start("csi-zombie");
+    let mut trio = Trio::start("csi-zombie");
     let plugins = plugins(&trio);
     let (block, files, work) = used(&plugins, 0, seed);
     trio.nodes[0].daemon.process().signal(Signal::STOP);
     let moved = [&block, &files].map(|claim| force(&plugins, claim, 0, 1));
     trio.nodes[0].daemon.process().signal(Signal::CONT);
-    let (known, durable) = work.end();
-    check(&moved[0], &moved[1], &known, durable);
+    let mut done = work.end();
+    done.check(&moved[0], &moved[1]);
     for claim in [&block, &files] {
         claim.unpublish(&plugins[0]).expect("unpublished");
         claim.unstage(&plugins[0]).expect("unstaged");
     }
     fs::write(moved[1].target.join("after"), b"the move").expect("written");
-    check(&moved[0], &moved[1], &known, durable);
+    done.check(&moved[0], &moved[1]);
     for claim in &moved {
         claim.unpublish(&plugins[1]).expect("unpublished");
         claim.unstage(&plugins[1]).expect("unstaged");
