@@ -63,10 +63,7 @@ impl Parameters {
         for (key, value) in given {
             match key.as_str() {
                 FILESYSTEM => parameters.filesystem = Some(read(key, value)?),
-                MKFS_OPTIONS => {
-                    parameters.mkfs_options =
-                        value.split_ascii_whitespace().map(str::to_owned).collect();
-                }
+                MKFS_OPTIONS => parameters.mkfs_options = split(value),
                 WRITE_THROUGH => parameters.write_through = read(key, value)?,
                 REPLICAS => parameters.replicas = Some(within(key, value, 1..=7)?),
                 IOPS | BYTES_PER_SECOND => parameters.mutable.set(key, value)?,
@@ -109,6 +106,28 @@ impl Mutable {
         }
         Ok(())
     }
+}
+
+/// What a volume's context says of making a file system: which, and with which arguments. It came through an orchestrator,
+/// so it is checked again before it reaches a command line.
+pub fn of_context(
+    context: &BTreeMap<String, String>,
+) -> Result<(Filesystem, Vec<String>), Refusal> {
+    let filesystem = match context.get(FILESYSTEM) {
+        None => Filesystem::Ext4,
+        Some(name) => name.parse().map_err(Refusal::invalid)?,
+    };
+    let options = context.get(MKFS_OPTIONS).map(|options| split(options));
+    let options = options.unwrap_or_default();
+    check_mkfs_options(filesystem, &options)?;
+    Ok((filesystem, options))
+}
+
+fn split(options: &str) -> Vec<String> {
+    options
+        .split_ascii_whitespace()
+        .map(str::to_owned)
+        .collect()
 }
 
 fn unknown(key: &str) -> Refusal {
@@ -156,7 +175,7 @@ const XFS_OPTIONS: [&str; 6] = ["-b", "-d", "-i", "-l", "-n", "-s"];
 const ELSEWHERE: [&str; 6] = ["file", "name=", "logdev", "rtdev", "device=", "/"];
 
 /// Checks the arguments that go before the device to mkfs.
-pub fn check_mkfs_options(filesystem: Filesystem, options: &[String]) -> Result<(), Refusal> {
+fn check_mkfs_options(filesystem: Filesystem, options: &[String]) -> Result<(), Refusal> {
     let allowed: &[&str] = match filesystem {
         Filesystem::Ext4 => &EXT4_OPTIONS,
         Filesystem::Xfs => &XFS_OPTIONS,
@@ -218,6 +237,16 @@ mod tests {
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
         assert_eq!(parse(&[]), Ok(Parameters::default()));
+    }
+
+    #[test]
+    fn what_comes_back_through_an_orchestrator_is_checked_again() {
+        let context = map(&[("filesystem", "xfs"), ("mkfsOptions", "-i  size=512")]);
+        let options = ["-i", "size=512"].map(str::to_owned).to_vec();
+        assert_eq!(of_context(&context), Ok((Filesystem::Xfs, options)));
+        assert_eq!(of_context(&map(&[])), Ok((Filesystem::Ext4, Vec::new())));
+        assert!(of_context(&map(&[("mkfsOptions", "-F")])).is_err());
+        assert!(of_context(&map(&[("filesystem", "ntfs")])).is_err());
     }
 
     #[test]

@@ -137,24 +137,22 @@ impl Controller {
     }
 }
 
+/// Whether one of `places` has all the segments of `wanted`.
+pub fn is_within(places: &[Place], wanted: &Place) -> bool {
+    let has = |place: &Place| {
+        let mut segments = wanted.iter();
+        segments.all(|(key, value)| place.get(key) == Some(value))
+    };
+    places.iter().any(has)
+}
+
 /// Whether some node is where the volume must be reachable from.
 fn is_reachable(request: &CreateRequest, places: &[Place]) -> Result<(), Refusal> {
     if request.requisite.is_empty() && request.preferred.is_empty() {
         return Ok(());
     }
-    let is_there = |wanted: &Place| {
-        places.iter().any(|place| {
-            wanted
-                .iter()
-                .all(|(key, value)| place.get(key) == Some(value))
-        })
-    };
-    if request
-        .requisite
-        .iter()
-        .chain(&request.preferred)
-        .any(is_there)
-    {
+    let mut wanted = request.requisite.iter().chain(&request.preferred);
+    if wanted.any(|wanted| is_within(places, wanted)) {
         return Ok(());
     }
     Err(Refusal::new(

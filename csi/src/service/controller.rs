@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use tonic::{Request, Response, Status};
 
-use super::convert;
-use super::{Spec, patience, status};
+use super::convert::{self, bytes};
+use super::{Spec, carry_out, patience, status};
 use crate::capability::Capability;
 use crate::controller::parameters::{Mutable, Parameters};
 use crate::controller::sizing::{self, Range};
-use crate::controller::{Controller as Operations, CreateRequest, context_of, unsupported};
+use crate::controller::{
+    Controller as Operations, CreateRequest, context_of, is_within, unsupported,
+};
 use crate::csi;
 use crate::csi::controller_service_capability::rpc::Type as Can;
 use crate::daemon::{Daemon, Volume};
@@ -48,12 +50,8 @@ impl Controller {
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
         W: FnOnce(Arc<Operations>) -> F,
     {
-        let operations = Arc::clone(&self.operations);
-        self.operations
-            .turns()
-            .carry_out(key, waits, work(operations))
-            .await
-            .map_err(status)
+        let work = work(Arc::clone(&self.operations));
+        carry_out(self.operations.turns(), key, waits, work).await
     }
 
     fn daemon(&self) -> &Daemon {
@@ -105,10 +103,6 @@ fn published(volume: &Volume) -> Vec<String> {
         .iter()
         .map(|publication| publication.node_id.clone())
         .collect()
-}
-
-fn bytes(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 fn range(given: Option<csi::CapacityRange>) -> Result<Range, Refusal> {
@@ -339,12 +333,7 @@ impl csi::controller_server::Controller for Controller {
             Some(topology) if topology.segments.is_empty() => true,
             Some(topology) => {
                 let places = self.operations.places().await.map_err(status)?;
-                places.iter().any(|place| {
-                    topology
-                        .segments
-                        .iter()
-                        .all(|(key, value)| place.get(key) == Some(value))
-                })
+                is_within(&places, &topology.segments.into_iter().collect())
             }
         };
         let space = self.operations.space().await.map_err(status)?;

@@ -6,9 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ashlar_proto::admin;
 use ashlar_tests::csi::Plugin;
 use ashlar_tests::daemon::Setup;
 use ashlar_tests::orchestrator::{Kind, Life, World};
+use ashlar_tests::rpc::Rpc;
 use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::wait;
 
@@ -124,22 +126,17 @@ fn every_pod_gets_its_data_and_nothing_is_left() {
         "an orchestrator's demand was not met; see above"
     );
     // Nothing is remembered by anybody.
-    assert!(
-        daemon.admin().json(["volume", "list"])["volumes"]
-            .as_array()
-            .is_none_or(Vec::is_empty)
-    );
+    let mut rpc = Rpc::connect(&daemon.data_dir().join("admin.sock"));
+    let volumes = rpc.list_volumes(admin::ListVolumesRequest::default());
+    assert_eq!(volumes.expect("listed").volumes, []);
+    let nodes = rpc.list_nodes(admin::ListNodesRequest {});
+    for node in nodes.expect("listed").nodes {
+        assert_eq!(node.volume_ids, Vec::<String>::new(), "{}", node.node_id);
+    }
     for plugin in &plugins {
         assert_eq!(plugin.leftovers(), Vec::<String>::new());
         assert_eq!(plugin.remembered(), Vec::<String>::new());
         assert_eq!(directories(plugin.root()), Vec::<String>::new());
-    }
-    let nodes = daemon.admin().json(["client-node", "list"]);
-    for node in nodes["nodes"].as_array().expect("nodes") {
-        assert!(
-            node["volume_ids"].as_array().is_none_or(Vec::is_empty),
-            "{node}"
-        );
     }
     // It was worth something.
     assert!(world.happened("pods") > 50, "{}", world.tally());
