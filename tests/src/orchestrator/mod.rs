@@ -148,6 +148,9 @@ impl World {
                 Err(refused) => refused,
             };
             self.count(what, format!("{code:?}"));
+            if is_final(code, &words) {
+                println!("{what} on {}: {code:?} {words}", on.node_id());
+            }
             assert!(
                 begun.elapsed() < PATIENCE,
                 "{what} is refused for {PATIENCE:?}: {code:?} {words}"
