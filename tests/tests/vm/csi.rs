@@ -313,7 +313,11 @@ fn a_path_that_leads_to_another_device_is_never_formatted() {
         "nbd-client -unix /run/ashlar/nbd.sock -name other -block-size 4096 -connections 1 /dev/nbd9; \
          for n in 0 1 2 3 4 5 6 7 8; do mv /dev/nbd$n /dev/was$n; cp -a /dev/nbd9 /dev/nbd$n; done",
     );
-    plugin.call("create", "victim", &format!("--kind ext4 --size {}", 64 << 20));
+    plugin.call(
+        "create",
+        "victim",
+        &format!("--kind ext4 --size {}", 64 << 20),
+    );
     plugin.call("controller-publish", "victim", "");
     let argv = line("stage", "victim", "");
     let outcome = machine.run_within(&["bash", "-c", &argv], LIMIT);
@@ -324,7 +328,10 @@ fn a_path_that_leads_to_another_device_is_never_formatted() {
     machine.sh("for n in 0 1 2 3 4 5 6 7 8; do mv /dev/was$n /dev/nbd$n; done");
     plugin.call("stage", "victim", "");
     plugin.call("publish", "victim", "");
-    machine.sh(&format!("[ $(findmnt -no FSTYPE {}) = ext4 ]", pod("victim")));
+    machine.sh(&format!(
+        "[ $(findmnt -no FSTYPE {}) = ext4 ]",
+        pod("victim")
+    ));
     let other = daemon.json(&["volume", "show", "other"]);
     assert_eq!(other["ever_written"], false, "{other}");
     machine.sh("nbd-client -d /dev/nbd9");

@@ -240,6 +240,9 @@ impl Drop for Impostor {
     }
 }
 
+/// Its name, what is on it, its size, what nbdkit is told, and how the volume is refused.
+type Disk<'a> = (&'a str, &'a [u8], u64, &'a [&'a str], Code, &'a str);
+
 #[test]
 fn a_wrong_device_is_never_formatted() {
     let driver = Driver::start("csi-impostor", Setup::default());
@@ -257,7 +260,7 @@ fn a_wrong_device_is_never_formatted() {
         fs::read(&image).expect("read")
     };
     let size = SMALL as u64;
-    let cases: [(&str, &[u8], u64, &[&str], Code, &str); 8] = [
+    let cases: [Disk<'_>; 8] = [
         (
             "silent",
             b"",
