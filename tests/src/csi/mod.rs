@@ -307,7 +307,8 @@ impl Drop for Plugin {
     }
 }
 
-fn mounts_below(directory: &Path) -> Vec<PathBuf> {
+/// What is mounted below a directory, or at it.
+pub fn mounts_below(directory: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").expect("there is a /proc");
     table
         .lines()
@@ -317,7 +318,8 @@ fn mounts_below(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-fn loops_below(directory: &Path) -> Vec<String> {
+/// Loop devices over files below a directory.
+pub fn loops_below(directory: &Path) -> Vec<String> {
     let devices = fs::read_dir("/sys/block").expect("there is a /sys");
     devices
         .flatten()

@@ -30,6 +30,10 @@ impl Data {
         Data::Raw(Blocks::new(volume, 0, BLOCKS))
     }
 
+    pub(super) fn is_xfs(&self) -> bool {
+        matches!(self, Data::Mounted("xfs", _))
+    }
+
     pub(super) fn capability(&self) -> csi::VolumeCapability {
         match self {
             Data::Mounted(filesystem, _) => mounted(filesystem, Mode::SingleNodeMultiWriter),

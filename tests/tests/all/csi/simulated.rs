@@ -96,7 +96,7 @@ fn every_pod_gets_its_data_and_nothing_is_left() {
                 revive(plugin, &mut rng);
                 killed += 1;
             }
-            3 => {
+            3..5 => {
                 daemon.kill();
                 wait::pass(Duration::from_millis(rng.within(0..500)));
                 daemon.start();
