@@ -22,6 +22,7 @@ pub mod paths;
 pub mod refusal;
 pub mod run;
 pub mod service;
+pub mod stored;
 pub mod sysfs;
 
 /// `csi.v1`: messages and server traits of the Container Storage Interface.

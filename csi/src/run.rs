@@ -47,13 +47,19 @@ pub struct Arguments {
     /// Where to serve: unix:///path/csi.sock
     #[arg(long, env = "CSI_ENDPOINT", value_parser = server::endpoint, default_value = "unix:///run/ashlar-csi/csi.sock")]
     pub endpoint: PathBuf,
-    /// The daemon's administrative interface: unix:/path or tcp:HOST:PORT
+    /// The daemon's administrative interface: unix:/path or tcp:HOST:PORT; in controller mode more than once for daemons of
+    /// one cluster, of which the first that answers is asked
     #[arg(
         long,
         env = "ASHLAR_CSI_DAEMON",
+        value_delimiter = ',',
         default_value = "unix:/run/ashlar/admin.sock"
     )]
-    pub daemon: Address,
+    pub daemon: Vec<Address>,
+    /// Directory with the certificate that a cluster's daemons want to see over TCP, as `ashlar cluster client-cert NAME
+    /// --role admin` makes it
+    #[arg(long, env = "ASHLAR_CSI_DAEMON_CERTIFICATES")]
+    pub daemon_certificates: Option<PathBuf>,
     /// Version of the interface to advertise
     #[arg(long, env = "ASHLAR_CSI_SPEC", value_enum, default_value_t = Spec::V1_12)]
     pub spec: Spec,
@@ -168,7 +174,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(name) = &arguments.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
     }
-    let daemon = Daemon::new(&arguments.daemon)?;
+    let daemon = the_daemon(&arguments, arguments.mode == Mode::Controller)?;
     let node = match arguments.mode {
         Mode::Controller => None,
         Mode::Node | Mode::All => Some(prepare_node(&arguments, daemon.clone()).await?),
@@ -207,6 +213,19 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The daemon to ask. What a node uses is served by the daemon beside it, so a node has one.
+pub fn the_daemon(arguments: &Arguments, may_be_several: bool) -> anyhow::Result<Daemon> {
+    if arguments.daemon.len() > 1 && !may_be_several {
+        return Err(anyhow!(
+            "--daemon is given more than once, and a node has one daemon, the one beside it; several are for --mode controller"
+        ));
+    }
+    Ok(Daemon::new(
+        &arguments.daemon,
+        arguments.daemon_certificates.as_deref(),
+    )?)
+}
+
 /// The ways of attaching there are here, and the one to use.
 pub async fn attachers(
     arguments: &Arguments,
@@ -235,9 +254,14 @@ pub async fn attachers(
 }
 
 /// The operations of this node, in line with the system.
-pub async fn open_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<Arc<Node>> {
+pub async fn open_node(
+    arguments: &Arguments,
+    node_id: &str,
+    daemon: Daemon,
+) -> anyhow::Result<Arc<Node>> {
     let (attachers, preferred) = attachers(arguments).await?;
     let settings = NodeSettings {
+        node_id: node_id.to_owned(),
         state_directory: arguments.state_dir.clone(),
         roots: arguments.roots.clone(),
         preferred,
@@ -277,12 +301,8 @@ async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<N
         topology,
         max_volumes: arguments.max_volumes,
     };
-    let node = open_node(arguments, daemon).await?;
-    tokio::spawn(keep_connected(
-        Arc::clone(&node),
-        placement.node_id.clone(),
-        arguments.nbd_connections,
-    ));
+    let node = open_node(arguments, &placement.node_id, daemon).await?;
+    tokio::spawn(keep_connected(Arc::clone(&node), arguments.nbd_connections));
     tokio::spawn(keep_registered(
         node.daemon().clone(),
         placement.node_id.clone(),

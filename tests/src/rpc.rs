@@ -63,6 +63,7 @@ impl Rpc {
         get_capacity(GetCapacityRequest) -> GetCapacityResponse;
         register_node(RegisterNodeRequest) -> RegisterNodeResponse;
         unregister_node(UnregisterNodeRequest) -> UnregisterNodeResponse;
+        list_nodes(ListNodesRequest) -> ListNodesResponse;
     }
 
     /// A volume as it is now.

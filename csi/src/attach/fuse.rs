@@ -17,10 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 use uuid::Uuid;
 
-use super::handshake::{self, ExportInfo};
-use super::{
-    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify,
-};
+use super::{Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, look, until, verify};
 use crate::address::Address;
 use crate::child::Child;
 use crate::failpoint;
@@ -57,18 +54,6 @@ impl FuseLoop {
 
     fn file(&self, volume: Uuid) -> PathBuf {
         self.mount_point(volume).join(FILE)
-    }
-
-    /// The server to use, and what it says of the export.
-    async fn look(&self, export: &Export) -> Result<(Address, ExportInfo), AttachError> {
-        let mut last = AttachError::NoServer;
-        for server in in_order(export)? {
-            match handshake::look(server, &export.name).await {
-                Ok(info) => return Ok((server.clone(), info)),
-                Err(error) => last = error.into(),
-            }
-        }
-        Err(last)
     }
 
     async fn start(&self, export: &Export, uri: &str) -> Result<(), AttachError> {
@@ -236,6 +221,17 @@ fn servers(point: &Path) -> Vec<Pid> {
         .collect()
 }
 
+/// Whether the one process of nbdfuse that serves `point` was given this export.
+fn is_served(point: &Path, name: &str) -> bool {
+    let name = encode(name);
+    let is_given = |pid: &Pid| {
+        let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&name)
+    };
+    let all = servers(point);
+    all.len() == 1 && all.iter().all(is_given)
+}
+
 fn kill_servers(point: &Path) {
     for pid in servers(point) {
         let _ = kill_process(pid, Signal::KILL);
@@ -262,7 +258,7 @@ impl Attach for FuseLoop {
 
     async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
         self.clear(export.volume).await?;
-        let (server, info) = self.look(export).await?;
+        let (server, info) = look(export).await?;
         verify(export, &info)?;
         self.start(export, &uri(&server, &export.name)).await?;
         failpoint::reach("attach-half");
@@ -317,7 +313,7 @@ impl Attach for FuseLoop {
     }
 
     async fn grow(&self, device: &Device, export: &Export) -> Result<u64, AttachError> {
-        let (_, info) = self.look(export).await?;
+        let (_, info) = look(export).await?;
         let present = device.size_bytes();
         if info.size_bytes <= present {
             return Ok(present);
@@ -327,6 +323,16 @@ impl Attach for FuseLoop {
              volume is staged again",
             device.name
         )))
+    }
+
+    async fn carries(&self, _device: &Device, export: &Export) -> Result<bool, AttachError> {
+        let point = self.mount_point(export.volume);
+        let mounts = Mounts::read()
+            .map_err(|error| AttachError::system("reading the table of mounts", error))?;
+        let is_shown = mounts
+            .at(&point)
+            .is_some_and(|mount| mount.kind.starts_with("fuse"));
+        Ok(is_shown && is_served(&point, &export.name))
     }
 
     async fn fail(&self, _device: &Device, volume: Uuid) -> Result<(), AttachError> {

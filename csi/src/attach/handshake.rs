@@ -29,6 +29,7 @@ const ERR_SHUTDOWN: u32 = REP_ERROR + 7;
 const ERR_POLICY: u32 = REP_ERROR + 2;
 const ERR_TLS_REQUIRED: u32 = REP_ERROR + 5;
 const INFO_EXPORT: u16 = 0;
+const INFO_DESCRIPTION: u16 = 2;
 const INFO_BLOCK_SIZE: u16 = 3;
 /// Longest answer to an option that is read: an error text is at most 4096 bytes.
 const REPLY_BYTES_MAX: u32 = 8192;
@@ -43,12 +44,14 @@ pub const READ_ONLY: u16 = 1 << 1;
 pub const CAN_MULTI_CONN: u16 = 1 << 8;
 
 /// What the server says of an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportInfo {
     /// Its size.
     pub size_bytes: u64,
     /// Transmission flags.
     pub flags: u16,
+    /// What it is, in words: the daemon says which volume. Empty when the server says nothing.
+    pub description: String,
 }
 
 /// Why there is no connection to an export.
@@ -217,7 +220,8 @@ fn request(export: &str, option: u32) -> Result<Vec<u8>, Fault> {
     let mut data = Vec::with_capacity(export.len() + 8);
     data.extend_from_slice(&(export.len() as u32).to_be_bytes());
     data.extend_from_slice(export.as_bytes());
-    data.extend_from_slice(&1u16.to_be_bytes());
+    data.extend_from_slice(&2u16.to_be_bytes());
+    data.extend_from_slice(&INFO_DESCRIPTION.to_be_bytes());
     // Asking for the block sizes promises to keep to them; the kernel sends whole 4096-byte blocks.
     data.extend_from_slice(&INFO_BLOCK_SIZE.to_be_bytes());
     let mut message = Vec::with_capacity(data.len() + 16);
@@ -230,6 +234,7 @@ fn request(export: &str, option: u32) -> Result<Vec<u8>, Fault> {
 
 async fn answer<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<ExportInfo, Fault> {
     let mut export = None;
+    let mut description = String::new();
     for _ in 0..REPLIES_MAX {
         if stream.read_u64().await? != REPLY_MAGIC || stream.read_u32().await? != option {
             return Err(Fault::Protocol("an answer to something else".into()));
@@ -243,14 +248,21 @@ async fn answer<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<Exp
         stream.read_exact(&mut data).await?;
         match kind {
             REP_ACK => {
-                return export
-                    .ok_or_else(|| Fault::Protocol("no size in the server's answer".into()));
+                let (size_bytes, flags) = export
+                    .ok_or_else(|| Fault::Protocol("no size in the server's answer".into()))?;
+                return Ok(ExportInfo {
+                    size_bytes,
+                    flags,
+                    description,
+                });
             }
-            REP_INFO if data.len() >= 2 => {
-                if u16::from_be_bytes([data[0], data[1]]) == INFO_EXPORT {
-                    export = Some(export_info(&data[2..])?);
+            REP_INFO if data.len() >= 2 => match u16::from_be_bytes([data[0], data[1]]) {
+                INFO_EXPORT => export = Some(size_and_flags(&data[2..])?),
+                INFO_DESCRIPTION => {
+                    description = String::from_utf8_lossy(&data[2..]).into_owned();
                 }
-            }
+                _ => {}
+            },
             ERR_UNKNOWN | ERR_POLICY => {
                 return Err(Fault::Refused(
                     String::from_utf8_lossy(&data).chars().take(300).collect(),
@@ -273,15 +285,15 @@ async fn answer<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<Exp
     Err(Fault::Protocol("no end of answers".into()))
 }
 
-fn export_info(data: &[u8]) -> Result<ExportInfo, Fault> {
+fn size_and_flags(data: &[u8]) -> Result<(u64, u16), Fault> {
     let fields: [u8; 10] = data
         .try_into()
         .map_err(|_| Fault::Protocol("an export's information of a wrong length".into()))?;
     let (size, flags) = fields.split_at(8);
-    Ok(ExportInfo {
-        size_bytes: u64::from_be_bytes(size.try_into().unwrap_or_default()),
-        flags: u16::from_be_bytes(flags.try_into().unwrap_or_default()),
-    })
+    Ok((
+        u64::from_be_bytes(size.try_into().unwrap_or_default()),
+        u16::from_be_bytes(flags.try_into().unwrap_or_default()),
+    ))
 }
 
 /// Says good-bye, so that the server does not take the end for a fault. Nobody waits for its answer.
@@ -340,16 +352,18 @@ mod tests {
             REP_INFO,
             &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0],
         ));
+        bytes.extend(reply(OPT_GO, REP_INFO, b"\0\x02Ashlar volume"));
         bytes.extend(reply(OPT_GO, REP_INFO, &export(8192, 0x101)));
         bytes.extend(reply(OPT_GO, REP_ACK, &[]));
         let (result, sent) = met_with(&bytes).await;
         let info = result.expect("served");
         assert_eq!((info.size_bytes, info.flags), (8192, 0x101));
+        assert_eq!(info.description, "Ashlar volume");
         let mut wanted = 3u32.to_be_bytes().to_vec();
         wanted.extend_from_slice(b"IHAVEOPT");
-        wanted.extend_from_slice(&[0, 0, 0, 7, 0, 0, 0, 17, 0, 0, 0, 9]);
+        wanted.extend_from_slice(&[0, 0, 0, 7, 0, 0, 0, 19, 0, 0, 0, 9]);
         wanted.extend_from_slice(b"vol@token");
-        wanted.extend_from_slice(&[0, 1, 0, 3]);
+        wanted.extend_from_slice(&[0, 2, 0, 2, 0, 3]);
         assert_eq!(sent, wanted);
     }
 

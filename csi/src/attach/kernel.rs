@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::handshake::{self, Connection};
 use super::netlink::{Nbd, Setup};
 use super::{
-    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, until, verify,
+    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, look, until, verify,
 };
 use crate::child::Child;
 use crate::failpoint;
@@ -82,7 +82,7 @@ impl KernelNbd {
             };
             verify(export, &first.info)?;
             let several = first.info.flags & handshake::CAN_MULTI_CONN != 0;
-            let info = first.info;
+            let info = first.info.clone();
             let mut all = vec![first];
             while several && (all.len() as u32) < count {
                 let next = handshake::connect(server, &export.name).await?;
@@ -160,17 +160,17 @@ impl Attach for KernelNbd {
 
     async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
         let connections = self.connections(export, self.settings.connections).await?;
-        let info = connections[0].info;
+        let (size_bytes, flags) = (connections[0].info.size_bytes, connections[0].info.flags);
         let sockets: Vec<OwnedFd> = connections.into_iter().map(|each| each.socket).collect();
         let (settings, volume) = (self.settings, export.volume);
         let index = tell("setting an nbd device up", move |nbd| {
             nbd.connect(&Setup {
                 index: None,
-                size_bytes: info.size_bytes,
+                size_bytes,
                 block_bytes: BLOCK_BYTES,
                 request_timeout: settings.request_timeout,
                 dead_connection_timeout: settings.dead_connection_timeout,
-                flags: info.flags,
+                flags,
                 identifier: &volume.to_string(),
                 sockets: &sockets,
             })
@@ -183,7 +183,7 @@ impl Attach for KernelNbd {
         };
         let what = format!("{} has its size", device.name);
         let shown = until(&what, SETTLE_LIMIT, || {
-            device.size_bytes() == info.size_bytes && device.node().exists()
+            device.size_bytes() == size_bytes && device.node().exists()
         });
         if let Err(error) = shown.await {
             let _ = tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await;
@@ -226,18 +226,9 @@ impl Attach for KernelNbd {
 
     async fn grow(&self, device: &Device, export: &Export) -> Result<u64, AttachError> {
         let index = index(device)?;
-        let mut size_bytes = None;
-        let mut last = AttachError::NoServer;
-        for server in in_order(export)? {
-            match handshake::look(server, &export.name).await {
-                Ok(info) => {
-                    size_bytes = Some(info.size_bytes);
-                    break;
-                }
-                Err(error) => last = error.into(),
-            }
-        }
-        let size_bytes = size_bytes.ok_or(last)?;
+        let (_, info) = look(export).await?;
+        verify(export, &info)?;
+        let size_bytes = info.size_bytes;
         // A device in use never becomes smaller, whatever a server says.
         if size_bytes <= device.size_bytes() {
             return Ok(device.size_bytes());
@@ -254,6 +245,11 @@ impl Attach for KernelNbd {
         )
         .await?;
         Ok(size_bytes)
+    }
+
+    async fn carries(&self, device: &Device, export: &Export) -> Result<bool, AttachError> {
+        let found = self.find(export.volume).await?;
+        Ok(found.is_some_and(|found| found.name == device.name))
     }
 
     async fn fail(&self, device: &Device, _volume: Uuid) -> Result<(), AttachError> {

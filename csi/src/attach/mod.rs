@@ -198,6 +198,9 @@ pub trait Attach: Send + Sync {
     /// Makes the device as large as its export is now, and returns that size in bytes.
     async fn grow(&self, device: &Device, export: &Export) -> Result<u64, AttachError>;
 
+    /// Whether a device that was found, and was attached by an earlier run of this program, is of this very export.
+    async fn carries(&self, device: &Device, export: &Export) -> Result<bool, AttachError>;
+
     /// Makes every request in flight and to come end with an error, so that an unmount cannot wait for a server that
     /// is gone. The device stays until it is detached.
     async fn fail(&self, device: &Device, volume: Uuid) -> Result<(), AttachError>;
@@ -220,8 +223,28 @@ pub(crate) fn in_order(export: &Export) -> Result<Vec<&Address>, AttachError> {
     Ok(servers)
 }
 
-/// Checks what a server says of an export against what was published.
+/// The server to use, and what it says of the export.
+pub(crate) async fn look(export: &Export) -> Result<(Address, handshake::ExportInfo), AttachError> {
+    let mut last = AttachError::NoServer;
+    for server in in_order(export)? {
+        match handshake::look(server, &export.name).await {
+            Ok(info) => return Ok((server.clone(), info)),
+            Err(error) => last = error.into(),
+        }
+    }
+    Err(last)
+}
+
+/// Checks what a server says of an export against what was published. That it knows the name proves nothing: there are
+/// servers that serve one disk under every name.
 pub(crate) fn verify(export: &Export, info: &handshake::ExportInfo) -> Result<(), AttachError> {
+    let wanted = format!("Ashlar volume {}", export.volume);
+    if !info.description.starts_with(&wanted) {
+        return Err(AttachError::Mismatch(format!(
+            "the server calls it {:?} and not {wanted:?}",
+            info.description.chars().take(100).collect::<String>()
+        )));
+    }
     let read_only = info.flags & handshake::READ_ONLY != 0;
     if read_only != export.read_only {
         return Err(AttachError::Mismatch(format!(
@@ -296,10 +319,23 @@ mod tests {
 
     #[test]
     fn an_export_that_is_not_what_was_published_is_refused() {
-        let info = |size_bytes, flags| handshake::ExportInfo { size_bytes, flags };
         let export = export(&["tcp:h:1"]);
+        let described = |size_bytes, flags, description: &str| handshake::ExportInfo {
+            size_bytes,
+            flags,
+            description: description.to_owned(),
+        };
+        let own = format!("Ashlar volume {}, published", export.volume);
+        let info = |size_bytes, flags| described(size_bytes, flags, &own);
         assert!(verify(&export, &info(8192, 1)).is_ok());
-        for wrong in [info(8192, 3), info(0, 1), info(4095, 1)] {
+        let other = format!("Ashlar volume {}", Uuid::from_u128(1));
+        for wrong in [
+            info(8192, 3),
+            info(0, 1),
+            info(4095, 1),
+            described(8192, 1, ""),
+            described(8192, 1, &other),
+        ] {
             assert!(matches!(
                 verify(&export, &wrong),
                 Err(AttachError::Mismatch(_))

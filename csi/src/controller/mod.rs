@@ -15,7 +15,7 @@ use crate::daemon::{Daemon, Space, Volume};
 use crate::operations::Operations;
 use crate::refusal::{Class, Refusal};
 
-pub use provision::{CreateRequest, Created, Place, context_of};
+pub use provision::{CreateRequest, Created, Place, context_of, is_within};
 
 /// The controller's operations; cheap to clone.
 #[derive(Clone)]
@@ -84,7 +84,7 @@ impl Controller {
             .publications
             .iter()
             .find(|other| other.node_id != node)
-            && !(mode.is_multi_node() && other.read_only)
+            && (volume.is_replicated || !(mode.is_multi_node() && other.read_only))
         {
             return Err(Refusal::precondition(format!(
                 "volume {id} is published to node {}",
@@ -148,6 +148,10 @@ impl Controller {
                         publication.node_id
                     )));
                 }
+                // Only the daemon that serves it deletes it.
+                if volume.is_replicated && volume.not_served.is_some() && !volume.is_deleting {
+                    self.daemon.take_over(id).await?;
+                }
             }
         }
         self.daemon.delete(id).await
@@ -158,6 +162,12 @@ impl Controller {
 pub fn unsupported(volume: &Volume, capability: &Capability) -> Option<String> {
     use crate::capability::Access;
     use crate::node::format::Recorded;
+    if volume.is_replicated && capability.mode.is_multi_node() {
+        return Some(
+            "a volume with copies is served beside the node that uses it, so one node uses it at a time"
+                .to_owned(),
+        );
+    }
     let Access::Mount {
         filesystem: Some(wanted),
         ..

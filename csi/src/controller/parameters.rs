@@ -16,8 +16,6 @@ pub const MKFS_OPTIONS: &str = "mkfsOptions";
 pub const WRITE_THROUGH: &str = "writeThrough";
 /// Copies of each chunk.
 pub const REPLICAS: &str = "replicas";
-/// Copies without which writes wait.
-pub const MIN_IN_SYNC: &str = "minInSync";
 /// Bound on requests a second. Mutable.
 pub const IOPS: &str = "iops";
 /// Bound on payload a second. Mutable.
@@ -40,8 +38,6 @@ pub struct Parameters {
     pub write_through: bool,
     /// See [`REPLICAS`]; `None` leaves it to the daemon.
     pub replicas: Option<u32>,
-    /// See [`MIN_IN_SYNC`]; `None` leaves it to the daemon.
-    pub min_in_sync: Option<u32>,
     /// What can be changed later.
     pub mutable: Mutable,
     /// For people: whose claim it is.
@@ -67,13 +63,9 @@ impl Parameters {
         for (key, value) in given {
             match key.as_str() {
                 FILESYSTEM => parameters.filesystem = Some(read(key, value)?),
-                MKFS_OPTIONS => {
-                    parameters.mkfs_options =
-                        value.split_ascii_whitespace().map(str::to_owned).collect();
-                }
+                MKFS_OPTIONS => parameters.mkfs_options = split(value),
                 WRITE_THROUGH => parameters.write_through = read(key, value)?,
                 REPLICAS => parameters.replicas = Some(within(key, value, 1..=7)?),
-                MIN_IN_SYNC => parameters.min_in_sync = Some(within(key, value, 1..=7)?),
                 IOPS | BYTES_PER_SECOND => parameters.mutable.set(key, value)?,
                 key if METADATA.contains(&key) => {
                     parameters.metadata.insert(key.to_owned(), value.clone());
@@ -83,13 +75,6 @@ impl Parameters {
         }
         for (key, value) in mutable {
             parameters.mutable.set(key, value)?;
-        }
-        if let (Some(replicas), Some(least)) = (parameters.replicas, parameters.min_in_sync)
-            && least > replicas
-        {
-            return Err(Refusal::invalid(format!(
-                "{MIN_IN_SYNC} is larger than {REPLICAS}"
-            )));
         }
         if !parameters.mkfs_options.is_empty() && parameters.filesystem.is_none() {
             return Err(Refusal::invalid(format!(
@@ -121,6 +106,28 @@ impl Mutable {
         }
         Ok(())
     }
+}
+
+/// What a volume's context says of making a file system: which, and with which arguments. It came through an orchestrator,
+/// so it is checked again before it reaches a command line.
+pub fn of_context(
+    context: &BTreeMap<String, String>,
+) -> Result<(Filesystem, Vec<String>), Refusal> {
+    let filesystem = match context.get(FILESYSTEM) {
+        None => Filesystem::Ext4,
+        Some(name) => name.parse().map_err(Refusal::invalid)?,
+    };
+    let options = context.get(MKFS_OPTIONS).map(|options| split(options));
+    let options = options.unwrap_or_default();
+    check_mkfs_options(filesystem, &options)?;
+    Ok((filesystem, options))
+}
+
+fn split(options: &str) -> Vec<String> {
+    options
+        .split_ascii_whitespace()
+        .map(str::to_owned)
+        .collect()
 }
 
 fn unknown(key: &str) -> Refusal {
@@ -168,7 +175,7 @@ const XFS_OPTIONS: [&str; 6] = ["-b", "-d", "-i", "-l", "-n", "-s"];
 const ELSEWHERE: [&str; 6] = ["file", "name=", "logdev", "rtdev", "device=", "/"];
 
 /// Checks the arguments that go before the device to mkfs.
-pub fn check_mkfs_options(filesystem: Filesystem, options: &[String]) -> Result<(), Refusal> {
+fn check_mkfs_options(filesystem: Filesystem, options: &[String]) -> Result<(), Refusal> {
     let allowed: &[&str] = match filesystem {
         Filesystem::Ext4 => &EXT4_OPTIONS,
         Filesystem::Xfs => &XFS_OPTIONS,
@@ -216,7 +223,6 @@ mod tests {
                 ("mkfsOptions", "-i size=512 -n  ftype=1"),
                 ("writeThrough", "true"),
                 ("replicas", "3"),
-                ("minInSync", "2"),
                 ("iops", "500"),
                 ("csi.storage.k8s.io/pvc/name", "data"),
             ]),
@@ -226,14 +232,21 @@ mod tests {
         assert_eq!(parameters.filesystem, Some(Filesystem::Xfs));
         assert_eq!(parameters.mkfs_options, ["-i", "size=512", "-n", "ftype=1"]);
         assert!(parameters.write_through);
-        assert_eq!(
-            (parameters.replicas, parameters.min_in_sync),
-            (Some(3), Some(2))
-        );
+        assert_eq!(parameters.replicas, Some(3));
         assert_eq!(parameters.mutable.iops, Some(1000));
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
         assert_eq!(parse(&[]), Ok(Parameters::default()));
+    }
+
+    #[test]
+    fn what_comes_back_through_an_orchestrator_is_checked_again() {
+        let context = map(&[("filesystem", "xfs"), ("mkfsOptions", "-i  size=512")]);
+        let options = ["-i", "size=512"].map(str::to_owned).to_vec();
+        assert_eq!(of_context(&context), Ok((Filesystem::Xfs, options)));
+        assert_eq!(of_context(&map(&[])), Ok((Filesystem::Ext4, Vec::new())));
+        assert!(of_context(&map(&[("mkfsOptions", "-F")])).is_err());
+        assert!(of_context(&map(&[("filesystem", "ntfs")])).is_err());
     }
 
     #[test]
@@ -244,7 +257,8 @@ mod tests {
             &[("writeThrough", "yes")],
             &[("replicas", "0")],
             &[("replicas", "-1")],
-            &[("replicas", "2"), ("minInSync", "3")],
+            &[("replicas", "8")],
+            &[("replicas", "3"), ("minInSync", "2")],
             &[("iops", "9")],
             &[("iops", "many")],
             &[("bytesPerSecond", "1000")],

@@ -71,21 +71,6 @@ impl Controller {
         if let Some(volume) = self.daemon().volume_named(&name).await? {
             return found(volume, &request);
         }
-        if request
-            .parameters
-            .replicas
-            .is_some_and(|replicas| replicas > 1)
-            || request
-                .parameters
-                .min_in_sync
-                .is_some_and(|least| least > 1)
-        {
-            // Said here and not by a volume with fewer copies than its class promises.
-            return Err(Refusal::invalid(format!(
-                "{} above 1 needs a cluster of daemons",
-                parameters::REPLICAS
-            )));
-        }
         is_reachable(&request, places)?;
         let space = self.daemon().space().await?;
         let minimum = smallest(&request);
@@ -108,15 +93,33 @@ impl Controller {
                 bytes_per_second: request.parameters.mutable.bytes_per_second.unwrap_or(0),
             },
             annotations: annotations(&request),
+            replicas: request.parameters.replicas.unwrap_or(0),
         };
         match self.daemon().create(new).await {
-            Ok(volume) => Ok(volume),
+            // Whether it has copies is known only now.
+            Ok(volume) => match mismatch(&volume, &request) {
+                None => Ok(volume),
+                Some(mismatch) => {
+                    self.daemon().delete(volume.id).await?;
+                    Err(Refusal::invalid(mismatch))
+                }
+            },
             // Somebody was faster: another replica of the controller, or the caller's own attempt before.
             Err(refusal) if refusal.class == Class::AlreadyExists => {
                 match self.daemon().volume_named(&name).await? {
                     Some(volume) => found(volume, &request),
                     None => Err(Refusal::busy(&format!("volume {}", request.name))),
                 }
+            }
+            // How many copies there can be is for the daemon to know; the class is what has to change.
+            Err(refusal)
+                if refusal.class == Class::FailedPrecondition
+                    && request.parameters.replicas.is_some_and(|copies| copies > 1) =>
+            {
+                Err(Refusal::invalid(format!(
+                    "{}: {refusal}",
+                    parameters::REPLICAS
+                )))
             }
             Err(refusal) => Err(refusal),
         }
@@ -134,24 +137,22 @@ impl Controller {
     }
 }
 
+/// Whether one of `places` has all the segments of `wanted`.
+pub fn is_within(places: &[Place], wanted: &Place) -> bool {
+    let has = |place: &Place| {
+        let mut segments = wanted.iter();
+        segments.all(|(key, value)| place.get(key) == Some(value))
+    };
+    places.iter().any(has)
+}
+
 /// Whether some node is where the volume must be reachable from.
 fn is_reachable(request: &CreateRequest, places: &[Place]) -> Result<(), Refusal> {
     if request.requisite.is_empty() && request.preferred.is_empty() {
         return Ok(());
     }
-    let is_there = |wanted: &Place| {
-        places.iter().any(|place| {
-            wanted
-                .iter()
-                .all(|(key, value)| place.get(key) == Some(value))
-        })
-    };
-    if request
-        .requisite
-        .iter()
-        .chain(&request.preferred)
-        .any(is_there)
-    {
+    let mut wanted = request.requisite.iter().chain(&request.preferred);
+    if wanted.any(|wanted| is_within(places, wanted)) {
         return Ok(());
     }
     Err(Refusal::new(
@@ -215,14 +216,16 @@ fn found(volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
     if of_class(&volume.annotations) != of_class(&wanted) {
         return differs("other parameters");
     }
-    let mismatch = request
-        .capabilities
-        .iter()
-        .find_map(|capability| unsupported(&volume, capability));
-    if let Some(mismatch) = mismatch {
+    if let Some(mismatch) = mismatch(&volume, request) {
         return differs(&mismatch);
     }
     Ok(volume)
+}
+
+/// Why a volume cannot be used in all the ways asked for.
+fn mismatch(volume: &Volume, request: &CreateRequest) -> Option<String> {
+    let mut capabilities = request.capabilities.iter();
+    capabilities.find_map(|capability| unsupported(volume, capability))
 }
 
 /// What the node needs to know of a volume beside what is published to it.

@@ -1,13 +1,16 @@
 //! The daemon, as the driver asks it things: its administrative interface in the driver's own types.
 
+mod doors;
 mod volume;
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_proto::admin;
 use ashlar_proto::admin::admin_client::AdminClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
@@ -16,6 +19,7 @@ use crate::attach::Export;
 use crate::capability::{AccessMode, Filesystem};
 use crate::refusal::{Class, Refusal};
 
+use doors::Doors;
 pub use volume::{Limits, NewVolume, NodeInfo, Publication, Space, Summary, Volume};
 
 /// Reads and small changes. A daemon that takes longer is as good as gone, and the caller asks again.
@@ -23,43 +27,38 @@ const CALL_LIMIT: Duration = Duration::from_secs(15);
 /// Deleting waits until the blocks are durably dropped, publishing until older connections are ended.
 const LONG_CALL_LIMIT: Duration = Duration::from_secs(100);
 
-/// One daemon; cheap to clone. Connects when it is first asked, and again after every break.
+/// One daemon, or the daemons of a cluster of which one is asked; cheap to clone. Connects when it is first asked, and again
+/// after every break.
 #[derive(Clone, Debug)]
 pub struct Daemon {
-    client: AdminClient<Channel>,
-    address: Address,
+    doors: Arc<Doors>,
 }
 
 impl Daemon {
-    /// The daemon at `address`, which need not be there yet.
-    pub fn new(address: &Address) -> Result<Daemon, Refusal> {
-        let uri = match address {
-            Address::Unix(path) => format!("unix:{}", path.display()),
-            Address::Tcp(host) => format!("http://{host}"),
-        };
-        let endpoint = Endpoint::from_shared(uri)
-            .map_err(|error| Refusal::invalid(format!("{address}: {error}")))?
-            .connect_timeout(Duration::from_secs(5));
+    /// The first of `addresses` that answers; none of them need be there yet. `certificates` is a directory with what a
+    /// cluster's daemons want to see over TCP.
+    pub fn new(addresses: &[Address], certificates: Option<&Path>) -> Result<Daemon, Refusal> {
         Ok(Daemon {
-            client: AdminClient::new(endpoint.connect_lazy()),
-            address: address.clone(),
+            doors: Arc::new(Doors::new(addresses, certificates)?),
         })
     }
 
     /// Where it is.
-    pub fn address(&self) -> &Address {
-        &self.address
+    pub fn address(&self) -> Address {
+        self.doors.address()
     }
 
     fn client(&self) -> AdminClient<Channel> {
-        self.client.clone()
+        self.doors.client()
     }
 
     /// What the daemon is and how it does.
     pub async fn status(&self) -> Result<Summary, Refusal> {
         let request = asking(admin::GetStatusRequest {}, CALL_LIMIT);
         let answer = self.client().get_status(request).await;
-        Ok(Summary::from(answer.map_err(refusal)?.into_inner()))
+        Ok(Summary::from(
+            answer.map_err(|status| self.refusal(status))?.into_inner(),
+        ))
     }
 
     /// One volume.
@@ -70,8 +69,54 @@ impl Daemon {
             },
             CALL_LIMIT,
         );
-        let answer = self.client().get_volume(request).await.map_err(refusal)?;
+        let answer = self
+            .client()
+            .get_volume(request)
+            .await
+            .map_err(|status| self.refusal(status))?;
         one(answer.into_inner().volume)
+    }
+
+    /// Has this daemon serve a volume with copies, wherever it is served now, and answers it and where this daemon's
+    /// exports are reached. [`Class::FailedPrecondition`] when it is not published to `node` any more.
+    pub async fn open(&self, id: Uuid, node: &str) -> Result<(Volume, Vec<Address>), Refusal> {
+        let request = asking(
+            admin::OpenVolumeRequest {
+                volume: id.to_string(),
+                client_node_id: node.to_owned(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        self.client()
+            .open_volume(request)
+            .await
+            .map_err(|status| self.refusal(status))?;
+        let request = asking(
+            admin::GetVolumeRequest {
+                volume: id.to_string(),
+            },
+            CALL_LIMIT,
+        );
+        let answer = self
+            .client()
+            .get_volume(request)
+            .await
+            .map_err(|status| self.refusal(status))?;
+        let answer = answer.into_inner();
+        Ok((one(answer.volume)?, addresses(&answer.nbd_listeners)))
+    }
+
+    /// Has this daemon serve a volume with copies that nobody has.
+    pub async fn take_over(&self, id: Uuid) -> Result<(), Refusal> {
+        let request = asking(
+            admin::OpenVolumeRequest {
+                volume: id.to_string(),
+                client_node_id: String::new(),
+            },
+            LONG_CALL_LIMIT,
+        );
+        let answer = self.client().open_volume(request).await;
+        answer.map(drop).map_err(|status| self.refusal(status))
     }
 
     /// One volume by its name; `None` when there is none.
@@ -85,7 +130,7 @@ impl Daemon {
         match self.client().get_volume(request).await {
             Ok(answer) => one(answer.into_inner().volume).map(Some),
             Err(status) if status.code() == Code::NotFound => Ok(None),
-            Err(status) => Err(refusal(status)),
+            Err(status) => Err(self.refusal(status)),
         }
     }
 
@@ -99,16 +144,20 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().list_volumes(request).await;
-        let answer = answer.map_err(refusal)?.into_inner();
+        let answer = answer.map_err(|status| self.refusal(status))?.into_inner();
         let volumes = answer.volumes.into_iter().map(Volume::try_from);
         Ok((volumes.collect::<Result<_, _>>()?, answer.next_page_token))
     }
 
     /// Creates a volume. [`Class::AlreadyExists`] when the name is taken.
     pub async fn create(&self, new: NewVolume) -> Result<Volume, Refusal> {
-        let request = asking(admin::CreateVolumeRequest::from(new), CALL_LIMIT);
+        // One with copies is served by the end of the call, and that has to wait for daemons that are away.
+        let request = asking(admin::CreateVolumeRequest::from(new), LONG_CALL_LIMIT);
         let answer = self.client().create_volume(request).await;
-        one(answer.map_err(refusal)?.into_inner().volume)
+        one(answer
+            .map_err(|status| self.refusal(status))?
+            .into_inner()
+            .volume)
     }
 
     /// Deletes a volume; one that is not there is fine.
@@ -122,7 +171,7 @@ impl Daemon {
         match self.client().delete_volume(request).await {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            Err(status) => Err(refusal(status)),
+            Err(status) => Err(self.refusal(status)),
         }
     }
 
@@ -136,7 +185,10 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().resize_volume(request).await;
-        one(answer.map_err(refusal)?.into_inner().volume)
+        one(answer
+            .map_err(|status| self.refusal(status))?
+            .into_inner()
+            .volume)
     }
 
     /// Changes the limits of a volume; what is `None` stays.
@@ -156,7 +208,10 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().set_volume(request).await;
-        one(answer.map_err(refusal)?.into_inner().volume)
+        one(answer
+            .map_err(|status| self.refusal(status))?
+            .into_inner()
+            .volume)
     }
 
     /// Gives a volume to a node. The same node on the same terms gets the same export again.
@@ -177,12 +232,8 @@ impl Daemon {
             LONG_CALL_LIMIT,
         );
         let answer = self.client().publish_volume(request).await;
-        let answer = answer.map_err(refusal)?.into_inner();
-        let servers = answer
-            .nbd_listeners
-            .iter()
-            .filter_map(|listener| listener.address.parse().ok())
-            .collect();
+        let answer = answer.map_err(|status| self.refusal(status))?.into_inner();
+        let servers = addresses(&answer.nbd_listeners);
         Ok(Export {
             volume: id,
             name: answer.export_name,
@@ -202,7 +253,7 @@ impl Daemon {
             LONG_CALL_LIMIT,
         );
         let answer = self.client().unpublish_volume(request).await;
-        answer.map(drop).map_err(refusal)
+        answer.map(drop).map_err(|status| self.refusal(status))
     }
 
     /// Announces a filesystem. Refused unless nothing of a user's can be on the volume.
@@ -221,7 +272,7 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().begin_format(request).await;
-        answer.map(drop).map_err(refusal)
+        answer.map(drop).map_err(|status| self.refusal(status))
     }
 
     /// Records that the announced filesystem is made and durable.
@@ -234,7 +285,7 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().end_format(request).await;
-        answer.map(drop).map_err(refusal)
+        answer.map(drop).map_err(|status| self.refusal(status))
     }
 
     /// Makes a node known, or moves it.
@@ -251,14 +302,17 @@ impl Daemon {
             CALL_LIMIT,
         );
         let answer = self.client().register_node(request).await;
-        answer.map(drop).map_err(refusal)
+        answer.map(drop).map_err(|status| self.refusal(status))
     }
 
     /// Every node that volumes can be published to.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>, Refusal> {
         let request = asking(admin::ListNodesRequest {}, CALL_LIMIT);
         let answer = self.client().list_nodes(request).await;
-        let nodes = answer.map_err(refusal)?.into_inner().nodes;
+        let nodes = answer
+            .map_err(|status| self.refusal(status))?
+            .into_inner()
+            .nodes;
         Ok(nodes.into_iter().map(NodeInfo::from).collect())
     }
 
@@ -266,7 +320,22 @@ impl Daemon {
     pub async fn space(&self) -> Result<Space, Refusal> {
         let request = asking(admin::GetCapacityRequest {}, CALL_LIMIT);
         let answer = self.client().get_capacity(request).await;
-        Ok(Space::from(answer.map_err(refusal)?.into_inner()))
+        Ok(Space::from(
+            answer.map_err(|status| self.refusal(status))?.into_inner(),
+        ))
+    }
+
+    fn refusal(&self, status: Status) -> Refusal {
+        // What has a cause did not come from the daemon but broke on the way, whatever its code: it may have been done.
+        let class = match std::error::Error::source(&status) {
+            Some(_) => Class::Unavailable,
+            None => class_of(status.code()),
+        };
+        let words = self.doors.words(&status);
+        if matches!(class, Class::Unavailable | Class::DeadlineExceeded) {
+            self.doors.go_on();
+        }
+        Refusal::new(class, format!("the daemon: {words}"))
     }
 }
 
@@ -276,15 +345,22 @@ fn asking<T>(message: T, limit: Duration) -> tonic::Request<T> {
     request
 }
 
+fn addresses(listeners: &[admin::Listener]) -> Vec<Address> {
+    listeners
+        .iter()
+        .filter_map(|listener| listener.address.parse().ok())
+        .collect()
+}
+
 fn one(volume: Option<admin::Volume>) -> Result<Volume, Refusal> {
     volume
         .ok_or_else(|| Refusal::internal("the daemon answered without the volume"))?
         .try_into()
 }
 
-/// What the daemon's answers mean to the driver's callers.
-fn refusal(status: Status) -> Refusal {
-    let class = match status.code() {
+/// What the code of a daemon's answer means to the driver's callers.
+fn class_of(code: Code) -> Class {
+    match code {
         Code::InvalidArgument => Class::InvalidArgument,
         Code::NotFound => Class::NotFound,
         Code::AlreadyExists => Class::AlreadyExists,
@@ -298,6 +374,5 @@ fn refusal(status: Status) -> Refusal {
         Code::PermissionDenied | Code::Unauthenticated => Class::PermissionDenied,
         Code::Unimplemented => Class::Unimplemented,
         Code::Ok | Code::Internal | Code::DataLoss => Class::Internal,
-    };
-    Refusal::new(class, format!("the daemon: {}", status.message()))
+    }
 }

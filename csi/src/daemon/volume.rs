@@ -32,8 +32,12 @@ pub struct Volume {
     pub is_deleting: bool,
     /// Raised whenever answered writes may be gone: a device attached under a smaller number must not go on.
     pub client_generation: u64,
-    /// Why clients cannot reach it.
+    /// Why clients cannot reach it at the daemon that was asked.
     pub not_served: Option<String>,
+    /// Whether it has copies on the daemons of a cluster; then any of them can serve it, one at a time.
+    pub is_replicated: bool,
+    /// UUID of the daemon that serves it, or served it last. Empty when none ever did.
+    pub head: String,
 }
 
 /// A volume given to a node.
@@ -69,6 +73,8 @@ pub struct NewVolume {
     pub limits: Limits,
     /// What this driver keeps with it.
     pub annotations: BTreeMap<String, String>,
+    /// Copies of each chunk; 0 leaves it to the daemon.
+    pub replicas: u32,
 }
 
 /// A node that volumes can be published to.
@@ -94,6 +100,8 @@ pub struct Space {
 /// How the daemon does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
+    /// The daemon's UUID.
+    pub node: String,
     /// Whether it serves.
     pub is_ready: bool,
     /// What needs a person.
@@ -145,6 +153,8 @@ impl TryFrom<admin::Volume> for Volume {
             is_deleting,
             client_generation: volume.client_generation,
             not_served: Some(volume.not_served_reason).filter(|reason| !reason.is_empty()),
+            is_replicated: !volume.replica_sets.is_empty(),
+            head: volume.head_node_id,
         })
     }
 }
@@ -169,6 +179,7 @@ impl From<NewVolume> for admin::CreateVolumeRequest {
                 bytes_per_second: new.limits.bytes_per_second,
             }),
             annotations: new.annotations.into_iter().collect(),
+            replicas: new.replicas,
             ..admin::CreateVolumeRequest::default()
         }
     }
@@ -196,6 +207,7 @@ impl From<admin::GetCapacityResponse> for Space {
 impl From<admin::GetStatusResponse> for Summary {
     fn from(answer: admin::GetStatusResponse) -> Summary {
         Summary {
+            node: answer.node_id.clone(),
             is_ready: answer.state() == admin::DaemonState::Ready,
             warnings: answer.warnings,
         }

@@ -14,14 +14,14 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::capability::{Access, AccessMode, Capability, Filesystem};
-use crate::controller::parameters::{self, check_mkfs_options};
+use crate::controller::parameters;
 use crate::controller::{Controller, context_of, unsupported};
-use crate::daemon::{Daemon, Volume};
-use crate::mountinfo::Mounts;
+use crate::daemon::Volume;
+use crate::node::filesystem::mounts;
 use crate::node::{Node, PublishRequest, StageRequest};
 use crate::paths;
 use crate::refusal::{Class, Refusal};
-use crate::run::{Arguments, node_id, open_node};
+use crate::run::{Arguments, node_id, open_node, the_daemon};
 
 /// A machine that takes, mounts and gives back volumes by itself; cheap to clone.
 #[derive(Clone)]
@@ -46,8 +46,9 @@ pub struct Wish {
 impl Host {
     /// Opens what is remembered and brings it in line with the system. `suffix` tells the front end's name as a node.
     pub async fn open(arguments: &Arguments, suffix: &str) -> anyhow::Result<Host> {
-        let daemon = Daemon::new(&arguments.daemon)?;
-        let node = open_node(arguments, daemon.clone()).await?;
+        let daemon = the_daemon(arguments, false)?;
+        let node_id = node_id(arguments, suffix)?;
+        let node = open_node(arguments, &node_id, daemon.clone()).await?;
         let staging = arguments.state_dir.join("staging");
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -56,7 +57,7 @@ impl Host {
         let host = Host {
             node,
             controller: Controller::new(daemon, 0),
-            node_id: node_id(arguments, suffix)?,
+            node_id,
             staging,
         };
         if let Err(error) = host.settle().await {
@@ -149,21 +150,7 @@ impl Host {
         if let Some(mismatch) = unsupported(volume, &capability) {
             return Err(Refusal::invalid(mismatch));
         }
-        let context = context_of(volume);
-        let default_filesystem = match context.get(parameters::FILESYSTEM) {
-            None => Filesystem::Ext4,
-            Some(name) => name.parse().map_err(Refusal::invalid)?,
-        };
-        let mkfs_options: Vec<String> = context
-            .get(parameters::MKFS_OPTIONS)
-            .map(|options| {
-                options
-                    .split_ascii_whitespace()
-                    .map(str::to_owned)
-                    .collect()
-            })
-            .unwrap_or_default();
-        check_mkfs_options(default_filesystem, &mkfs_options)?;
+        let (default_filesystem, mkfs_options) = parameters::of_context(&context_of(volume))?;
         // The daemon may have lost its records since the last time.
         self.node
             .daemon()
@@ -208,8 +195,7 @@ impl Host {
         let staging = self.staging.join(volume.to_string());
         if let Some(held) = self.node.held_volume(volume)? {
             // A target that was planned and never bound does not count.
-            let mounts = Mounts::read()
-                .map_err(|error| Refusal::internal(format!("reading the mounts: {error}")))?;
+            let mounts = mounts()?;
             if held.targets.iter().any(|path| mounts.at(path).is_some()) {
                 return Ok(());
             }

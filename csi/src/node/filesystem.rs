@@ -63,6 +63,33 @@ pub async fn look(device: &Path, size_bytes: u64) -> Result<Found, Refusal> {
     }
 }
 
+/// What is on a device that has no signature and should never have been written to: its beginning and its end have to be
+/// zeros. Bytes there are another device's, of somebody who needs no file system.
+pub async fn look_closer(device: &Path, size_bytes: u64) -> Result<Found, Refusal> {
+    const PIECE: u64 = 1 << 20;
+    let piece = size_bytes.min(PIECE);
+    for skip in [0, size_bytes - piece] {
+        let finished = Child::new("cmp")
+            .arg(format!("--bytes={piece}"))
+            .arg(format!("--ignore-initial={skip}:0"))
+            .arg(device)
+            .arg("/dev/zero")
+            .run(PROBE_LIMIT)
+            .await?;
+        match finished.code {
+            0 => {}
+            1 => {
+                return Ok(Found::Signature {
+                    kind: "data without a signature".to_owned(),
+                    uuid: String::new(),
+                });
+            }
+            _ => return Ok(Found::Unreadable(finished.to_string())),
+        }
+    }
+    Ok(Found::Nothing)
+}
+
 /// blkid's `NAME=value` lines.
 fn signature(text: &str) -> Found {
     let value = |name: &str| {
@@ -321,6 +348,15 @@ mod tests {
         let file = std::fs::File::create_new(&image).expect("made");
         file.set_len(16 << 20).expect("sized");
         assert_eq!(look(&image, 16 << 20).await, Ok(Found::Nothing));
+        assert_eq!(look_closer(&image, 16 << 20).await, Ok(Found::Nothing));
+        for at in [0, (1 << 20) - 1, (16 << 20) - 1] {
+            let byte = |byte: u8| std::os::unix::fs::FileExt::write_all_at(&file, &[byte], at);
+            byte(1).expect("written");
+            assert_eq!(look(&image, 16 << 20).await, Ok(Found::Nothing));
+            let closer = look_closer(&image, 16 << 20).await;
+            assert!(matches!(closer, Ok(Found::Signature { .. })), "{closer:?}");
+            byte(0).expect("written");
+        }
         assert!(matches!(
             look(&image, 17 << 20).await,
             Ok(Found::Unreadable(_))

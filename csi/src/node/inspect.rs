@@ -112,8 +112,13 @@ impl Node {
             .grow(&device, &state.export)
             .await?;
         if size < required_bytes {
+            // The daemon beside this node hears a moment later of what the controller's daemon did.
+            let class = match self.daemon.volume(volume).await?.is_replicated {
+                true => Class::Unavailable,
+                false => Class::OutOfRange,
+            };
             return Err(Refusal::new(
-                Class::OutOfRange,
+                class,
                 format!(
                     "the volume has {size} bytes, and {required_bytes} were asked for: it has to be expanded first"
                 ),

@@ -45,6 +45,8 @@ const UNMOUNT_FAILED_LIMIT: Duration = Duration::from_secs(20);
 /// How a node works.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// What the daemon knows this node as.
+    pub node_id: String,
     /// Where the state files are.
     pub state_directory: PathBuf,
     /// Below which directories callers may name paths.

@@ -64,7 +64,7 @@ impl Node {
 
     /// Gives the kernel's NBD devices as many new connections as they lack. The daemon's count of connections tells, not
     /// the kernel's: the kernel says "connected" of a device whose sockets are all dead.
-    async fn heal(&self, node_id: &str, connections: u32) -> Result<(), Refusal> {
+    async fn heal(&self, connections: u32) -> Result<(), Refusal> {
         for state in self.states.all()? {
             let volume = state.export.volume;
             if state.boot_id != self.boot_id {
@@ -82,13 +82,21 @@ impl Node {
             let open = known
                 .publications
                 .iter()
-                .find(|publication| publication.node_id == node_id)
+                .find(|publication| publication.node_id == self.settings.node_id)
                 .map(|publication| publication.connections);
             // Not published here: fenced on purpose.
             let Some(missing) = open.and_then(|open| connections.checked_sub(open)) else {
                 continue;
             };
             if missing == 0 {
+                continue;
+            }
+            // Somebody had another daemon serve it; but it is published to this node, and nobody else can use it.
+            if known.is_replicated
+                && known.not_served.is_some()
+                && let Err(refusal) = self.daemon.open(volume, &self.settings.node_id).await
+            {
+                tracing::debug!(volume = %volume, %refusal, "the daemon cannot serve the volume yet");
                 continue;
             }
             // Asked of the daemon that the connections are to: a daemon that lost power after this was read ends them itself.
@@ -141,12 +149,12 @@ impl Node {
 }
 
 /// Looks after the connections of this node's devices until the task is dropped. `connections` is how many each has.
-pub async fn keep_connected(node: Arc<Node>, node_id: String, connections: u32) {
+pub async fn keep_connected(node: Arc<Node>, connections: u32) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if let Err(error) = node.heal(&node_id, connections).await {
+        if let Err(error) = node.heal(connections).await {
             tracing::warn!(%error, "looking after connections failed");
         }
     }

@@ -5,10 +5,10 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::filesystem;
-use super::format::{Decision, Recorded, decide};
+use super::format::{Decision, Found, Recorded, decide};
 use super::state::{Stage, VolumeState};
-use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, mount_of};
-use crate::attach::Device;
+use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, is_node_of, mount_of};
+use crate::attach::{Device, Export};
 use crate::capability::{Access, Filesystem};
 use crate::daemon::Volume;
 use crate::failpoint;
@@ -26,10 +26,18 @@ impl Node {
     /// Stages a volume. OK when it is staged there in the same way; [`Class::AlreadyExists`] when in another.
     pub async fn stage(&self, request: &StageRequest) -> Result<(), Refusal> {
         let id = request.export.volume;
-        let volume = self.daemon.volume(id).await?;
+        let mut volume = self.daemon.volume(id).await?;
         if volume.is_deleting {
             return Err(Refusal::not_found(format!("volume {id} is being deleted")));
         }
+        let mut request = request.clone();
+        if volume.is_replicated {
+            // Served beside this node from now on, and reached there: what was published names the daemon that was asked.
+            let (served, servers) = self.daemon.open(id, &self.settings.node_id).await?;
+            volume = served;
+            request.export.servers = servers;
+        }
+        let request = &request;
         failpoint::reach("stage-begun");
         let known = self.known(id)?;
         if let Some(state) = &known
@@ -155,7 +163,7 @@ impl Node {
             !state.stage.is_complete && state.client_generation == volume.client_generation
         });
         if let Some(found) = &device
-            && !(is_same_export && is_half_way && self.is_usable(found).await?)
+            && !(is_same_export && is_half_way && self.is_usable(found, &request.export).await?)
         {
             // Of an earlier publication, of unknown origin, or dead.
             let place = known
@@ -193,6 +201,12 @@ impl Node {
                 volume.size_bytes
             )));
         }
+        if !is_node_of(&device, &device.node()) {
+            return Err(Refusal::internal(format!(
+                "{} is not the node of the device that was attached: it is not touched",
+                device.node().display()
+            )));
+        }
         // The kernel keeps a read-only mark on a device's name, for whatever volume gets the name next.
         filesystem::set_read_only(&device.node(), request.export.read_only).await?;
         if let Access::Mount {
@@ -214,11 +228,15 @@ impl Node {
         Ok(())
     }
 
-    /// Whether a device that is attached already can be gone on with: it answers, and nobody has mounted it.
-    async fn is_usable(&self, device: &Device) -> Result<bool, Refusal> {
+    /// Whether a device that is attached already can be gone on with: it is of this export, it answers, and nobody has
+    /// mounted it.
+    async fn is_usable(&self, device: &Device, export: &Export) -> Result<bool, Refusal> {
         let Some(number) = device.number() else {
             return Ok(false);
         };
+        if !self.attacher(device.kind)?.carries(device, export).await? {
+            return Ok(false);
+        }
         let is_mounted = filesystem::mounts()?.of_device(number).next().is_some();
         Ok(!is_mounted && filesystem::answers(&device.node()).await)
     }
@@ -232,7 +250,11 @@ impl Node {
         wish: &Wish<'_>,
     ) -> Result<Filesystem, Refusal> {
         let node = device.node();
-        let found = filesystem::look(&node, volume.size_bytes).await?;
+        let mut found = filesystem::look(&node, volume.size_bytes).await?;
+        // Asked only where it proves something: what was written to without a signature is refused anyway.
+        if found == Found::Nothing && !volume.ever_written {
+            found = filesystem::look_closer(&node, volume.size_bytes).await?;
+        }
         let decision = decide(
             &volume.filesystem,
             &found,

@@ -3,9 +3,9 @@
 //!
 //! The files are a memory, not the truth. What is attached and mounted is always asked of the kernel.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::attach::{Device, Export};
 use crate::capability::{AccessMode, Capability, Filesystem};
 use crate::refusal::Refusal;
+use crate::stored::{self, UNFINISHED};
 
 /// The form of the files. A file of another form is not read.
 const VERSION: u32 = 1;
@@ -106,7 +107,7 @@ impl States {
             if entry
                 .path()
                 .extension()
-                .is_some_and(|ending| ending == "new")
+                .is_some_and(|ending| ending == UNFINISHED)
             {
                 fs::remove_file(entry.path()).map_err(failed)?;
             }
@@ -148,35 +149,17 @@ impl States {
     /// Writes what is known. It is durable when this returns.
     pub fn save(&self, state: &VolumeState) -> Result<(), Refusal> {
         let path = self.path(state.export.volume);
-        self.replace(&path, state).map_err(|error| {
+        stored::replace(&path, state).map_err(|error| {
             Refusal::internal(format!("{} cannot be written: {error}", path.display()))
         })
-    }
-
-    fn replace(&self, path: &Path, state: &VolumeState) -> io::Result<()> {
-        let fresh = path.with_extension("new");
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&fresh)?;
-        serde_json::to_writer(&mut file, state)?;
-        file.flush()?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)?;
-        File::open(&self.directory)?.sync_all()
     }
 
     /// Forgets a volume; one that is not known is fine.
     pub fn remove(&self, volume: Uuid) -> Result<(), Refusal> {
         let path = self.path(volume);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Refusal::internal(
-                format!("{} cannot be removed: {error}", path.display()),
-            )),
-            _ => Ok(()),
-        }
+        stored::remove(&path).map_err(|error| {
+            Refusal::internal(format!("{} cannot be removed: {error}", path.display()))
+        })
     }
 
     /// Every volume something is known of.

@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use tonic::{Request, Response, Status};
 
-use super::convert;
-use super::{Spec, patience, status};
+use super::convert::{self, bytes};
+use super::{Spec, carry_out, patience, status};
 use crate::capability::Capability;
 use crate::controller::parameters::{Mutable, Parameters};
 use crate::controller::sizing::{self, Range};
-use crate::controller::{Controller as Operations, CreateRequest, context_of, unsupported};
+use crate::controller::{
+    Controller as Operations, CreateRequest, context_of, is_within, unsupported,
+};
 use crate::csi;
 use crate::csi::controller_service_capability::rpc::Type as Can;
 use crate::daemon::{Daemon, Volume};
@@ -48,12 +50,8 @@ impl Controller {
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
         W: FnOnce(Arc<Operations>) -> F,
     {
-        let operations = Arc::clone(&self.operations);
-        self.operations
-            .turns()
-            .carry_out(key, waits, work(operations))
-            .await
-            .map_err(status)
+        let work = work(Arc::clone(&self.operations));
+        carry_out(self.operations.turns(), key, waits, work).await
     }
 
     fn daemon(&self) -> &Daemon {
@@ -83,11 +81,13 @@ impl Controller {
         }
     }
 
-    /// What is wrong with a volume, as the daemon knows.
-    fn health(volume: &Volume) -> Vec<csi::volume_health::VolumeHealthEntry> {
+    /// What is wrong with a volume, as the daemon `own` knows. Of one that another daemon serves it knows nothing bad.
+    fn health(volume: &Volume, own: &str) -> Vec<csi::volume_health::VolumeHealthEntry> {
+        let is_elsewhere = volume.is_replicated && !volume.head.is_empty() && volume.head != own;
         volume
             .not_served
             .iter()
+            .filter(|_| !is_elsewhere)
             .map(|reason| csi::volume_health::VolumeHealthEntry {
                 status: csi::VolumeHealthErrorType::Inaccessible.into(),
                 reason: "NotServed".to_owned(),
@@ -103,10 +103,6 @@ fn published(volume: &Volume) -> Vec<String> {
         .iter()
         .map(|publication| publication.node_id.clone())
         .collect()
-}
-
-fn bytes(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 fn range(given: Option<csi::CapacityRange>) -> Result<Range, Refusal> {
@@ -292,11 +288,12 @@ impl csi::controller_server::Controller for Controller {
             .page(message.max_entries, &message.starting_token)
             .await
             .map_err(status)?;
+        let own = self.daemon().status().await.map_err(status)?.node;
         let entries = volumes
             .iter()
             .map(|volume| csi::VolumeHealth {
                 volume_id: volume.id.to_string(),
-                health_statuses: Controller::health(volume),
+                health_statuses: Controller::health(volume, &own),
             })
             .collect();
         Ok(Response::new(csi::ControllerListVolumeHealthResponse {
@@ -311,10 +308,11 @@ impl csi::controller_server::Controller for Controller {
     ) -> Answer<csi::ControllerGetVolumeHealthResponse> {
         let id = convert::known_id(&request.into_inner().volume_id).map_err(status)?;
         let volume = self.operations.volume(id).await.map_err(status)?;
+        let own = self.daemon().status().await.map_err(status)?.node;
         Ok(Response::new(csi::ControllerGetVolumeHealthResponse {
             volume_health: Some(csi::VolumeHealth {
                 volume_id: id.to_string(),
-                health_statuses: Controller::health(&volume),
+                health_statuses: Controller::health(&volume, &own),
             }),
         }))
     }
@@ -335,12 +333,7 @@ impl csi::controller_server::Controller for Controller {
             Some(topology) if topology.segments.is_empty() => true,
             Some(topology) => {
                 let places = self.operations.places().await.map_err(status)?;
-                places.iter().any(|place| {
-                    topology
-                        .segments
-                        .iter()
-                        .all(|(key, value)| place.get(key) == Some(value))
-                })
+                is_within(&places, &topology.segments.into_iter().collect())
             }
         };
         let space = self.operations.space().await.map_err(status)?;

@@ -185,10 +185,15 @@ pub fn places(given: Vec<csi::Topology>) -> Result<Vec<Place>, Refusal> {
         .collect()
 }
 
+/// A number of bytes as the interface has it.
+pub fn bytes(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
 /// What is told of a volume that can be used in `places`.
 pub fn volume(volume: &Volume, context: BTreeMap<String, String>, places: &[Place]) -> csi::Volume {
     csi::Volume {
-        capacity_bytes: i64::try_from(volume.size_bytes).unwrap_or(i64::MAX),
+        capacity_bytes: bytes(volume.size_bytes),
         volume_id: volume.id.to_string(),
         volume_context: context.into_iter().collect(),
         content_source: None,

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 
+use crate::operations::Operations;
 use crate::refusal::{Class, Refusal};
 
 /// The driver's name.
@@ -53,6 +54,16 @@ pub fn code(class: Class) -> Code {
 /// A refusal as it is answered: a code and words, no details.
 pub fn status(refusal: Refusal) -> Status {
     Status::new(code(refusal.class), refusal.message)
+}
+
+/// Carries an operation out to its end, under the turn for `key`.
+async fn carry_out<T: Send + 'static>(
+    turns: &Operations,
+    key: &str,
+    waits: Option<Duration>,
+    work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+) -> Result<T, Status> {
+    turns.carry_out(key, waits, work).await.map_err(status)
 }
 
 /// Kept back from a caller's deadline, so that our answer arrives before it.

@@ -8,10 +8,11 @@ use std::time::Duration;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::{Spec, convert, patience, status};
+use super::convert::bytes;
+use super::{Spec, carry_out, convert, patience, status};
 use crate::attach::Export;
-use crate::capability::{Capability, Filesystem};
-use crate::controller::parameters::{self, check_mkfs_options};
+use crate::capability::Capability;
+use crate::controller::parameters;
 use crate::csi;
 use crate::csi::node_service_capability::rpc::Type as Can;
 use crate::node::{Health, Node as Operations, PublishRequest, Severity, StageRequest, Usage};
@@ -59,12 +60,8 @@ impl Node {
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
         W: FnOnce(Arc<Operations>) -> F,
     {
-        let operations = Arc::clone(&self.operations);
-        self.operations
-            .turns()
-            .carry_out(volume, waits, work(operations))
-            .await
-            .map_err(status)
+        let work = work(Arc::clone(&self.operations));
+        carry_out(self.operations.turns(), volume, waits, work).await
     }
 
     fn path(&self, what: &str, path: &str) -> Result<PathBuf, Status> {
@@ -90,21 +87,7 @@ fn stage_request(
 ) -> Result<StageRequest, Refusal> {
     debug_assert_eq!(export.volume, id);
     let context = convert::map("volume_context", context)?;
-    let default_filesystem: Filesystem = match context.get(parameters::FILESYSTEM) {
-        None => Filesystem::Ext4,
-        Some(name) => name.parse().map_err(Refusal::invalid)?,
-    };
-    let mkfs_options: Vec<String> = context
-        .get(parameters::MKFS_OPTIONS)
-        .map(|options| {
-            options
-                .split_ascii_whitespace()
-                .map(str::to_owned)
-                .collect()
-        })
-        .unwrap_or_default();
-    // They come back through the orchestrator: checked again before they reach a command line.
-    check_mkfs_options(default_filesystem, &mkfs_options)?;
+    let (default_filesystem, mkfs_options) = parameters::of_context(&context)?;
     Ok(StageRequest {
         export,
         staging,
@@ -112,10 +95,6 @@ fn stage_request(
         default_filesystem,
         mkfs_options,
     })
-}
-
-fn bytes(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 #[tonic::async_trait]

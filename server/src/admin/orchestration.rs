@@ -34,7 +34,7 @@ fn annotations(entries: HashMap<String, String>) -> Result<Annotations, Status> 
     Annotations::check(entries.into_iter().collect()).map_err(|error| refused(error.into()))
 }
 
-fn node_id(text: &str) -> Result<ClientNodeId, Status> {
+pub(super) fn node_id(text: &str) -> Result<ClientNodeId, Status> {
     ClientNodeId::parse(text).map_err(|error| FieldError::new("node_id", error).into())
 }
 

@@ -251,9 +251,14 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::OpenVolumeRequest>,
     ) -> Answer<admin::OpenVolumeResponse> {
-        let reference = Service::reference(&request.into_inner().volume)?;
+        let asked = request.into_inner();
+        let reference = Service::reference(&asked.volume)?;
+        let client = match &asked.client_node_id[..] {
+            "" => None,
+            id => Some(orchestration::node_id(id)?),
+        };
         let services = self.services()?;
-        let opened = services.volumes.open_here(&reference).await;
+        let opened = services.volumes.open_here(&reference, client).await;
         let view = opened.map_err(refused)?;
         Ok(Response::new(admin::OpenVolumeResponse {
             volume: Some(Service::volume(services, &view).await),

@@ -36,7 +36,9 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::Delete(_)
         | VolumeError::NotServed { .. }
         | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
-        VolumeError::NoCluster { .. } | VolumeError::Elsewhere { .. } => Code::FailedPrecondition,
+        VolumeError::NoCluster { .. }
+        | VolumeError::Elsewhere { .. }
+        | VolumeError::NotPublished { .. } => Code::FailedPrecondition,
         VolumeError::Create(CreateError::LayersExhausted) | VolumeError::TooFewNodes(_) => {
             Code::ResourceExhausted
         }

@@ -98,7 +98,10 @@ pub(super) async fn run(
             )
         }
         VolumeCommand::Open { volume } => {
-            let request = OpenVolumeRequest { volume };
+            let request = OpenVolumeRequest {
+                volume,
+                ..OpenVolumeRequest::default()
+            };
             let answer = daemon.client.open_volume(request).await?;
             let volume = required(answer.into_inner().volume)?;
             output::print(

@@ -171,7 +171,7 @@ impl DataThread {
         Ok(())
     }
 
-    fn limit(&mut self, key: usize, limits: VolumeLimits) {
+    pub(super) fn limit(&mut self, key: usize, limits: VolumeLimits) {
         let volume = &mut self.volumes[key];
         let written = volume.gate.take().map_or(Written::Yes, |gate| gate.written);
         volume.gate = Gate {

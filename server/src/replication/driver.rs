@@ -26,6 +26,8 @@ pub enum ReplicationEvent {
     Serving {
         /// Of which volume.
         volume: VolumeId,
+        /// Of this generation.
+        client_generation: u64,
     },
     /// Acknowledged writes may be gone; the clients were sent away and must not come back unknowing.
     SessionsEnded {
@@ -129,9 +131,13 @@ impl Driver {
                 } => {
                     let _ = self.persist.send((volume, store, serial, seal));
                 }
-                ClusterTell::Serving { volume } => {
-                    self.event(ReplicationEvent::Serving { volume });
-                }
+                ClusterTell::Serving {
+                    volume,
+                    client_generation,
+                } => self.event(ReplicationEvent::Serving {
+                    volume,
+                    client_generation,
+                }),
                 ClusterTell::SessionsEnded {
                     volume,
                     client_generation,

@@ -31,7 +31,22 @@ pub(super) struct Catalog {
     names: BTreeMap<String, VolumeId>,
 }
 
+impl Entry {
+    /// It never falls: a head may know of a larger one before the record that says so was read.
+    fn raise_generation(&mut self, to: u64) {
+        let generation = &mut self.current.record.client_generation;
+        *generation = (*generation).max(to);
+    }
+}
+
 impl Catalog {
+    /// A head says of which generation a volume's clients are.
+    pub(super) fn raise_generation(&mut self, id: VolumeId, to: u64) {
+        if let Some(known) = self.volumes.get_mut(&id) {
+            known.raise_generation(to);
+        }
+    }
+
     /// Adds a volume or replaces what is known of it.
     pub(super) fn put(&mut self, current: Versioned<VolumeRecord>, serving: Serving) {
         let id = current.record.id;
@@ -46,7 +61,9 @@ impl Catalog {
         }
         match self.volumes.get_mut(&id) {
             Some(known) => {
+                let generation = known.current.record.client_generation;
                 known.current = current;
+                known.raise_generation(generation);
                 known.serving = serving;
             }
             None => {

@@ -2,9 +2,9 @@
 
 use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
-    AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ConfigureError, CreateError,
-    DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError, PublishError,
-    RenameError, ResizeError, SizeError,
+    AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ClientNodeId, ConfigureError,
+    CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError,
+    PublishError, RenameError, ResizeError, SizeError,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
@@ -129,6 +129,14 @@ pub enum VolumeError {
         reference: String,
         /// Where it is served.
         node: NodeId,
+    },
+    /// Asked for in the name of a client node that does not have it.
+    #[error("volume {reference} is not published to node {node}, or not any more")]
+    NotPublished {
+        /// The volume.
+        reference: String,
+        /// Who asked.
+        node: ClientNodeId,
     },
     /// The daemon is draining.
     #[error("the daemon is shutting down")]

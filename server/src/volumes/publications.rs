@@ -4,6 +4,9 @@
 //! before the record names it, and nobody has the token before both. To unpublish: the record forgets the token, under
 //! a new epoch, before the data plane ends its connections; what is asked again after a crash finds the record done and
 //! the connections gone with the daemon.
+//!
+//! Both are the head's to do. The daemon that is asked for either takes a volume with replicas over first, which fences
+//! the head that had it; the daemon beside the client node then takes it from there ([`Volumes::open_here`]).
 
 use std::sync::Arc;
 
@@ -83,6 +86,7 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         let change = Change::Publish { id, new };
+        self.take_over_for(&before.record, &change).await?;
         if let Some((decided, _)) = self.decide(&change).await? {
             self.is_served(&before.record)?;
             // Refused while somebody is connected who came by the volume's name.
@@ -127,7 +131,9 @@ impl Volumes {
     ) -> Result<Unpublished, VolumeError> {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
-        let ended = self.change(&Change::Unpublish { id, node }).await?;
+        let change = Change::Unpublish { id, node };
+        self.take_over_for(&before.record, &change).await?;
+        let ended = self.change(&change).await?;
         let now = match &ended {
             Some(ended) => {
                 self.update(ended.clone());

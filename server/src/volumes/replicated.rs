@@ -8,14 +8,14 @@ use std::time::Duration;
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
-    VolumeRecord, VolumeState, finish_delete, keys,
+    ClientNodeId, HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord,
+    Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 
 use super::diagnosis::{remembered, stopped};
-use super::{HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
+use super::{Change, HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
 use crate::data::{ReplicatedSpec, ReplicationStatus};
 use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
 use crate::replication::ReplicationEvent;
@@ -90,10 +90,7 @@ impl Volumes {
     /// Whether a volume may be changed here in a way that takes its head's clients away.
     pub(super) fn is_here(&self, current: &Versioned<VolumeRecord>) -> Result<(), VolumeError> {
         let record = &current.record;
-        let is_served = self
-            .catalog()
-            .get(record.id)
-            .is_some_and(|entry| entry.serving == Serving::Yes);
+        let is_served = self.is_open(record.id);
         match record.head {
             Some(head)
                 if record.placement.is_replicated()
@@ -146,13 +143,27 @@ impl Volumes {
         }
     }
 
-    /// Serves a volume here, wherever it is served now: its old head is fenced, and its clients' connections end.
-    pub async fn open_here(self: &Arc<Self>, reference: &str) -> Result<VolumeView, VolumeError> {
+    /// Serves a volume here, wherever it is served now: its old head is fenced, and its clients' connections end. For a
+    /// client node, only when the volume is published to that one.
+    pub async fn open_here(
+        self: &Arc<Self>,
+        reference: &str,
+        client: Option<ClientNodeId>,
+    ) -> Result<VolumeView, VolumeError> {
         let reference = reference.to_owned();
         self.to_the_end(|service| async move {
             let (known, _guard) = service.lock_volume(&reference).await?;
             let id = known.record.id;
+            // The catalog may be behind: a node that was fenced must not take the volume from the one that has it now.
             let current = service.reread(id).await?;
+            if let Some(client) = client
+                && current.record.publication_of(&client).is_none()
+            {
+                return Err(VolumeError::NotPublished {
+                    reference,
+                    node: client,
+                });
+            }
             if !current.record.placement.is_replicated() {
                 return Err(VolumeError::NotServed {
                     reference,
@@ -160,22 +171,61 @@ impl Volumes {
                         .to_owned(),
                 });
             }
-            let is_open = service
-                .catalog()
-                .get(id)
-                .is_some_and(|entry| entry.serving == Serving::Yes);
-            if !is_open {
-                match service.open_replicated(current).await {
-                    Ok(()) => {}
-                    // Being opened already.
-                    Err(VolumeError::NotServed { .. }) => {}
-                    Err(error) => return Err(error),
-                }
-                service.wait_until_served(id).await?;
-            }
+            service.take_over(current).await?;
             service.get(&id.0.to_string())
         })
         .await
+    }
+
+    /// Serves a volume with replicas here; one that is stays as it is. Its lock is held.
+    async fn take_over(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
+        let id = current.record.id;
+        if self.is_open(id) {
+            return Ok(());
+        }
+        match self.open_replicated(current).await {
+            // Being opened already is as good.
+            Ok(()) | Err(VolumeError::NotServed { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.wait_until_served(id).await
+    }
+
+    /// Takes over a volume with replicas when a change of its publications is due: only its head can tell who is
+    /// connected, and end that. Its lock is held.
+    pub(super) async fn take_over_for(
+        &self,
+        record: &VolumeRecord,
+        change: &Change<'_>,
+    ) -> Result<(), VolumeError> {
+        let is_due = record.placement.is_replicated()
+            && !self.is_open(record.id)
+            && self.decide(change).await?.is_some();
+        if is_due {
+            let current = self.reread(record.id).await?;
+            self.take_over(current).await?;
+        }
+        Ok(())
+    }
+
+    fn is_open(&self, id: VolumeId) -> bool {
+        self.catalog()
+            .get(id)
+            .is_some_and(|entry| entry.serving == Serving::Yes)
+    }
+
+    /// Lets in whom the record names, and ends the connections of others. After another daemon changed the publications of
+    /// a volume that is served here, which it does only when it was the head a moment ago.
+    async fn follow_publications(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let (_, _guard) = self.lock_volume(&id.0.to_string()).await?;
+        let current = self.reread(id).await?;
+        match self.host.fence(id, Some(current.record.admitted())).await {
+            Ok(_) | Err(HostError::NotOpen) => Ok(()),
+            Err(source) => Err(VolumeError::Host {
+                reference: current.record.name.to_string(),
+                source,
+            }),
+        }
     }
 
     /// How a volume with replicas is doing, if its head is here.
@@ -227,7 +277,12 @@ impl Volumes {
 
     async fn on_replication(self: &Arc<Self>, event: ReplicationEvent) {
         match event {
-            ReplicationEvent::Serving { volume } => {
+            ReplicationEvent::Serving {
+                volume,
+                client_generation,
+            } => {
+                // Before anybody is let in: who comes back asks for it.
+                self.catalog().raise_generation(volume, client_generation);
                 self.set_serving(volume, Serving::Yes);
                 self.tell(volume, None, Occurrence::VolumeServed);
                 tracing::info!(id = %volume.0, "a volume is served");
@@ -236,6 +291,7 @@ impl Volumes {
                 volume,
                 client_generation,
             } => {
+                self.catalog().raise_generation(volume, client_generation);
                 self.tell(volume, None, Occurrence::SessionsEnded);
                 tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
             }
@@ -386,6 +442,9 @@ impl Volumes {
         if !is_news {
             return;
         }
+        let is_published_anew = known
+            .as_ref()
+            .is_some_and(|known| known.current.record.publications != record.publications);
         let serving = known.map_or_else(
             || Serving::No(elsewhere(record)),
             |known| match known.serving {
@@ -395,7 +454,16 @@ impl Volumes {
             },
         );
         let is_deleting = record.state == VolumeState::Deleting;
+        let may_be_served = serving == Serving::Yes || serving == Serving::No(SEALING.to_owned());
         self.catalog().put(current, serving);
+        if is_published_anew && may_be_served && !is_deleting {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = service.follow_publications(id).await {
+                    tracing::warn!(id = %id.0, %error, "the publications of a volume, changed elsewhere, could not be followed");
+                }
+            });
+        }
         if is_deleting {
             let service = Arc::clone(self);
             tokio::spawn(async move {

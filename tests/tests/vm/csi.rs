@@ -302,6 +302,44 @@ fn raw_blocks_and_a_dead_daemon() {
     no_leftovers(&machine);
 }
 
+/// The path of the device leads to another volume's, as after a restart that numbered devices anew.
+#[test]
+fn a_path_that_leads_to_another_device_is_never_formatted() {
+    let (machine, _scratch) = machine("csi_path");
+    let daemon = GuestDaemon::first(&machine, "1GiB");
+    let plugin = Plugin::start(&machine, &[]);
+    daemon.admin(&["volume", "create", "other", "--size", "64MiB"]);
+    machine.sh(
+        "nbd-client -unix /run/ashlar/nbd.sock -name other -block-size 4096 -connections 1 /dev/nbd9; \
+         for n in 0 1 2 3 4 5 6 7 8; do mv /dev/nbd$n /dev/was$n; cp -a /dev/nbd9 /dev/nbd$n; done",
+    );
+    plugin.call(
+        "create",
+        "victim",
+        &format!("--kind ext4 --size {}", 64 << 20),
+    );
+    plugin.call("controller-publish", "victim", "");
+    let argv = line("stage", "victim", "");
+    let outcome = machine.run_within(&["bash", "-c", &argv], LIMIT);
+    assert!(!outcome.ok(), "{outcome}");
+    assert!(format!("{outcome}").contains("not touched"), "{outcome}");
+    let other = daemon.json(&["volume", "show", "other"]);
+    assert_eq!(other["ever_written"], false, "{other}");
+    machine.sh("for n in 0 1 2 3 4 5 6 7 8; do mv /dev/was$n /dev/nbd$n; done");
+    plugin.call("stage", "victim", "");
+    plugin.call("publish", "victim", "");
+    machine.sh(&format!(
+        "[ $(findmnt -no FSTYPE {}) = ext4 ]",
+        pod("victim")
+    ));
+    let other = daemon.json(&["volume", "show", "other"]);
+    assert_eq!(other["ever_written"], false, "{other}");
+    machine.sh("nbd-client -d /dev/nbd9");
+    plugin.take_down("victim");
+    plugin.call("delete", "victim", "");
+    no_leftovers(&machine);
+}
+
 /// csi-sanity, the interface's own suite, over /dev/nbdN.
 fn sanity(access: &str) {
     let (machine, _scratch) = machine(&format!("csi_sanity_{access}"));

@@ -27,7 +27,7 @@ use super::{Host, Wish};
 use crate::capability::{Access, AccessMode, Capability};
 use crate::controller::{CreateRequest, naming};
 use crate::daemon::Volume;
-use crate::mountinfo::Mounts;
+use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
 use crate::operations::Turn;
 use crate::refusal::{Class, Refusal};
@@ -88,7 +88,6 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
     let host = Host::open(&settings, NODE_SUFFIX).await?;
     tokio::spawn(keep_connected(
         Arc::clone(host.node()),
-        host.node_id().to_owned(),
         settings.nbd_connections,
     ));
     tokio::spawn(keep_registered(
@@ -206,8 +205,7 @@ impl Plugin {
     /// Where a volume is mounted for containers; empty when it is not.
     fn mountpoint(&self, volume: &Volume) -> Result<String, Refusal> {
         let target = self.target(volume.id);
-        let mounts = Mounts::read()
-            .map_err(|error| Refusal::internal(format!("reading the mounts: {error}")))?;
+        let mounts = mounts()?;
         Ok(match mounts.at(&target) {
             Some(_) => target.display().to_string(),
             None => String::new(),

@@ -1,15 +1,16 @@
 //! Which containers use which volume, remembered over restarts of the plugin. A file a volume, replaced as a whole.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::refusal::Refusal;
+use crate::stored;
 
 /// The form of the files.
 const VERSION: u32 = 1;
@@ -86,36 +87,18 @@ impl Users {
     /// Remembers the ids of a volume's users; durable when this returns.
     pub fn set(&self, volume: Uuid, name: &str, ids: BTreeSet<String>) -> Result<(), Refusal> {
         let path = self.path(volume);
-        self.replace(&path, name, ids)
-            .map_err(|error| Refusal::internal(format!("writing {}: {error}", path.display())))
-    }
-
-    fn replace(&self, path: &Path, name: &str, ids: BTreeSet<String>) -> io::Result<()> {
-        if ids.is_empty() {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+        let written = if ids.is_empty() {
+            stored::remove(&path)
         } else {
-            let fresh = path.with_extension("new");
-            let mut file = OpenOptions::new()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&fresh)?;
             let record = Record {
                 version: VERSION,
                 boot_id: self.boot_id.clone(),
                 name: name.to_owned(),
                 ids,
             };
-            serde_json::to_writer(&mut file, &record)?;
-            file.flush()?;
-            file.sync_all()?;
-            fs::rename(&fresh, path)?;
-        }
-        File::open(&self.directory)?.sync_all()
+            stored::replace(&path, &record)
+        };
+        written.map_err(|error| Refusal::internal(format!("writing {}: {error}", path.display())))
     }
 }
 

@@ -20,10 +20,11 @@ use rustix::fs::{FlockOperation, flock};
 use tracing_subscriber::EnvFilter;
 
 use super::Host;
+use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
 use crate::refusal::Refusal;
 use crate::run::{Arguments, keep_registered, start_log};
-use crate::{failpoint, mountinfo::Mounts, paths};
+use crate::{failpoint, paths};
 use call::{Answer, COMMANDS, Call, Options};
 
 pub use install::{CONFIGURATION, install};
@@ -153,8 +154,7 @@ async fn find(host: &Host, options: &Options) -> Result<crate::daemon::Volume, R
 
 /// Unmounting what no volume of ours is at: done, unless something of somebody's is there.
 fn nothing_at(target: &Path) -> Result<(), Refusal> {
-    let mounts = Mounts::read()
-        .map_err(|error| Refusal::internal(format!("reading the mounts: {error}")))?;
+    let mounts = mounts()?;
     if let Some(mount) = mounts.at(target) {
         return Err(Refusal::precondition(format!(
             "{} is a mount of {} that this driver did not make; it is left alone",
@@ -183,11 +183,7 @@ pub async fn keep() -> anyhow::Result<()> {
         std::collections::BTreeMap::new(),
     ));
     // Only reads the state files, which are replaced as a whole, so it needs no lock.
-    let kept = keep_connected(
-        Arc::clone(host.node()),
-        host.node_id().to_owned(),
-        settings.nbd_connections,
-    );
+    let kept = keep_connected(Arc::clone(host.node()), settings.nbd_connections);
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         () = kept => {}
@@ -298,7 +294,7 @@ mod tests {
         let lines = arguments_of("# where\n--daemon=unix:/run/a.sock\n\n  --attach=fuse \n");
         assert_eq!(lines, ["--daemon=unix:/run/a.sock", "--attach=fuse"]);
         let settings = read_arguments(&lines).expect("good ones");
-        assert_eq!(settings.daemon.to_string(), "unix:/run/a.sock");
+        assert_eq!(settings.daemon[0].to_string(), "unix:/run/a.sock");
         assert_eq!(settings.state_dir, Path::new(STATE_DIRECTORY));
         let wrong = read_arguments(&["--nonsense".to_owned()]).expect_err("a bad one");
         assert!(wrong.to_string().contains("--nonsense"), "{wrong}");

@@ -270,7 +270,10 @@ impl DataThread {
                     replication.client_generation = client_generation;
                 }
                 let volume = self.volumes[volume.key].spec.id;
-                self.cluster.tell(ClusterTell::Serving { volume });
+                self.cluster.tell(ClusterTell::Serving {
+                    volume,
+                    client_generation,
+                });
             }
             Action::EndSessions { client_generation } => {
                 if let Some(replication) = self.replication(volume) {

@@ -175,20 +175,30 @@ impl DataThread {
         Ok(())
     }
 
-    /// What the record says beside its replicas: its size, and whether it is read-only.
+    /// What the record says beside its replicas: its size, whether it is read-only, its limits, and, of a volume that is
+    /// not served yet, whom it is published to. Later the control plane tells whom to let in.
     fn follow_record(&mut self, volume: VolumeRef) {
         let Some(replication) = self.replication(volume) else {
             return;
         };
         let record = replication.head.record();
-        let (size_bytes, read_only) = (record.size_bytes, record.read_only);
+        let (size_bytes, read_only, limits) = (record.size_bytes, record.read_only, record.limits);
+        // What was read before the claim may be older than what was claimed.
+        let admitted = (!replication.head.is_serving()).then(|| record.admitted());
         let admission = replication.head.admission_mut();
         if size_bytes > admission.size_bytes() && admission.grow(size_bytes, 1).is_err() {
             return;
         }
         admission.set_read_only(read_only);
         let size_bytes = admission.size_bytes();
+        if limits != self.volumes[volume.key].spec.limits && self.drain.is_none() {
+            self.volumes[volume.key].spec.limits = limits;
+            self.limit(volume.key, limits);
+        }
         let entry = &mut self.volumes[volume.key];
+        if let Some(admitted) = admitted {
+            entry.spec.admitted = admitted;
+        }
         entry.spec.size_bytes = size_bytes;
         entry.spec.epoch = entry.head.admission().epoch();
         for connection in &entry.connections {

@@ -39,6 +39,8 @@ pub enum ClusterTell {
     Serving {
         /// Which.
         volume: VolumeId,
+        /// Its clients are of this generation.
+        client_generation: u64,
     },
     /// Acknowledged writes may be gone because every copy lost power; its clients were sent away.
     SessionsEnded {

@@ -1,12 +1,19 @@
 //! A blank volume is formatted once. One that may hold anything is not, whatever the device looks like.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
 
 use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
 use ashlar_tests::csi::{Claim, Driver, mounted, raw};
 use ashlar_tests::daemon::Setup;
+use ashlar_tests::process::Group;
 use ashlar_tests::scratch::Scratch;
 use ashlar_tests::tool::Tool;
+use ashlar_tests::wait;
 use tonic::Code;
 
 use super::SMALL;
@@ -195,6 +202,240 @@ fn a_device_that_answers_errors_is_never_formatted() {
         vec![3; 1 << 20]
     );
     claim.take_away(&driver);
+}
+
+/// A server that serves one disk under every name, and says what it is told to say.
+struct Impostor {
+    disk: PathBuf,
+    address: String,
+    server: Group,
+}
+
+impl Impostor {
+    fn start(driver: &Driver, name: &str, contents: &[u8], size: u64, more: &[&str]) -> Impostor {
+        let disk = driver.daemon.scratch.join(&format!("{name}.disk"));
+        let socket = driver.daemon.scratch.join(&format!("{name}.sock"));
+        let file = fs::File::create_new(&disk).expect("made");
+        file.set_len(size).expect("sized");
+        file.write_all_at(contents, 0).expect("written");
+        let mut command = Command::new("nbdkit");
+        command.args(["--foreground", "--exit-with-parent", "-U"]);
+        command.arg(&socket).args(["--filter=exportname"]);
+        let (filters, settings): (Vec<&&str>, Vec<&&str>) =
+            more.iter().partition(|each| each.starts_with("--"));
+        command.args(filters).arg("file").arg(&disk).args(settings);
+        let server = Group::spawn(&mut command).expect("nbdkit starts");
+        wait::until(Duration::from_secs(30), "nbdkit serves", || {
+            UnixStream::connect(&socket).map_err(|error| error.to_string())
+        });
+        Impostor {
+            disk,
+            address: format!("unix:{}", socket.display()),
+            server,
+        }
+    }
+
+    /// Publishes a claim by a context that leads here.
+    fn lure(&self, claim: &mut Claim) {
+        let servers = self.address.clone();
+        claim.publish_context.insert("servers".to_owned(), servers);
+    }
+}
+
+impl Drop for Impostor {
+    fn drop(&mut self) {
+        self.server.kill();
+    }
+}
+
+/// Its name, what is on it, its size, what nbdkit is told, and how the volume is refused.
+type Disk<'a> = (&'a str, &'a [u8], u64, &'a [&'a str], Code, &'a str);
+
+#[test]
+fn a_wrong_device_is_never_formatted() {
+    let driver = Driver::start("csi-impostor", Setup::default());
+    let capability = || mounted("ext4", Mode::SingleNodeWriter);
+    let mut claim = Claim::new(&driver, "victim", SMALL, capability());
+    let own = claim.publish_context.clone();
+    let says = format!("exportdesc=fixed:Ashlar volume {}", claim.id);
+    let is_wrong = format!("exportdesc=fixed:Ashlar volume {}", uuid::Uuid::nil());
+    let garbage: Vec<u8> = (0..64 << 10).map(|n| (n * 7 + n / 251) as u8).collect();
+    let ext4 = {
+        let image = driver.daemon.scratch.join("image");
+        let file = fs::File::create_new(&image).expect("made");
+        file.set_len(SMALL as u64).expect("sized");
+        Tool::new("mkfs.ext4").arg("-q").arg(&image).succeed();
+        fs::read(&image).expect("read")
+    };
+    let size = SMALL as u64;
+    let cases: [Disk<'_>; 8] = [
+        (
+            "silent",
+            b"",
+            size,
+            &[],
+            Code::FailedPrecondition,
+            "calls it",
+        ),
+        (
+            "other",
+            b"",
+            size,
+            &[&is_wrong],
+            Code::FailedPrecondition,
+            "calls it",
+        ),
+        (
+            "short",
+            b"",
+            size / 2,
+            &[&says],
+            Code::Internal,
+            "not touched",
+        ),
+        (
+            "long",
+            b"",
+            size * 2,
+            &[&says],
+            Code::Internal,
+            "not touched",
+        ),
+        (
+            "occupied",
+            &ext4,
+            size,
+            &[&says],
+            Code::FailedPrecondition,
+            "wrong device",
+        ),
+        (
+            "raw",
+            &garbage,
+            size,
+            &[&says],
+            Code::FailedPrecondition,
+            "wrong device",
+        ),
+        (
+            "unreadable",
+            &garbage,
+            size,
+            &[
+                "--filter=error",
+                &says,
+                "error-pread=EIO",
+                "error-pread-rate=100%",
+            ],
+            Code::FailedPrecondition,
+            "cannot be read",
+        ),
+        (
+            "half-readable",
+            b"",
+            size,
+            // The first reads go well, as of a disk that is dying.
+            &[
+                "--filter=error",
+                &says,
+                "error-pread=EIO",
+                "error-pread-rate=50%",
+            ],
+            Code::FailedPrecondition,
+            "cannot be read",
+        ),
+    ];
+    for (name, contents, size, more, code, words) in cases {
+        let impostor = Impostor::start(&driver, name, contents, size, more);
+        let before = fs::read(&impostor.disk).expect("read");
+        claim.publish_context = own.clone();
+        impostor.lure(&mut claim);
+        let (found, why) = claim.stage(&driver).expect_err(name);
+        assert!(
+            found == code && why.contains(words),
+            "{name}: {found:?} {why}"
+        );
+        assert!(
+            fs::read(&impostor.disk).expect("read") == before,
+            "{name}: it was written to"
+        );
+        assert_eq!(driver.leftovers(), Vec::<String>::new(), "{name}");
+    }
+    // Nothing was announced for it: it is formatted when it is really there, ...
+    claim.publish_context = own.clone();
+    claim.bring_up(&driver);
+    fs::write(claim.target.join("kept"), b"data").expect("written");
+    claim.unpublish(&driver).expect("unpublished");
+    claim.unstage(&driver).expect("unstaged");
+    let made = beginning(&driver, &claim);
+    let uuid = uuid_of(&made);
+    // ... and with a file system of its own it takes neither a blank disk nor one with another for damage to mend.
+    for (name, contents, code, words) in [
+        ("blank", &b""[..], Code::Internal, "NOT formatted"),
+        ("another", &ext4[..], Code::Internal, "not touched"),
+    ] {
+        let impostor = Impostor::start(&driver, name, contents, size, &[&says]);
+        let before = fs::read(&impostor.disk).expect("read");
+        claim.publish_context = own.clone();
+        impostor.lure(&mut claim);
+        let (found, why) = claim.stage(&driver).expect_err(name);
+        assert!(
+            found == code && why.contains(words),
+            "{name}: {found:?} {why}"
+        );
+        assert!(
+            fs::read(&impostor.disk).expect("read") == before,
+            "{name}: it was written to"
+        );
+    }
+    claim.publish_context = own;
+    claim.bring_up(&driver);
+    assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+    assert_eq!(uuid_of(&beginning(&driver, &claim)), uuid);
+    claim.take_away(&driver);
+    assert_eq!(driver.leftovers(), Vec::<String>::new());
+}
+
+/// What lies at the place of a device that an earlier run of the driver had begun with is not taken for it.
+#[test]
+fn a_device_that_somebody_put_in_its_place_is_never_formatted() {
+    let mut driver = Driver::start("csi-decoy", Setup::default());
+    for point in ["attach-done", "format-intended"] {
+        let capability = mounted("ext4", Mode::SingleNodeWriter);
+        let claim = Claim::new(&driver, point, SMALL, capability);
+        driver.kill_driver();
+        driver.start_driver(&["--fail-point", point]);
+        assert!(claim.stage(&driver).is_err());
+        driver.wait_killed(Duration::from_secs(60));
+        // The device that it had attached goes, and another one of the same size is there under the same path.
+        driver.clear_devices();
+        let place = driver.state_dir().join("fuse").join(&claim.id);
+        let decoy = place.join("nbd");
+        fs::create_dir_all(&place).expect("a directory");
+        let file = fs::File::create_new(&decoy).expect("made");
+        file.set_len(SMALL as u64).expect("sized");
+        // Nothing that a look at its ends would show.
+        file.write_all_at(&[9; 4096], 16 << 20).expect("written");
+        let before = fs::read(&decoy).expect("read");
+        let device = Tool::new("losetup")
+            .args(["--find", "--show", "--sector-size", "4096"])
+            .arg(&decoy)
+            .succeed();
+        driver.start_driver(&[]);
+        claim.bring_up(&driver);
+        fs::write(claim.target.join("kept"), b"data").expect("written");
+        claim.unpublish(&driver).expect("unpublished");
+        claim.unstage(&driver).expect("unstaged");
+        assert!(
+            fs::read(&decoy).expect("read") == before,
+            "{point}: {device} was written to"
+        );
+        fs::remove_file(&decoy).expect("removed");
+        claim.bring_up(&driver);
+        assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+        claim.take_away(&driver);
+        assert_eq!(driver.leftovers(), Vec::<String>::new());
+    }
 }
 
 #[test]

@@ -7,7 +7,10 @@ mod flexvolume;
 mod formatting;
 mod killed;
 mod lifecycle;
+mod nodes;
 mod sanity;
+mod simulated;
+mod tls;
 
 /// A size that ext4 and its journal fit on.
 const SMALL: i64 = 32 << 20;

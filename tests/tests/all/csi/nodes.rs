@@ -1,0 +1,343 @@
+//! Three daemons of one cluster, each with a driver beside it: volumes with copies that are forced from node to node while
+//! they are written to.
+
+use std::fs::{self, File};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ashlar_tests::cluster::Trio;
+use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
+use ashlar_tests::csi::{Claim, Driver, Plugin, csi, mounted, raw};
+use ashlar_tests::daemon::Setup;
+use ashlar_tests::seed::{self, Rng};
+use ashlar_tests::wait;
+use ashlar_tests::workload::{Blocks, Files, direct};
+use rustix::process::Signal;
+use tonic::Code;
+
+use super::SMALL;
+
+const NAMES: [&str; 3] = ["node-a", "node-b", "node-c"];
+/// Much longer than anything takes here.
+const LONG: Duration = Duration::from_secs(90);
+/// Threads that write to a raw volume, each to blocks of its own.
+const WRITERS: u64 = 4;
+/// Blocks of each.
+const BLOCKS: u64 = 64;
+/// What patterns call the raw volume.
+const VOLUME: u64 = 4;
+
+/// A driver beside each daemon. Dropped before the daemons.
+fn plugins(trio: &Trio) -> Vec<Plugin> {
+    let nodes = trio.nodes.iter().zip(NAMES);
+    let mut plugins: Vec<Plugin> = nodes
+        .map(|(node, name)| Plugin::beside(&node.daemon, name))
+        .collect();
+    for plugin in &mut plugins {
+        plugin.set_arguments(&["--unstage-patience", "2"]);
+        plugin.start_driver(&[]);
+    }
+    plugins
+}
+
+/// Creates a volume with three copies by the driver `at`; the room of daemons that have just joined is not told at once.
+fn with_copies(
+    at: &Plugin,
+    name: &str,
+    capability: &csi::VolumeCapability,
+) -> Result<Claim, (Code, String)> {
+    let begun = Instant::now();
+    loop {
+        let made = Claim::of_class(at, name, SMALL, capability.clone(), &[("replicas", "3")]);
+        match made {
+            Err((Code::ResourceExhausted, _)) if begun.elapsed() < LONG => {
+                wait::pass(Duration::from_millis(100));
+            }
+            made => return made,
+        }
+    }
+}
+
+/// Work on a raw and on a mounted volume, until it is refused.
+struct Work {
+    writers: Vec<JoinHandle<Blocks>>,
+    filer: JoinHandle<Files>,
+    /// Answered so far: blocks, files.
+    counts: Arc<[AtomicU64; 2]>,
+}
+
+/// What was answered.
+struct Done {
+    blocks: Vec<Blocks>,
+    files: Files,
+}
+
+impl Work {
+    fn start(block: &Claim, files: &Claim, seed: u64) -> Work {
+        let counts = Arc::<[AtomicU64; 2]>::default();
+        let writers = (0..WRITERS).map(|writer| {
+            let device = direct(&block.target).expect("a device");
+            let (mut rng, counts) = (Rng::new(seed ^ writer), Arc::clone(&counts));
+            std::thread::spawn(move || {
+                let mut blocks = Blocks::new(VOLUME, writer * BLOCKS, BLOCKS);
+                while blocks.write(&device, &mut rng).is_ok() {
+                    counts[0].fetch_add(1, Ordering::Relaxed);
+                }
+                blocks
+            })
+        });
+        let (directory, counted) = (files.target.clone(), Arc::clone(&counts));
+        Work {
+            writers: writers.collect(),
+            filer: std::thread::spawn(move || {
+                let mut files = Files::new(VOLUME);
+                while files.write(&directory).is_ok() {
+                    counted[1].fetch_add(1, Ordering::Relaxed);
+                }
+                files
+            }),
+            counts,
+        }
+    }
+
+    /// Waits until a good deal was answered from now on.
+    fn get_on(&self) {
+        for (count, least) in self.counts.iter().zip([200, 10]) {
+            let goal = count.load(Ordering::Relaxed) + least;
+            wait::until(LONG, "writes get on", || {
+                match count.load(Ordering::Relaxed) {
+                    now if now >= goal => Ok(()),
+                    now => Err(format!("{now} of {goal}")),
+                }
+            });
+        }
+    }
+
+    /// What was answered, when every writer was refused.
+    fn end(self) -> Done {
+        let writers = self.writers.into_iter();
+        Done {
+            blocks: writers
+                .map(|writer| writer.join().expect("a writer"))
+                .collect(),
+            files: self.filer.join().expect("the filer"),
+        }
+    }
+}
+
+impl Done {
+    /// Demands on `block` and `files`, where they are now, everything that was answered and nothing torn.
+    fn check(&mut self, block: &Claim, files: &Claim) {
+        let device = direct(&block.target).expect("a device");
+        let blocks = self.blocks.iter_mut();
+        let doubts: u64 = blocks
+            .map(|blocks| blocks.check(&device).expect("read"))
+            .sum();
+        self.files.check(&files.target).expect("read");
+        println!(
+            "as answered, but for {doubts} blocks of writes that were not; {} files",
+            self.files.durable()
+        );
+    }
+}
+
+/// A raw and a mounted volume, published to node `at` and written to there.
+fn used(plugins: &[Plugin], at: usize, seed: u64) -> (Claim, Claim, Work) {
+    let claim = |name: &str, capability| {
+        let created = with_copies(&plugins[2], name, &capability).expect("created");
+        let mut claim = created.on(&plugins[at]);
+        claim.publish_context = claim.publish_to(&plugins[2], NAMES[at]).expect("published");
+        claim.bring_up(&plugins[at]);
+        claim
+    };
+    let block = claim("block", raw(Mode::SingleNodeWriter));
+    let files = claim("files", mounted("ext4", Mode::SingleNodeWriter));
+    let work = Work::start(&block, &files, seed);
+    work.get_on();
+    (block, files, work)
+}
+
+/// Takes a volume from a node by force and gives it to another, as the claim there.
+fn force(plugins: &[Plugin], claim: &Claim, from: usize, to: usize) -> Claim {
+    let controller = &plugins[2];
+    let held = claim.publish_to(controller, NAMES[to]).expect_err("held");
+    assert_eq!(held.0, Code::FailedPrecondition);
+    assert!(held.1.contains(NAMES[from]), "{held:?}");
+    let begun = Instant::now();
+    controller
+        .controller_unpublish(&claim.id, NAMES[from])
+        .expect("taken");
+    let taken = begun.elapsed();
+    let mut moved = claim.on(&plugins[to]);
+    moved.publish_context = moved.publish_to(controller, NAMES[to]).expect("given");
+    moved.bring_up(&plugins[to]);
+    println!("taken after {taken:?}, used after {:?}", begun.elapsed());
+    moved
+}
+
+fn nothing_is_left(plugins: &[Plugin]) {
+    for plugin in plugins {
+        assert_eq!(plugin.leftovers(), Vec::<String>::new());
+        assert_eq!(plugin.remembered(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_forced_move_under_writes_loses_and_tears_nothing() {
+    let seed = seed::of_run("csi-nodes");
+    let trio = Trio::start("csi-nodes");
+    let plugins = plugins(&trio);
+    let (block, files, work) = used(&plugins, 0, seed);
+    for claim in [&block, &files] {
+        // Where it is used, there it is served.
+        let here = trio.volume(0, &claim.id);
+        assert_eq!(here.not_served_reason, "");
+        assert_eq!((here.replicas, here.replica_sets.len()), (3, 1));
+    }
+    let moved = [&block, &files].map(|claim| force(&plugins, claim, 0, 1));
+    for claim in &moved {
+        assert_eq!(trio.volume(1, &claim.id).not_served_reason, "");
+    }
+    let mut done = work.end();
+    done.check(&moved[0], &moved[1]);
+    // What the old node still has is of no use, and goes.
+    let late = direct(&block.target)
+        .and_then(|device| Blocks::new(VOLUME, 0, 1).write(&device, &mut Rng::new(seed)));
+    assert!(late.is_err(), "the old node wrote after it was fenced");
+    for claim in [&block, &files] {
+        claim.unpublish(&plugins[0]).expect("unpublished");
+        claim.unstage(&plugins[0]).expect("unstaged");
+    }
+    assert_eq!(plugins[0].leftovers(), Vec::<String>::new());
+    done.check(&moved[0], &moved[1]);
+    for claim in &moved {
+        claim.unpublish(&plugins[1]).expect("unpublished");
+        claim.unstage(&plugins[1]).expect("unstaged");
+        let controller = &plugins[2];
+        let taken = controller.controller_unpublish(&claim.id, NAMES[1]);
+        taken.expect("taken");
+        controller.delete(&claim.id).expect("deleted");
+    }
+    nothing_is_left(&plugins);
+}
+
+/// The old node stands still, daemon and all, and wakes when its volumes are elsewhere.
+#[test]
+fn a_node_that_slept_through_a_forced_move_writes_nothing() {
+    let seed = seed::of_run("csi-zombie");
+    let mut trio = Trio::start("csi-zombie");
+    let plugins = plugins(&trio);
+    let (block, files, work) = used(&plugins, 0, seed);
+    trio.nodes[0].daemon.process().signal(Signal::STOP);
+    let moved = [&block, &files].map(|claim| force(&plugins, claim, 0, 1));
+    trio.nodes[0].daemon.process().signal(Signal::CONT);
+    let mut done = work.end();
+    done.check(&moved[0], &moved[1]);
+    for claim in [&block, &files] {
+        claim.unpublish(&plugins[0]).expect("unpublished");
+        claim.unstage(&plugins[0]).expect("unstaged");
+    }
+    fs::write(moved[1].target.join("after"), b"the move").expect("written");
+    done.check(&moved[0], &moved[1]);
+    for claim in &moved {
+        claim.unpublish(&plugins[1]).expect("unpublished");
+        claim.unstage(&plugins[1]).expect("unstaged");
+    }
+    nothing_is_left(&plugins);
+}
+
+/// A volume that somebody has another daemon serve comes back to where it is published.
+#[test]
+fn a_volume_follows_its_publication_and_classes_are_kept() {
+    let trio = Trio::start("csi-follow");
+    let plugins = plugins(&trio);
+    let controller = &plugins[2];
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let mut claim = with_copies(controller, "follow", &capability)
+        .expect("created")
+        .on(&plugins[0]);
+    // Asked again it is the same; with other copies it is another.
+    let again = with_copies(controller, "follow", &capability).expect("found");
+    assert_eq!(again.id, claim.id);
+    let other = Claim::of_class(
+        controller,
+        "follow",
+        SMALL,
+        capability,
+        &[("replicas", "2")],
+    );
+    assert_eq!(other.err().expect("differs").0, Code::AlreadyExists);
+    let readers = mounted("ext4", Mode::MultiNodeReaderOnly);
+    let refused = with_copies(controller, "readers", &readers).err();
+    assert_eq!(refused.expect("refused").0, Code::InvalidArgument);
+
+    claim.publish_context = claim.publish_to(controller, NAMES[0]).expect("published");
+    claim.bring_up(&plugins[0]);
+    fs::write(claim.target.join("kept"), b"data").expect("written");
+    claim.unpublish(&plugins[0]).expect("unpublished");
+    claim.unstage(&plugins[0]).expect("unstaged");
+    trio.open_at(1, &claim.id);
+    // A daemon that the volume is not published beside does not get it by a plugin's asking.
+    let stranger = claim.on(&plugins[1]);
+    let refused = stranger
+        .stage(&plugins[1])
+        .expect_err("not published there");
+    assert_eq!(refused.0, Code::FailedPrecondition, "{refused:?}");
+    assert_eq!(trio.volume(1, &claim.id).not_served_reason, "");
+    claim.bring_up(&plugins[0]);
+    assert_eq!(trio.volume(0, &claim.id).not_served_reason, "");
+    assert_eq!(fs::read(claim.target.join("kept")).expect("read"), b"data");
+
+    // What the controller's daemon is told holds where the volume is served.
+    let modified = controller.modify(&claim.id, &[("iops", "10")]);
+    modified.expect("modified");
+    let mut written = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(3) {
+        let file = File::create(claim.target.join("slow")).expect("made");
+        file.sync_all().expect("durable");
+        written += 1;
+    }
+    // Each takes several requests.
+    assert!(written < 30, "{written} files with 10 requests a second");
+    controller
+        .modify(&claim.id, &[("iops", "0")])
+        .expect("modified");
+    controller.expand(&claim.id, 2 * SMALL).expect("expanded");
+    claim.unpublish(&plugins[0]).expect("unpublished");
+    claim.unstage(&plugins[0]).expect("unstaged");
+    claim.bring_up(&plugins[0]);
+    let blocks = rustix::fs::statvfs(&claim.target).expect("statvfs");
+    assert!(blocks.f_blocks * blocks.f_frsize > SMALL as u64 * 3 / 2);
+    assert_eq!(
+        controller.health(&claim.id).expect("health"),
+        Vec::<String>::new()
+    );
+    claim.unpublish(&plugins[0]).expect("unpublished");
+    claim.unstage(&plugins[0]).expect("unstaged");
+    let taken = controller.controller_unpublish(&claim.id, NAMES[0]);
+    taken.expect("taken");
+    trio.open_at(0, &claim.id);
+    controller.delete(&claim.id).expect("deleted");
+    nothing_is_left(&plugins);
+}
+
+#[test]
+fn a_single_daemon_refuses_copies_with_the_reason() {
+    let driver = Driver::start("csi-no-copies", Setup::default());
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let made = Claim::of_class(
+        &driver,
+        "many",
+        SMALL,
+        capability.clone(),
+        &[("replicas", "3")],
+    );
+    let (code, why) = made.err().expect("refused");
+    assert_eq!(code, Code::InvalidArgument, "{why}");
+    assert!(why.contains("cluster init"), "{why}");
+    let one = Claim::of_class(&driver, "one", SMALL, capability, &[("replicas", "1")]);
+    driver.delete(&one.expect("one copy").id).expect("deleted");
+}
