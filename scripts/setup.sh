@@ -80,7 +80,7 @@ tools_of() {
         echo "ceph-osd ceph-osd"
         echo "ceph ceph-common"
         echo "rbd ceph-common"
-        echo "monmaptool ceph-common"
+        echo "monmaptool ceph-base"
         echo "/usr/share/doc/qemu-block-extra qemu-block-extra" ;;
     check) ;;
     *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, check)" ;;

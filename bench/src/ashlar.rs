@@ -74,9 +74,7 @@ impl Ashlar {
             .arg(&self.tail_dir)
             .args(&self.more_flags);
         let mut process = spawn(command, &self.log)?;
-        let ready = wait_for(START_LIMIT, || {
-            !process.is_alive() || self.http.is_ready()
-        });
+        let ready = wait_for(START_LIMIT, || !process.is_alive() || self.http.is_ready());
         if !ready || !process.is_alive() {
             bail!(
                 "ashlard was not ready in time; the end of its log:\n  {}",

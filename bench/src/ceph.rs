@@ -292,8 +292,7 @@ fn configuration(
     );
     for id in 0..OSDS {
         let address = format!("127.0.0.{}", id + 1);
-        text +=
-            &format!("[osd.{id}]\npublic_addr = {address}\ncluster_addr = {address}\n");
+        text += &format!("[osd.{id}]\npublic_addr = {address}\ncluster_addr = {address}\n");
     }
     text
 }
@@ -322,7 +321,9 @@ mod tests {
         let tail = "0 B data, 871 MiB used, 11 GiB / 12 GiB avail";
         assert!(is_clean(&format!("65 pgs: 65 active+clean; {tail}")));
         assert!(!is_clean(&format!("1 pgs: 1 active+clean; {tail}")));
-        assert!(!is_clean(&format!("64 pgs: 3 peering, 61 active+clean; {tail}")));
+        assert!(!is_clean(&format!(
+            "64 pgs: 3 peering, 61 active+clean; {tail}"
+        )));
         assert!(!is_clean(""));
     }
 
@@ -330,10 +331,7 @@ mod tests {
     fn every_osd_has_an_address_and_the_block_file_has_room() {
         let small = configuration("f", "m", Path::new("/d"), Path::new("/s"), 1 << 20);
         for id in 0..OSDS {
-            assert!(small.contains(&format!(
-                "[osd.{id}]\npublic_addr = 127.0.0.{}\n",
-                id + 1
-            )));
+            assert!(small.contains(&format!("[osd.{id}]\npublic_addr = 127.0.0.{}\n", id + 1)));
         }
         assert!(small.contains(&format!("bluestore_block_size = {}\n", 4u64 << 30)));
         let large = configuration("f", "m", Path::new("/d"), Path::new("/s"), 1 << 30);

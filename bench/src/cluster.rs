@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::ashlar::Ashlar;
 use crate::command::run_to_end;
@@ -90,6 +90,7 @@ pub(crate) fn start(
         metered: Metered {
             daemons: nodes.iter().map(|node| node.http).collect(),
             copies: NODES,
+            head: Some(first.clone()),
         },
         etcd,
     })
@@ -97,16 +98,26 @@ pub(crate) fn start(
 
 /// Waits until every copy is in sync: only then does a write go to all of them.
 fn wait_in_sync(node: &Ashlar) -> Result<()> {
-    let mut shown = String::new();
-    let is_in_sync = wait_for(SYNC_LIMIT, || {
-        shown = node
-            .ask(&["volume", "show", EXPORT, "-o", "json"])
-            .unwrap_or_default();
-        let has = |state: &str| shown.contains(&format!("\"state\": \"{state}\""));
-        has("in-sync") && !has("out") && !has("joining")
+    let mut refusal = None;
+    wait_for(SYNC_LIMIT, || {
+        refusal = epoch_in_sync(node).err();
+        refusal.is_none()
     });
-    ensure!(is_in_sync, "the copies are not in sync: {shown}");
-    Ok(())
+    refusal.map_or(Ok(()), Err)
+}
+
+/// The epoch of the volume while every copy is in sync; otherwise an error. No copy can leave and come back without
+/// raising it: the same epoch before and after a run means that every write of it went to all copies.
+pub(crate) fn epoch_in_sync(node: &Ashlar) -> Result<u64> {
+    let shown = node.ask(&["volume", "show", EXPORT, "-o", "json"])?;
+    in_sync(&shown).with_context(|| format!("not every copy is in sync: {shown}"))
+}
+
+fn in_sync(shown: &str) -> Option<u64> {
+    let volume: serde_json::Value = serde_json::from_str(shown).ok()?;
+    let has = |state: &str| shown.contains(&format!("\"state\": \"{state}\""));
+    let all = has("in-sync") && !has("out") && !has("joining");
+    volume["epoch"].as_u64().filter(|_| all)
 }
 
 fn free_port(number: u32) -> Result<u16> {
@@ -144,4 +155,21 @@ fn start_etcd(scratch: &Path) -> Result<(ServerProcess, String)> {
         );
     }
     Ok((etcd, format!("etcd:{client}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_out_or_joining_is_seen() {
+        let shown = |states: [&str; 3]| {
+            let copies = states.map(|state| format!("{{\"state\": \"{state}\"}}"));
+            format!("{{\"epoch\": 7, \"copies\": [{}]}}", copies.join(","))
+        };
+        assert_eq!(in_sync(&shown(["in-sync"; 3])), Some(7));
+        assert_eq!(in_sync(&shown(["in-sync", "out", "in-sync"])), None);
+        assert_eq!(in_sync(&shown(["in-sync", "in-sync", "joining"])), None);
+        assert_eq!(in_sync(""), None);
+    }
 }

@@ -42,7 +42,9 @@ fn finish(mut command: Command, limit: Duration) -> Result<String> {
         .map(|stdout| thread::spawn(move || read_bounded(stdout, KEPT_STDOUT_BYTES)));
     let status = wait_until(&mut child, Instant::now() + limit)?;
     let complaint = complaints.join().unwrap_or_default();
-    let said = said.and_then(|reader| reader.join().ok()).unwrap_or_default();
+    let said = said
+        .and_then(|reader| reader.join().ok())
+        .unwrap_or_default();
     match status {
         None => bail!("{name} was killed after {} s: {complaint}", limit.as_secs()),
         Some(status) if !status.success() => bail!("{name} ended with {status}: {complaint}"),
@@ -82,7 +84,10 @@ mod tests {
     fn what_a_command_prints_is_kept() {
         let mut command = Command::new("echo");
         command.arg("a token");
-        assert_eq!(capture(command, Duration::from_secs(30)).unwrap(), "a token");
+        assert_eq!(
+            capture(command, Duration::from_secs(30)).unwrap(),
+            "a token"
+        );
     }
 
     #[test]

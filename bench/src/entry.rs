@@ -72,6 +72,7 @@ impl Entry<'_> {
         let metered = Metered {
             daemons: vec![daemon.http],
             copies: 1,
+            head: None,
         };
         field.ours.insert(contender, metered);
         Ok(())

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
+use crate::ashlar::Ashlar;
+use crate::cluster;
 use crate::fio::{self, Job, Target};
 use crate::http::Http;
 use crate::procfs;
@@ -68,6 +70,8 @@ pub(crate) struct Figures {
 pub(crate) struct Metered {
     pub(crate) daemons: Vec<Http>,
     pub(crate) copies: u32,
+    /// The node that serves the volume, when it has more than one copy.
+    pub(crate) head: Option<Ashlar>,
 }
 
 impl Metered {
@@ -123,6 +127,8 @@ impl Field {
         job.duration = Duration::from_secs(effort.run_seconds);
         job.seed += 1;
 
+        let head = self.ours.get(&contender).and_then(|ours| ours.head.clone());
+        let epoch = head.as_ref().map(cluster::epoch_in_sync).transpose()?;
         let pids = running.pids();
         let server_cpu = |pids: &[u32]| -> Result<Option<u64>> {
             let times = pids.iter().map(|&pid| procfs::tree_cpu_us(pid));
@@ -144,6 +150,11 @@ impl Field {
             .zip(server_before)
             .map(|(after, before)| (after - before) as f64);
         let machine_us = (procfs::machine_busy_us()? - machine_before) as f64;
+
+        ensure!(
+            head.as_ref().map(cluster::epoch_in_sync).transpose()? == epoch,
+            "a copy was out of sync for a time: this was no write to all copies"
+        );
 
         let mut write_amplification = None;
         let mut sent_amplification = None;

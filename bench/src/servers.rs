@@ -259,7 +259,11 @@ fn qemu_nbd(modes: &[&str], socket: &Path, file: &Path) -> Command {
     command
 }
 
-pub(crate) fn await_socket(contender: Contender, socket: &Path, process: &mut ServerProcess) -> Result<()> {
+pub(crate) fn await_socket(
+    contender: Contender,
+    socket: &Path,
+    process: &mut ServerProcess,
+) -> Result<()> {
     let ready = wait_for(START_LIMIT, || {
         UnixStream::connect(socket).is_ok() || !process.is_alive()
     });
