@@ -11,10 +11,10 @@ DATA ?= ./data
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-cluster run test check fix bench
+.PHONY: help build demo demo-cluster run test check fix bench bench-cluster
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## ashlard, ashlar and ashlar-csi, into target/release
 	@scripts/setup.sh build
@@ -52,3 +52,9 @@ bench: ## side by side with other NBD servers, results in bench/results (ARGS='-
 	@scripts/setup.sh build bench
 	$(CARGO) build --release --locked -p ashlar-server -p ashlar-bench
 	@"$(CARGO_TARGET_DIR)/release/ashlar-bench" $(ARGS)
+
+bench-cluster: ## three nodes with three copies side by side with Ceph, results in bench/results (ARGS='--quick' for a short one)
+	@scripts/setup.sh build bench-cluster
+	@scripts/setup.sh ceph || echo "bench-cluster: going on without Ceph" >&2
+	$(CARGO) build --release --locked -p ashlar-server -p ashlar-bench
+	@"$(CARGO_TARGET_DIR)/release/ashlar-bench" cluster $(ARGS)

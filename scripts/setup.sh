@@ -6,6 +6,8 @@
 #   demo-cluster   the same for `make demo-cluster`
 #   test    what `make test` runs against the daemon
 #   bench   the servers and the load generator `make bench` compares with
+#   bench-cluster  what `make bench-cluster` runs beside Ceph
+#   ceph    Ceph's daemons and tools, and qemu's driver for its images, for `make bench-cluster`
 #   check   the dependency audit of `make check`
 #
 # Debian and Ubuntu packages come from apt (through sudo when not root). When nothing is missing, nothing is
@@ -66,8 +68,22 @@ tools_of() {
         echo "qemu-io qemu-utils"
         echo "nbdkit nbdkit"
         echo "nbd-server nbd-server" ;;
+    bench-cluster)
+        echo "fio fio"
+        echo "nbdcopy libnbd-bin"
+        echo "qemu-nbd qemu-utils"
+        echo "qemu-io qemu-utils"
+        echo "etcd etcd-server" ;;
+    ceph)
+        echo "ceph-mon ceph-mon"
+        echo "ceph-mgr ceph-mgr"
+        echo "ceph-osd ceph-osd"
+        echo "ceph ceph-common"
+        echo "rbd ceph-common"
+        echo "monmaptool ceph-base"
+        echo "/usr/share/doc/qemu-block-extra qemu-block-extra" ;;
     check) ;;
-    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, check)" ;;
+    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, check)" ;;
     esac
 }
 
@@ -352,7 +368,7 @@ install_manifest_tools() {
     install_kubernetes_validate
 }
 
-[ "$#" -gt 0 ] || die "say what to set up: build, demo, test, bench, check"
+[ "$#" -gt 0 ] || die "say what to set up: build, demo, demo-cluster, test, bench, bench-cluster, ceph, check"
 
 for set in "$@"; do
     tools_of "$set" >/dev/null

@@ -3,8 +3,9 @@
 use std::fmt::Write;
 
 use crate::measure::Figures;
-use crate::report::{Report, RowReport, thousands};
-use crate::rows::Contender;
+use crate::report::{Report, RowReport};
+use crate::rows::{Comparison, Contender};
+use crate::tables::thousands;
 
 // Everything in CSS pixels.
 const WIDTH: f64 = 1000.0;
@@ -35,13 +36,18 @@ pub(crate) fn draw(report: &Report) -> String {
         34.0,
         "t",
         "font-size=\"19\" font-weight=\"600\"",
-        "Ashlar beside other NBD servers",
+        report.title(),
     );
+    let machine = report.machines.first();
+    let way = match report.comparison {
+        Comparison::Servers => "over a Unix socket",
+        Comparison::Cluster => "in three copies",
+    };
     let facts = format!(
-        "{} cores of {}, Linux {}; {} MiB over a Unix socket; median of {} rounds of {} s; {}",
-        report.machine.cores,
-        report.machine.processor,
-        report.machine.kernel,
+        "{} cores of {}, Linux {}; {} MiB {way}; median of {} rounds of {} s; {}",
+        machine.map_or(0, |machine| machine.cores),
+        machine.map_or("", |machine| &machine.processor),
+        machine.map_or("", |machine| &machine.kernel),
         report.effort.size_bytes >> 20,
         report.effort.rounds,
         report.effort.run_seconds,
@@ -97,7 +103,7 @@ fn draw_row(svg: &mut String, row: &RowReport, top: f64) {
         top + 20.0,
         "t",
         "font-weight=\"600\"",
-        row.title,
+        &row.title,
     );
     let mut y = top + ROW_TITLE;
     for (contender, figures) in &row.medians {
@@ -141,7 +147,7 @@ fn draw_row(svg: &mut String, row: &RowReport, top: f64) {
 fn bar(svg: &mut String, x: f64, y: f64, length: f64, contender: Contender) {
     // Ours stands out, the device's own is an outline, the peers are one grey: their names are beside them.
     let paint = match contender {
-        Contender::Ashlar => "fill=\"#0f766e\"",
+        _ if contender.is_ours() => "fill=\"#0f766e\"",
         Contender::Bare => "fill=\"#f1f3f5\" stroke=\"#9aa5b1\"",
         _ => "fill=\"#b8c2cc\"",
     };

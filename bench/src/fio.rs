@@ -1,15 +1,14 @@
 //! Runs fio and reads what it measured.
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
+use crate::command::run_to_end;
 use crate::rows::Row;
 
 /// What fio is pointed at.
@@ -19,6 +18,13 @@ pub(crate) enum Target {
     Nbd(String),
     /// A file, through io_uring with O_DIRECT.
     File(PathBuf),
+    /// An image of a Ceph cluster, through fio's rbd engine and librbd.
+    Rbd {
+        /// The cluster's ceph.conf.
+        config: PathBuf,
+        pool: &'static str,
+        image: &'static str,
+    },
 }
 
 /// One run of fio.
@@ -48,9 +54,6 @@ pub(crate) struct Outcome {
 
 /// What fio may take beyond its run time before it counts as hung: it connects, allocates and reports in this time.
 const GRACE: Duration = Duration::from_secs(30);
-/// How much of fio's standard error is kept. The rest is read and dropped: it can be gigabytes.
-const KEPT_STDERR_BYTES: usize = 4096;
-
 /// Runs one job, with fio's files in `scratch`.
 pub(crate) fn run(job: &Job<'_>, scratch: &Path) -> Result<Outcome> {
     let report = scratch.join("fio.json");
@@ -62,6 +65,9 @@ pub(crate) fn run(job: &Job<'_>, scratch: &Path) -> Result<Outcome> {
         .args(arguments(job))
         .arg(format!("--output={}", report.display()));
     command.current_dir(scratch);
+    if let Target::Rbd { config, .. } = job.target {
+        command.env("CEPH_CONF", config);
+    }
     run_to_end(command, limit + GRACE)?;
     let text = fs::read_to_string(&report).with_context(|| report.display().to_string())?;
     parse(&text, job.row)
@@ -94,6 +100,17 @@ fn arguments(job: &Job<'_>) -> Vec<String> {
                 arguments.push(format!("--fsync={}", row.flush_every));
             }
         }
+        Target::Rbd { pool, image, .. } => {
+            arguments.extend([
+                "--ioengine=rbd".to_owned(),
+                "--clientname=admin".to_owned(),
+                format!("--pool={pool}"),
+                format!("--rbdname={image}"),
+            ]);
+            if row.flush_every > 0 {
+                arguments.push(format!("--fsync={}", row.flush_every));
+            }
+        }
         Target::File(path) => {
             arguments.extend([
                 "--ioengine=io_uring".to_owned(),
@@ -106,53 +123,6 @@ fn arguments(job: &Job<'_>) -> Vec<String> {
         }
     }
     arguments
-}
-
-/// Runs a command to its end; one that outlives `limit` is killed and is an error, as is one that fails.
-pub(crate) fn run_to_end(mut command: Command, limit: Duration) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("{name} could not be started"))?;
-    let stderr = child
-        .stderr
-        .take()
-        .ok_or_else(|| anyhow!("no standard error"))?;
-    let reader = thread::spawn(move || read_bounded(stderr));
-    let status = wait_until(&mut child, Instant::now() + limit)?;
-    let complaint = reader.join().unwrap_or_default();
-    match status {
-        None => bail!("{name} was killed after {} s: {complaint}", limit.as_secs()),
-        Some(status) if !status.success() => bail!("{name} ended with {status}: {complaint}"),
-        Some(_) => Ok(()),
-    }
-}
-
-fn read_bounded(mut from: impl Read) -> String {
-    let mut kept = Vec::new();
-    let mut buffer = [0; 8192];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        let room = KEPT_STDERR_BYTES - kept.len();
-        kept.extend_from_slice(&buffer[..count.min(room)]);
-    }
-    String::from_utf8_lossy(&kept).trim().to_owned()
-}
-
-fn wait_until(child: &mut Child, deadline: Instant) -> Result<Option<ExitStatus>> {
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
-        }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn parse(report: &str, row: &Row) -> Result<Outcome> {
@@ -188,15 +158,15 @@ fn parse(report: &str, row: &Row) -> Result<Outcome> {
     })
 }
 
-/// Whether this fio can speak NBD at all.
-pub(crate) fn require_nbd_engine() -> Result<()> {
+/// Whether this fio has the engines that are needed.
+pub(crate) fn require_engines(wanted: &[&str]) -> Result<()> {
     let engines = Command::new("fio")
         .arg("--enghelp")
         .output()
         .context("fio could not be started")?;
     let engines = String::from_utf8_lossy(&engines.stdout).into_owned();
-    for engine in ["nbd", "io_uring"] {
-        if !engines.split_whitespace().any(|name| name == engine) {
+    for engine in wanted {
+        if !engines.split_whitespace().any(|name| name == *engine) {
             bail!("this fio has no {engine} engine; the distribution's package of fio has one");
         }
     }
@@ -257,24 +227,5 @@ mod tests {
             )
             .is_err()
         );
-    }
-
-    #[test]
-    fn a_command_that_hangs_is_killed() {
-        let mut command = Command::new("sleep");
-        command.arg("60");
-        let began = Instant::now();
-        assert!(run_to_end(command, Duration::from_millis(100)).is_err());
-        assert!(began.elapsed() < Duration::from_secs(30));
-    }
-
-    #[test]
-    fn a_flood_on_standard_error_is_bounded() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "yes | head -c 1000000 >&2; exit 3"]);
-        let error = run_to_end(command, Duration::from_secs(30))
-            .unwrap_err()
-            .to_string();
-        assert!(error.len() < 2 * KEPT_STDERR_BYTES, "{}", error.len());
     }
 }

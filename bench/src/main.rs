@@ -1,33 +1,61 @@
-//! Side-by-side benchmarks of Ashlar and the NBD servers people use today. `bench/README.md` has the method.
+//! Side-by-side benchmarks of Ashlar and the NBD servers people use today, and of a cluster and Ceph.
+//! `bench/README.md` has the method.
 
 mod ashlar;
+mod ceph;
 mod chart;
+mod cluster;
+mod command;
+mod entry;
 mod fio;
+mod http;
 mod measure;
 mod procfs;
+mod reference;
 mod report;
 mod rows;
+mod scratch;
 mod servers;
+mod standing;
+mod tables;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 
-use crate::ashlar::Ashlar;
-use crate::measure::{Effort, Field};
+use crate::measure::Effort;
 use crate::procfs::Machine;
 use crate::report::{Report, RowReport};
-use crate::rows::{Contender, ROWS, Row};
-use crate::servers::Places;
+use crate::rows::{Comparison, Contender, Medium, ROWS, Row};
+use crate::scratch::Scratch;
 
-/// Compare Ashlar with other NBD servers on this machine.
+/// Compare Ashlar with other servers on this machine.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    cluster: Option<Subject>,
+    #[command(flatten)]
+    choices: Choices,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subject {
+    /// Compare a cluster of three nodes on this machine with Ceph.
+    Cluster {
+        /// Where the stores lie, one after the other.
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "tmpfs,disk")]
+        media: Vec<Medium>,
+        #[command(flatten)]
+        choices: Choices,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Choices {
     /// One round of 3 s runs: a look, not a result.
     #[arg(long)]
     quick: bool,
@@ -43,9 +71,9 @@ struct Arguments {
     /// Length of one run.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Size of each contender's data.
-    #[arg(long, default_value_t = 1024)]
-    size_mib: u64,
+    /// Size of each contender's data [default: 1024, of a cluster 512].
+    #[arg(long)]
+    size_mib: Option<u64>,
     /// Scratch directory, on the device to measure; it needs room for each contender's data, and more for Ashlar's.
     #[arg(long)]
     scratch: Option<PathBuf>,
@@ -66,8 +94,70 @@ struct Arguments {
     list: bool,
 }
 
+impl Choices {
+    fn effort(&self, comparison: Comparison) -> Effort {
+        let usual_mib = match comparison {
+            Comparison::Servers => 1024,
+            // There are three copies of it, twice over in Ceph, and all of them may lie in memory.
+            Comparison::Cluster => 512,
+        };
+        Effort {
+            rounds: self.rounds.unwrap_or(if self.quick { 1 } else { 3 }),
+            run_seconds: self.seconds.unwrap_or(if self.quick { 3 } else { 10 }),
+            warm_up_seconds: if self.quick { 1 } else { 3 },
+            size_bytes: self.size_mib.unwrap_or(usual_mib) << 20,
+        }
+    }
+
+    fn programs(&self) -> Result<PathBuf> {
+        if let Some(folder) = &self.programs {
+            return Ok(folder.clone());
+        }
+        let this = std::env::current_exe()?;
+        let folder = this.parent().context("this program has no folder")?;
+        Ok(folder.to_owned())
+    }
+
+    fn rows(&self) -> Result<Vec<&'static Row>> {
+        let is_like = |row: &Row, name: &String| row.name.contains(name.as_str());
+        for name in &self.rows {
+            if !ROWS.iter().any(|row| is_like(row, name)) {
+                bail!("no row is named like '{name}'; --list shows them");
+            }
+        }
+        static ALL: [Row; ROWS.len()] = ROWS;
+        let is_wanted =
+            |row: &&Row| self.rows.is_empty() || self.rows.iter().any(|name| is_like(row, name));
+        Ok(ALL.iter().filter(is_wanted).collect())
+    }
+
+    /// Those who take part in one of the rows.
+    fn contenders(&self, comparison: Comparison, rows: &[&'static Row]) -> Result<Vec<Contender>> {
+        let everyone = comparison.everyone();
+        for contender in &self.contenders {
+            ensure!(
+                everyone.contains(contender),
+                "{} is not in this comparison",
+                contender.title()
+            );
+        }
+        let takes_part = |contender: &Contender| {
+            (self.contenders.is_empty() || self.contenders.contains(contender))
+                && rows
+                    .iter()
+                    .any(|row| comparison.contenders(row).contains(contender))
+        };
+        Ok(everyone.iter().copied().filter(takes_part).collect())
+    }
+}
+
 fn main() -> ExitCode {
-    match compare(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let compared = match &arguments.cluster {
+        None => compare(&arguments.choices, Comparison::Servers, &[Medium::Disk]),
+        Some(Subject::Cluster { media, choices }) => compare(choices, Comparison::Cluster, media),
+    };
+    match compared {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ashlar-bench: {error:#}");
@@ -76,12 +166,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn compare(arguments: &Arguments) -> Result<ExitCode> {
-    let rows = chosen_rows(&arguments.rows)?;
-    if arguments.list {
+fn compare(choices: &Choices, comparison: Comparison, media: &[Medium]) -> Result<ExitCode> {
+    let rows = choices.rows()?;
+    let contenders = choices.contenders(comparison, &rows)?;
+    if choices.list {
         for row in &rows {
-            let who: Vec<&str> = row
-                .contenders()
+            let who: Vec<&str> = comparison
+                .contenders(row)
                 .iter()
                 .map(|contender| contender.title())
                 .collect();
@@ -89,129 +180,62 @@ fn compare(arguments: &Arguments) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    fio::require_nbd_engine()?;
-    let effort = Effort {
-        rounds: arguments
-            .rounds
-            .unwrap_or(if arguments.quick { 1 } else { 3 }),
-        run_seconds: arguments
-            .seconds
-            .unwrap_or(if arguments.quick { 3 } else { 10 }),
-        warm_up_seconds: if arguments.quick { 1 } else { 3 },
-        size_bytes: arguments.size_mib << 20,
-    };
+    fio::require_engines(&["nbd", "io_uring"])?;
+    let effort = choices.effort(comparison);
     ensure!(
         effort.rounds > 0 && effort.run_seconds > 0 && effort.size_bytes > 0,
         "nothing to measure"
     );
-    let chosen = if arguments.contenders.is_empty() {
-        Contender::ALL.to_vec()
-    } else {
-        arguments.contenders.clone()
-    };
-    let contenders: Vec<Contender> = Contender::ALL
-        .into_iter()
-        .filter(|contender| {
-            chosen.contains(contender)
-                && rows.iter().any(|row| row.contenders().contains(contender))
-        })
-        .collect();
-
-    let scratch = Scratch::make(arguments)?;
-    let mut machine = Machine::read(&scratch.data);
-    machine.versions = versions(&contenders);
-    let mut field = enter(&contenders, arguments, &effort, &scratch)?;
-
-    let mut report = Report::new(machine, effort, arguments.ashlard_flags.clone());
-    for row in rows {
-        eprintln!("\n{}", row.title);
-        let (samples, failures) = field.run_row(row, &effort, &scratch.data, |sample| {
-            eprintln!("  {}", report::line(sample));
-        });
-        for failure in &failures {
-            eprintln!("  FAILED {failure}");
+    let programs = choices.programs()?;
+    let mut report = Report::new(comparison, effort, choices.ashlard_flags.clone());
+    for &medium in media {
+        let base = match (medium, &choices.scratch) {
+            (Medium::Tmpfs, _) => scratch::memory()?,
+            (Medium::Disk, Some(base)) => base.clone(),
+            // Beside the build, which is on a disk; the system's temporary directory often is memory.
+            (Medium::Disk, None) => programs.join("bench-scratch"),
+        };
+        let scratch = Scratch::make(&base, choices.keep)?;
+        report.machines.push(Machine::read(&scratch.data));
+        if comparison == Comparison::Cluster {
+            eprintln!("\nstores on {}", medium.title());
         }
-        report.rows.push(RowReport::new(row, samples));
-        report.failures.extend(failures);
+        let entry = entry::Entry {
+            programs: &programs,
+            scratch: &scratch,
+            flags: &choices.ashlard_flags,
+            size_bytes: effort.size_bytes,
+        };
+        let (mut field, failures) = match comparison {
+            Comparison::Servers => entry.servers(&contenders),
+            Comparison::Cluster => entry.cluster(&contenders),
+        };
+        let mut failed = |failure: String| {
+            eprintln!("  FAILED {failure}");
+            report.failures.push(failure);
+        };
+        failures.into_iter().for_each(&mut failed);
+        for &row in &rows {
+            eprintln!("\n{}", row.title);
+            let (samples, failures) =
+                field.run_row(row, comparison, &effort, &scratch.data, |sample| {
+                    eprintln!("  {}", tables::line(sample));
+                });
+            failures.into_iter().for_each(&mut failed);
+            report
+                .rows
+                .push(RowReport::new(comparison, medium, row, samples));
+        }
     }
-    drop(field);
+    report.versions = versions(&contenders);
     println!("{}", report.table());
-    let written = report.write(&arguments.results)?;
+    let written = report.write(&choices.results)?;
     println!("results: {}", written.display());
     Ok(if report.failures.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
-}
-
-fn chosen_rows(wanted: &[String]) -> Result<Vec<&'static Row>> {
-    for name in wanted {
-        if !ROWS.iter().any(|row| row.name.contains(name.as_str())) {
-            bail!("no row is named like '{name}'; --list shows them");
-        }
-    }
-    static ALL: [Row; ROWS.len()] = ROWS;
-    let is_wanted = |row: &&Row| {
-        wanted.is_empty() || wanted.iter().any(|name| row.name.contains(name.as_str()))
-    };
-    Ok(ALL.iter().filter(is_wanted).collect())
-}
-
-/// Writes everyone's data and starts everyone.
-fn enter(
-    contenders: &[Contender],
-    arguments: &Arguments,
-    effort: &Effort,
-    scratch: &Scratch,
-) -> Result<Field> {
-    let places = Places {
-        sockets: &scratch.sockets,
-        data: &scratch.data,
-    };
-    let mut field = Field {
-        running: BTreeMap::new(),
-        ashlar: None,
-    };
-    for &contender in contenders {
-        eprintln!(
-            "writing {} MiB for {}",
-            effort.size_bytes >> 20,
-            contender.title()
-        );
-        let file = scratch.data.join(format!("{}.raw", contender.slug()));
-        fio::write_data_file(&file, effort.size_bytes)?;
-        let running = if contender == Contender::Ashlar {
-            let flags = arguments.ashlard_flags.clone();
-            let ashlar = Ashlar::new(programs(arguments)?, &scratch.data, &scratch.sockets, flags)?;
-            let first = ashlar.start()?;
-            ashlar.create_volume(effort.size_bytes)?;
-            ashlar.fill(&first, &file)?;
-            fs::remove_file(&file)?;
-            // Started anew, it holds nothing of what was written in memory.
-            drop(first);
-            let running = ashlar.start()?;
-            field.ashlar = Some(ashlar);
-            running
-        } else {
-            servers::start_peer(contender, &file, places)?
-        };
-        field.running.insert(contender, running);
-    }
-    Ok(field)
-}
-
-fn programs(arguments: &Arguments) -> Result<PathBuf> {
-    match &arguments.programs {
-        Some(folder) => Ok(folder.clone()),
-        None => {
-            let this = std::env::current_exe()?;
-            Ok(this
-                .parent()
-                .context("this program has no folder")?
-                .to_owned())
-        }
-    }
 }
 
 /// What each program that takes part says its version is.
@@ -224,7 +248,12 @@ fn versions(contenders: &[Contender]) -> BTreeMap<String, String> {
             }
             Contender::Nbdkit => wanted.push(("nbdkit", "--version")),
             Contender::NbdServer => wanted.push(("nbd-server", "-V")),
-            Contender::Ashlar | Contender::Bare => {}
+            Contender::Cluster => wanted.push(("etcd", "--version")),
+            Contender::CephRbd => wanted.push(("ceph-osd", "--version")),
+            Contender::CephNbd => {
+                wanted.extend([("ceph-osd", "--version"), ("qemu-nbd", "--version")])
+            }
+            Contender::Ashlar | Contender::Single | Contender::Bare => {}
         }
     }
     let mut versions = BTreeMap::new();
@@ -241,57 +270,4 @@ fn versions(contenders: &[Contender]) -> BTreeMap<String, String> {
         versions.insert(program.to_owned(), line.trim().to_owned());
     }
     versions
-}
-
-/// The directories of a run, removed at its end.
-#[derive(Debug)]
-struct Scratch {
-    data: PathBuf,
-    sockets: PathBuf,
-    keep: bool,
-}
-
-impl Scratch {
-    fn make(arguments: &Arguments) -> Result<Scratch> {
-        let base = match &arguments.scratch {
-            Some(base) => base.clone(),
-            // Beside the build, which is on a disk; the system's temporary directory often is memory.
-            None => programs(arguments)?.join("bench-scratch"),
-        };
-        let name = format!("ashlar-bench-{}", std::process::id());
-        let data = base.join(&name);
-        fs::create_dir_all(&data).with_context(|| data.display().to_string())?;
-        let data = data.canonicalize()?;
-        // On a tmpfs where there is one: Ashlar's tail goes there too, as it does by default.
-        let shared_memory = Path::new("/dev/shm");
-        let volatile = if shared_memory.is_dir() {
-            shared_memory.to_owned()
-        } else {
-            std::env::temp_dir()
-        };
-        let sockets = volatile.join(&name);
-        fs::create_dir(&sockets).with_context(|| sockets.display().to_string())?;
-        Ok(Scratch {
-            data,
-            sockets,
-            keep: arguments.keep,
-        })
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        remove(&self.sockets);
-        if self.keep {
-            eprintln!("kept {}", self.data.display());
-        } else {
-            remove(&self.data);
-        }
-    }
-}
-
-fn remove(directory: &Path) {
-    if let Err(error) = fs::remove_dir_all(directory) {
-        eprintln!("could not remove {}: {error}", directory.display());
-    }
 }

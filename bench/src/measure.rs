@@ -9,10 +9,12 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::ashlar::Ashlar;
+use crate::cluster;
 use crate::fio::{self, Job, Target};
+use crate::http::Http;
 use crate::procfs;
-use crate::rows::{Contender, Group, Row};
-use crate::servers::Running;
+use crate::rows::{Comparison, Contender, Group, Row};
+use crate::servers::{Running, ServerProcess};
 
 /// How long and how often.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -50,24 +52,49 @@ pub(crate) struct Figures {
     pub(crate) p99_us: f64,
     pub(crate) flush_mean_us: Option<f64>,
     pub(crate) flush_p99_us: Option<f64>,
-    /// Processor time of the server an operation. None for the bare file, which has none.
+    /// Processor time of the server, or of all servers together, an operation. None for the bare file, which has none.
     pub(crate) server_cpu_us: Option<f64>,
     /// Processor time of the whole machine an operation, fio's included: what kernel threads do for a server that
     /// writes through the page cache shows here only.
     pub(crate) machine_cpu_us: f64,
-    /// Bytes that Ashlar's stores wrote, up to and with a flush after the run, over the bytes it was told to write,
-    /// from its own metrics.
+    /// Bytes that Ashlar's stores wrote, up to and with a flush after the run, over the bytes it was told to write to
+    /// each copy, from its own metrics.
     pub(crate) write_amplification: Option<f64>,
     /// The same as the kernel counts it (`write_bytes` of proc(5)), for every server: what the first must agree with
     /// where the tail is not on the same disk.
     pub(crate) sent_amplification: Option<f64>,
 }
 
-/// Everyone who is being measured.
-#[derive(Debug)]
+/// The daemons of a contender that is ours, and how many copies they keep of each block.
+#[derive(Clone, Debug)]
+pub(crate) struct Metered {
+    pub(crate) daemons: Vec<Http>,
+    pub(crate) copies: u32,
+    /// The node that serves the volume, when it has more than one copy.
+    pub(crate) head: Option<Ashlar>,
+}
+
+impl Metered {
+    /// The sum over all daemons, of one copy; None while one does not say.
+    fn of_one_copy(&self, read: fn(&Http) -> Result<Option<f64>>) -> Result<Option<f64>> {
+        let mut sum = 0.0;
+        for daemon in &self.daemons {
+            let Some(value) = read(daemon)? else {
+                return Ok(None);
+            };
+            sum += value;
+        }
+        Ok(Some(sum / f64::from(self.copies)))
+    }
+}
+
+/// Everyone who is being measured. What comes first ends first.
+#[derive(Debug, Default)]
 pub(crate) struct Field {
     pub(crate) running: BTreeMap<Contender, Running>,
-    pub(crate) ashlar: Option<Ashlar>,
+    pub(crate) ours: BTreeMap<Contender, Metered>,
+    /// Servers of several contenders, and what none is measured by: etcd, Ceph's monitor and manager.
+    pub(crate) beside: Vec<ServerProcess>,
 }
 
 impl Field {
@@ -81,9 +108,7 @@ impl Field {
         scratch: &Path,
     ) -> Result<Sample> {
         let running = self.running.get_mut(&contender).context("not running")?;
-        if let Some(process) = &mut running.process {
-            ensure!(process.is_alive(), "the server has ended");
-        }
+        ensure!(running.is_alive(), "a server has ended");
         if row.is_read() {
             drop_page_cache(&running.target)?;
         }
@@ -102,19 +127,34 @@ impl Field {
         job.duration = Duration::from_secs(effort.run_seconds);
         job.seed += 1;
 
-        let pid = running.process.as_ref().map(|process| process.pid);
-        let server_cpu = |pid: Option<u32>| pid.map(procfs::tree_cpu_us).transpose();
-        let stored_before = self.stored(contender)?;
-        let sent_before = pid.and_then(procfs::storage_write_bytes);
-        let server_before = server_cpu(pid)?;
+        let head = self.ours.get(&contender).and_then(|ours| ours.head.clone());
+        let epoch = head.as_ref().map(cluster::epoch_in_sync).transpose()?;
+        let pids = running.pids();
+        let server_cpu = |pids: &[u32]| -> Result<Option<u64>> {
+            let times = pids.iter().map(|&pid| procfs::tree_cpu_us(pid));
+            let sum: u64 = times.sum::<Result<u64>>()?;
+            Ok((!pids.is_empty()).then_some(sum))
+        };
+        let sent = |pids: &[u32]| -> Option<u64> {
+            let sent = pids.iter().map(|&pid| procfs::storage_write_bytes(pid));
+            sent.sum::<Option<u64>>().filter(|_| !pids.is_empty())
+        };
+        let stored_before = self.metered(contender, Http::stored_bytes)?;
+        let sent_before = sent(&pids);
+        let server_before = server_cpu(&pids)?;
         let machine_before = procfs::machine_busy_us()?;
         let began = Instant::now();
         let outcome = fio::run(&job, scratch)?;
         let wall_us = began.elapsed().as_micros() as f64;
-        let server_us = server_cpu(pid)?
+        let server_us = server_cpu(&pids)?
             .zip(server_before)
             .map(|(after, before)| (after - before) as f64);
         let machine_us = (procfs::machine_busy_us()? - machine_before) as f64;
+
+        ensure!(
+            head.as_ref().map(cluster::epoch_in_sync).transpose()? == epoch,
+            "a copy was out of sync for a time: this was no write to all copies"
+        );
 
         let mut write_amplification = None;
         let mut sent_amplification = None;
@@ -124,16 +164,17 @@ impl Field {
                 .context("not running")?
                 .settle()?;
             let told = (outcome.operations * row.block_bytes) as f64;
-            let stored = self.stored(contender)?.zip(stored_before);
+            let stored = self
+                .metered(contender, Http::stored_bytes)?
+                .zip(stored_before);
             write_amplification = stored.map(|(after, before)| (after - before) / told);
-            let sent = pid.and_then(procfs::storage_write_bytes).zip(sent_before);
+            let sent = sent(&pids).zip(sent_before);
             sent_amplification = sent.map(|(after, before)| (after - before) as f64 / told);
         }
-        let tail = match &self.ashlar {
-            Some(ashlar) if contender == Contender::Ashlar && !row.is_read() => {
-                ashlar.tail_bytes()?
-            }
-            _ => None,
+        let tail = if row.is_read() {
+            None
+        } else {
+            self.metered(contender, Http::tail_bytes)?
         };
         let operations = outcome.operations as f64;
         let flushed = row.group == Group::SyncedWrites && outcome.flushes > 0;
@@ -160,10 +201,15 @@ impl Field {
         })
     }
 
-    fn stored(&self, contender: Contender) -> Result<Option<f64>> {
-        match &self.ashlar {
-            Some(ashlar) if contender == Contender::Ashlar => ashlar.stored_bytes(),
-            _ => Ok(None),
+    /// What our daemons count, for one copy; None for everyone else.
+    fn metered(
+        &self,
+        contender: Contender,
+        read: fn(&Http) -> Result<Option<f64>>,
+    ) -> Result<Option<f64>> {
+        match self.ours.get(&contender) {
+            Some(metered) => metered.of_one_copy(read),
+            None => Ok(None),
         }
     }
 
@@ -172,12 +218,13 @@ impl Field {
     pub(crate) fn run_row(
         &mut self,
         row: &'static Row,
+        comparison: Comparison,
         effort: &Effort,
         scratch: &Path,
         mut said: impl FnMut(&Sample),
     ) -> (Vec<Sample>, Vec<String>) {
-        let present: Vec<Contender> = row
-            .contenders()
+        let present: Vec<Contender> = comparison
+            .contenders(row)
             .iter()
             .copied()
             .filter(|contender| self.running.contains_key(contender))
@@ -256,104 +303,14 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-/// How Ashlar stands in one row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Standing {
-    pub(crate) best_peer: Contender,
-    /// Ashlar's operations a second over the best peer's.
-    pub(crate) ratio: f64,
-    /// Over the bare file's.
-    pub(crate) bare_ratio: Option<f64>,
-    /// Ashlar's processor time an operation over that of the peer which spends least.
-    pub(crate) cpu_ratio: Option<f64>,
-    pub(crate) meets_speed: bool,
-    pub(crate) meets_cpu: bool,
-}
-
-/// A row is won at this many times the best peer's operations a second...
-const RATIO_WANTED: f64 = 1.3;
-/// ...or, where the device is the limit, at this part of what the bare file gives...
-const BARE_RATIO_WANTED: f64 = 0.9;
-/// ...with at most this part of the processor time of the peer that spends least.
-const CPU_RATIO_WANTED: f64 = 0.8;
-
-/// Compares Ashlar with the peers of a row; None when either side is missing.
-pub(crate) fn standing(row: &Row, figures: &BTreeMap<Contender, Figures>) -> Option<Standing> {
-    let ashlar = figures.get(&Contender::Ashlar)?;
-    let peers = || {
-        figures
-            .iter()
-            .filter(|(contender, _)| !matches!(contender, Contender::Ashlar | Contender::Bare))
-    };
-    let speed = |figures: &Figures| figures.operations_per_second;
-    let (&best_peer, best) =
-        peers().max_by(|(_, one), (_, other)| speed(one).total_cmp(&speed(other)))?;
-    let least_cpu = peers()
-        .filter_map(|(_, figures)| figures.server_cpu_us)
-        .min_by(f64::total_cmp);
-    let ratio = speed(ashlar) / speed(best);
-    let bare_ratio = figures
-        .get(&Contender::Bare)
-        .map(|bare| speed(ashlar) / speed(bare));
-    let cpu_ratio = ashlar
-        .server_cpu_us
-        .zip(least_cpu)
-        .map(|(ours, theirs)| ours / theirs);
-    let beats_bare = !row.must_beat_bare || bare_ratio.is_none_or(|ratio| ratio > 1.0);
-    Some(Standing {
-        best_peer,
-        ratio,
-        bare_ratio,
-        cpu_ratio,
-        meets_speed: beats_bare
-            && (ratio >= RATIO_WANTED
-                || bare_ratio.is_some_and(|ratio| ratio >= BARE_RATIO_WANTED)),
-        meets_cpu: cpu_ratio.is_some_and(|ratio| ratio <= CPU_RATIO_WANTED),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rows::ROWS;
-
-    fn at(operations_per_second: f64, server_cpu_us: Option<f64>) -> Figures {
-        Figures {
-            operations_per_second,
-            server_cpu_us,
-            ..Figures::default()
-        }
-    }
 
     #[test]
     fn the_median_is_the_middle() {
         assert_eq!(median(vec![]), None);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
-    }
-
-    #[test]
-    fn the_fastest_and_the_leanest_peer_may_differ() {
-        let figures = BTreeMap::from([
-            (Contender::Ashlar, at(130.0, Some(4.0))),
-            (Contender::Nbdkit, at(100.0, Some(10.0))),
-            (Contender::NbdServer, at(50.0, Some(5.0))),
-        ]);
-        let standing = standing(&ROWS[4], &figures).unwrap();
-        assert_eq!(standing.best_peer, Contender::Nbdkit);
-        assert_eq!(standing.ratio, 1.3);
-        assert_eq!(standing.cpu_ratio, Some(0.8));
-        assert!(standing.meets_speed && standing.meets_cpu);
-    }
-
-    #[test]
-    fn the_bare_file_excuses_a_row_bound_by_the_device_but_not_one_that_must_beat_it() {
-        let figures = BTreeMap::from([
-            (Contender::Ashlar, at(95.0, Some(4.0))),
-            (Contender::QemuNone, at(94.0, Some(10.0))),
-            (Contender::Bare, at(100.0, None)),
-        ]);
-        assert!(standing(&ROWS[0], &figures).unwrap().meets_speed);
-        assert!(ROWS[6].must_beat_bare && !standing(&ROWS[6], &figures).unwrap().meets_speed);
     }
 }

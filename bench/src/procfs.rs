@@ -1,6 +1,5 @@
 //! What the kernel tells about processes and the machine, read from /proc.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +44,13 @@ fn cpu_ticks(stat: &str) -> Result<u64> {
         .iter()
         .map(|ticks| ticks.parse::<u64>().map_err(Into::into))
         .sum()
+}
+
+/// Whether a process is there and has not ended.
+pub(crate) fn is_running(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, fields)| fields);
+    state.is_some_and(|fields| !fields.starts_with(['Z', 'X']))
 }
 
 fn children(pid: u32) -> Vec<u32> {
@@ -141,8 +147,6 @@ pub(crate) struct Machine {
     pub(crate) device: String,
     /// Load over the last minute when the run began; anything near 1 or above means that others were at work.
     pub(crate) load_before: String,
-    /// What each program says its version is.
-    pub(crate) versions: BTreeMap<String, String>,
 }
 
 impl Machine {
@@ -194,7 +198,6 @@ impl Machine {
                 .next()
                 .unwrap_or_default()
                 .to_owned(),
-            versions: BTreeMap::new(),
         }
     }
 }
@@ -240,6 +243,12 @@ mod tests {
     fn a_command_name_with_brackets_does_not_shift_the_fields() {
         let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194304 100 0 0 0 11 22 33 44 20 0 1 0 5 6 7";
         assert_eq!(cpu_ticks(stat).unwrap(), 11 + 22 + 33 + 44);
+    }
+
+    #[test]
+    fn this_process_runs_and_none_has_the_largest_number() {
+        assert!(is_running(std::process::id()));
+        assert!(!is_running(u32::MAX));
     }
 
     #[test]

@@ -21,18 +21,77 @@ pub(crate) enum Contender {
     NbdServer,
     /// No server: fio on the file itself, io_uring and O_DIRECT. What the device gives.
     Bare,
+    /// Three nodes of one cluster with a copy each, served by one of them over NBD.
+    Cluster,
+    /// One `ashlard` on its own, beside the cluster: what one copy costs.
+    Single,
+    /// Ceph through its own client library.
+    CephRbd,
+    /// Ceph through qemu-nbd, over NBD as Ashlar is.
+    CephNbd,
+}
+
+/// Where stores lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Medium {
+    /// In memory: what is left is the software.
+    Tmpfs,
+    /// In the scratch directory.
+    Disk,
+}
+
+impl Medium {
+    /// The name for people.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Medium::Tmpfs => "tmpfs",
+            Medium::Disk => "disk",
+        }
+    }
+}
+
+/// Which comparison is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Comparison {
+    /// One daemon beside other NBD servers.
+    Servers,
+    /// A cluster with three copies beside Ceph with three copies.
+    Cluster,
+}
+
+impl Comparison {
+    /// Everyone who may take part.
+    pub(crate) fn everyone(self) -> &'static [Contender] {
+        match self {
+            Comparison::Servers => &[
+                Contender::Ashlar,
+                Contender::QemuNone,
+                Contender::QemuWriteback,
+                Contender::Nbdkit,
+                Contender::NbdServer,
+                Contender::Bare,
+            ],
+            Comparison::Cluster => &[
+                Contender::Cluster,
+                Contender::Single,
+                Contender::CephRbd,
+                Contender::CephNbd,
+            ],
+        }
+    }
+
+    /// Who runs in a row: everyone of a cluster's comparison, whose promises do not differ from row to row.
+    pub(crate) fn contenders(self, row: &Row) -> &'static [Contender] {
+        match self {
+            Comparison::Servers => row.contenders(),
+            Comparison::Cluster => self.everyone(),
+        }
+    }
 }
 
 impl Contender {
-    pub(crate) const ALL: [Contender; 6] = [
-        Contender::Ashlar,
-        Contender::QemuNone,
-        Contender::QemuWriteback,
-        Contender::Nbdkit,
-        Contender::NbdServer,
-        Contender::Bare,
-    ];
-
     /// The name in tables and charts, with the mode it runs in.
     pub(crate) fn title(self) -> &'static str {
         match self {
@@ -42,7 +101,19 @@ impl Contender {
             Contender::Nbdkit => "nbdkit file",
             Contender::NbdServer => "nbd-server",
             Contender::Bare => "bare file",
+            Contender::Cluster => "ashlar, 3 copies",
+            Contender::Single => "ashlar, 1 copy",
+            Contender::CephRbd => "ceph, librbd",
+            Contender::CephNbd => "ceph, qemu-nbd over rbd",
         }
+    }
+
+    /// Whether its server is ours.
+    pub(crate) fn is_ours(self) -> bool {
+        matches!(
+            self,
+            Contender::Ashlar | Contender::Cluster | Contender::Single
+        )
     }
 
     /// The name of its files and sockets.
@@ -54,6 +125,10 @@ impl Contender {
             Contender::Nbdkit => "nbdkit",
             Contender::NbdServer => "nbd-server",
             Contender::Bare => "bare",
+            Contender::Cluster => "cluster",
+            Contender::Single => "single",
+            Contender::CephRbd => "ceph-rbd",
+            Contender::CephNbd => "ceph-nbd",
         }
     }
 }
@@ -89,8 +164,8 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// Everyone who runs in this row. The bare file is a yardstick, never a peer.
-    pub(crate) fn contenders(&self) -> &'static [Contender] {
+    /// Every NBD server that runs in this row. The bare file is a yardstick, never a peer.
+    fn contenders(&self) -> &'static [Contender] {
         match self.group {
             Group::Reads => &[Contender::Ashlar, Contender::QemuNone, Contender::Bare],
             Group::Writes => &[
@@ -217,7 +292,7 @@ mod tests {
     #[test]
     fn the_bare_file_and_ashlar_run_in_every_row_beside_a_peer() {
         for row in ROWS {
-            let contenders = row.contenders();
+            let contenders = Comparison::Servers.contenders(&row);
             assert!(contenders.contains(&Contender::Ashlar), "{}", row.name);
             assert!(contenders.contains(&Contender::Bare), "{}", row.name);
             assert!(contenders.len() >= 3, "{}", row.name);

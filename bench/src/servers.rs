@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::fio::{self, Target};
+use crate::command::run_to_end;
+use crate::fio::Target;
 use crate::procfs;
 use crate::rows::Contender;
 
@@ -137,20 +138,45 @@ pub(crate) fn wait_for(limit: Duration, mut condition: impl FnMut() -> bool) -> 
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) target: Target,
-    /// None for the bare file.
-    pub(crate) process: Option<ServerProcess>,
+    /// The servers of this contender alone. None for the bare file.
+    pub(crate) servers: Vec<ServerProcess>,
+    /// Process ids of servers that other contenders use too; [`crate::measure::Field`] ends them.
+    pub(crate) shared: Vec<u32>,
 }
 
 impl Running {
+    /// One server of its own.
+    pub(crate) fn of(target: Target, server: ServerProcess) -> Running {
+        Running {
+            target,
+            servers: vec![server],
+            shared: Vec::new(),
+        }
+    }
+
+    /// Whether every server is there.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        let own = self.servers.iter_mut().all(ServerProcess::is_alive);
+        own && self.shared.iter().all(|&pid| procfs::is_running(pid))
+    }
+
+    /// The processes whose time counts as the servers'.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let own = self.servers.iter().map(|server| server.pid);
+        own.chain(self.shared.iter().copied()).collect()
+    }
+
     /// Makes what was written durable, so that no contender's backlog runs into the next one's time.
     pub(crate) fn settle(&self) -> Result<()> {
         match &self.target {
             Target::Nbd(uri) => {
                 let mut command = Command::new("qemu-io");
                 command.args(["-f", "raw", "-c", "flush", uri]);
-                fio::run_to_end(command, Duration::from_secs(120)).context("flushing")
+                run_to_end(command, Duration::from_secs(120)).context("flushing")
             }
             Target::File(path) => Ok(File::open(path)?.sync_all()?),
+            // Without librbd's cache a write is durable on every copy when it is answered.
+            Target::Rbd { .. } => Ok(()),
         }
     }
 }
@@ -166,12 +192,12 @@ pub(crate) struct Places<'a> {
 /// Starts a peer over `file`, which holds its data already, and checks that it runs in the mode it is meant to.
 pub(crate) fn start_peer(contender: Contender, file: &Path, places: Places<'_>) -> Result<Running> {
     let socket = places.sockets.join(contender.slug());
-    let mut command = match contender {
-        Contender::Ashlar => bail!("ashlar is no peer of itself"),
+    let command = match contender {
         Contender::Bare => {
             return Ok(Running {
                 target: Target::File(file.to_owned()),
-                process: None,
+                servers: Vec::new(),
+                shared: Vec::new(),
             });
         }
         Contender::QemuNone => qemu_nbd(&["--cache=none", "--aio=io_uring"], &socket, file),
@@ -186,21 +212,33 @@ pub(crate) fn start_peer(contender: Contender, file: &Path, places: Places<'_>) 
             command
         }
         Contender::NbdServer => return start_nbd_server(&socket, file, places),
+        _ => bail!("{} is no server over a file", contender.title()),
     };
-    let log = File::create(places.data.join(format!("{}.log", contender.slug())))?;
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("{} could not be started", contender.title()))?;
-    let mut process = ServerProcess::of_child(child)?;
+    let log = places.data.join(format!("{}.log", contender.slug()));
+    let mut process = spawn(command, &log)?;
     await_socket(contender, &socket, &mut process)?;
     prove_mode(contender, file, &socket, process.pid)?;
-    Ok(Running {
-        target: Target::Nbd(uri(&socket)),
-        process: Some(process),
-    })
+    Ok(Running::of(Target::Nbd(uri(&socket)), process))
+}
+
+/// Starts a server in the foreground, with what it says added to the end of `log`.
+pub(crate) fn spawn(mut command: Command, log: &Path) -> Result<ServerProcess> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let log = File::options().create(true).append(true).open(log)?;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("{name} could not be started"))?;
+    ServerProcess::of_child(child)
+}
+
+/// The last lines of a log, for messages.
+pub(crate) fn end_of(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let from = text.lines().count().saturating_sub(5);
+    text.lines().skip(from).collect::<Vec<_>>().join("\n  ")
 }
 
 /// The URI of the export on a Unix socket.
@@ -221,7 +259,11 @@ fn qemu_nbd(modes: &[&str], socket: &Path, file: &Path) -> Command {
     command
 }
 
-fn await_socket(contender: Contender, socket: &Path, process: &mut ServerProcess) -> Result<()> {
+pub(crate) fn await_socket(
+    contender: Contender,
+    socket: &Path,
+    process: &mut ServerProcess,
+) -> Result<()> {
     let ready = wait_for(START_LIMIT, || {
         UnixStream::connect(socket).is_ok() || !process.is_alive()
     });
@@ -249,7 +291,7 @@ fn start_nbd_server(socket: &Path, file: &Path, places: Places<'_>) -> Result<Ru
     let _ = fs::remove_file(&pid_file);
     let mut command = Command::new("nbd-server");
     command.arg("-C").arg(&config).arg("-p").arg(&pid_file);
-    fio::run_to_end(command, START_LIMIT)?;
+    run_to_end(command, START_LIMIT)?;
     let mut pid = None;
     wait_for(START_LIMIT, || {
         pid = fs::read_to_string(&pid_file)
@@ -261,10 +303,7 @@ fn start_nbd_server(socket: &Path, file: &Path, places: Places<'_>) -> Result<Ru
     let mut process = ServerProcess::of_daemon(pid)?;
     await_socket(Contender::NbdServer, socket, &mut process)?;
     prove_mode(Contender::NbdServer, file, socket, process.pid)?;
-    Ok(Running {
-        target: Target::Nbd(uri(socket)),
-        process: Some(process),
-    })
+    Ok(Running::of(Target::Nbd(uri(socket)), process))
 }
 
 /// Compares what a server really does, as far as the kernel and the NBD handshake show it, with what its row says.
@@ -311,8 +350,21 @@ fn prove_mode(contender: Contender, file: &Path, socket: &Path, pid: u32) -> Res
         Contender::QemuWriteback | Contender::Nbdkit | Contender::NbdServer => {
             ensure!(!direct, "{title} opened its data file with O_DIRECT");
         }
-        Contender::Ashlar | Contender::Bare => {}
+        _ => {}
     }
+    Ok(())
+}
+
+/// Checks what an export of `size_bytes` says of itself.
+pub(crate) fn prove_export(contender: Contender, socket: &Path, size_bytes: u64) -> Result<()> {
+    let title = contender.title();
+    let client = Client::attach(socket).with_context(|| format!("attaching to {title}"))?;
+    ensure!(
+        client.size_bytes == size_bytes,
+        "{title} exports {} bytes",
+        client.size_bytes
+    );
+    ensure!(client.takes_flush, "{title} takes no flush");
     Ok(())
 }
 

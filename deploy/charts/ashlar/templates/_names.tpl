@@ -123,3 +123,57 @@ seLinuxOptions:
     - name: socket-dir
       mountPath: /csi
 {{- end }}
+
+{{- define "ashlar.etcdName" -}}
+{{ .Release.Name }}-etcd
+{{- end }}
+
+{{/* The Secret with ca.crt, tls.crt and tls.key for etcd; empty when etcd is spoken to in the clear. */}}
+{{- define "ashlar.etcdSecret" -}}
+{{- if .Values.etcd.tlsSecret }}{{ .Values.etcd.tlsSecret }}{{ else if .Values.etcd.enabled }}{{ include "ashlar.etcdName" . }}-tls{{ end }}
+{{- end }}
+
+{{/* What --metadata is given: the members of the chart's own etcd, or those of the values. */}}
+{{- define "ashlar.metadata" -}}
+{{- $endpoints := .Values.etcd.endpoints }}
+{{- if .Values.etcd.enabled }}
+{{- $name := include "ashlar.etcdName" . }}
+{{- range $member := until (int .Values.etcd.replicas) }}
+{{- $endpoints = append $endpoints (printf "https://%s-%d.%s.%s.svc:2379" $name $member $name $.Release.Namespace) }}
+{{- end }}
+{{- end -}}
+etcd:{{ join "," $endpoints }}
+{{- end }}
+
+{{/* Settings by which a node knows where its cluster's records are; `ashlar cluster init` takes the same. */}}
+{{- define "ashlar.metadataFlags" -}}
+- --metadata={{ include "ashlar.metadata" . }}
+- --etcd-prefix={{ .Values.cluster.etcdPrefix }}
+{{- if include "ashlar.etcdSecret" . }}
+- --etcd-ca=/etcd/ca.crt
+- --etcd-cert=/etcd/tls.crt
+- --etcd-key=/etcd/tls.key
+{{- end }}
+{{- end }}
+
+{{/* Every address of a pod, and the pod's own, as parts of HOST:PORT. */}}
+{{- define "ashlar.anyHost" -}}
+{{ ternary "[::]" "0.0.0.0" (eq .Values.cluster.ipFamily "IPv6") }}
+{{- end }}
+{{- define "ashlar.podHost" -}}
+{{ ternary "[$(POD_IP)]" "$(POD_IP)" (eq .Values.cluster.ipFamily "IPv6") }}
+{{- end }}
+
+{{/* What the containers of a cluster's daemon know of their pod. */}}
+{{- define "ashlar.memberEnvironment" -}}
+- name: POD_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.name
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: JOIN_DIRECTORY
+  value: /join
+{{- end }}

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{both, objects, read, root, template, title};
+use super::{every, objects, read, root, template, title};
 
 const DOCUMENT: &str = "docs/kubernetes.md";
 
@@ -74,9 +74,10 @@ fn every_value_that_is_set_is_one_of_the_charts() {
 
 #[test]
 fn every_object_that_is_named_exists() {
-    let [(_, objects), _] = both();
-    let titles: BTreeSet<_> = objects
+    let every = every();
+    let titles: BTreeSet<_> = every
         .iter()
+        .flat_map(|(_, objects)| objects)
         .map(|object| title(object).to_lowercase().replacen(' ', "/", 1))
         .collect();
     let kinds = ["statefulset", "daemonset", "deployment"];

@@ -13,10 +13,11 @@ use super::{VERSION, assert_none, objects, read, root};
 const CONTAINERFILE: &str = "deploy/Containerfile";
 
 /// Programs from Debian that something runs in the image, and the package that brings each.
-const PROGRAMS: [(&str, &str); 32] = [
+const PROGRAMS: [(&str, &str); 34] = [
     ("blkdiscard", "util-linux"),
     ("blkid", "util-linux"),
     ("blockdev", "util-linux"),
+    ("cat", "coreutils"),
     ("dd", "coreutils"),
     ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
@@ -37,6 +38,7 @@ const PROGRAMS: [(&str, &str); 32] = [
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("sh", "dash"),
+    ("sleep", "coreutils"),
     ("stat", "coreutils"),
     ("sync", "coreutils"),
     ("timeout", "coreutils"),

@@ -8,7 +8,7 @@ use ashlar_tests::scratch::Scratch;
 use ashlar_tests::tool::Tool;
 use serde_json::Value;
 
-use super::{containers, installed, kubectl, objects, root, strings, template, title};
+use super::{CLUSTER, containers, installed, kubectl, objects, root, strings, template, title};
 
 fn built(path: &str) -> BTreeMap<String, Value> {
     let text = kubectl().args(["kustomize", path]).succeed();
@@ -30,7 +30,7 @@ fn directory(path: &Path) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn the_base_is_what_the_script_makes_of_the_chart() {
+fn the_manifests_are_what_the_script_makes_of_the_chart() {
     let scratch = Scratch::new("kustomize");
     let target = installed("kubernetes/helm");
     let mut script = Tool::new(
@@ -43,19 +43,25 @@ fn the_base_is_what_the_script_makes_of_the_chart() {
     if let Some(target) = target.ancestors().nth(3) {
         script = script.env("CARGO_TARGET_DIR", target);
     }
-    let made = scratch.join("base");
-    script.arg(&made).succeed();
-    assert_eq!(
-        directory(&made),
-        directory(&root().join("deploy/kustomize/base")),
-        "run scripts/render-manifests.sh"
-    );
+    script.arg(scratch.path()).succeed();
+    for name in ["base", "cluster"] {
+        let there = root().join("deploy/kustomize").join(name);
+        assert!(
+            directory(&scratch.join(name)) == directory(&there),
+            "{name}: run scripts/render-manifests.sh"
+        );
+    }
 }
 
 #[test]
 fn kustomize_and_helm_install_the_same() {
-    let plain = built("deploy/kustomize/base");
-    let text = template(&[]).succeed();
+    same("base", &[]);
+    same("cluster", &["--values", CLUSTER]);
+}
+
+fn same(name: &str, values: &[&str]) {
+    let plain = built(&format!("deploy/kustomize/{name}"));
+    let text = template(values).succeed();
     let mut chart: BTreeMap<_, _> =
         objects(&text.replace("managed-by: Helm", "managed-by: kustomize"))
             .into_iter()
@@ -64,7 +70,10 @@ fn kustomize_and_helm_install_the_same() {
     // Helm makes the namespace by --create-namespace.
     let namespace = plain["Namespace ashlar"].clone();
     chart.insert("Namespace ashlar".to_owned(), namespace);
-    assert_eq!(plain, chart);
+    for (title, object) in &chart {
+        assert_eq!(plain.get(title), Some(object), "{name}: {title}");
+    }
+    assert_eq!(plain.len(), chart.len(), "{name}");
 }
 
 #[test]

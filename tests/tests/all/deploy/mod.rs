@@ -2,9 +2,11 @@
 //!
 //! The judges are the real ones, helm, kubectl and the schemas of Kubernetes, offline; scripts/setup.sh brings them.
 
+mod docker_plugin;
 mod documents;
 mod host;
 mod image;
+mod joining;
 mod kustomize;
 mod metrics;
 mod programs;
@@ -21,6 +23,10 @@ use serde_json::Value;
 
 /// The version of the software, which is also that of chart and image.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Values of a cluster with an etcd of the chart's own.
+const CLUSTER: &str = "deploy/charts/ashlar/ci/cluster-values.yaml";
+/// Values with FlexVolume, which goes with the kernel's driver only.
+const FLEXVOLUME: &str = "deploy/charts/ashlar/ci/flexvolume-values.yaml";
 /// Values that turn everything on.
 const ALL_FEATURES: &str = "deploy/charts/ashlar/ci/all-features-values.yaml";
 
@@ -79,6 +85,18 @@ fn both() -> [(&'static str, Vec<Value>); 2] {
             "all features",
             objects(&template(&["--values", ALL_FEATURES]).succeed()),
         ),
+    ]
+}
+
+/// Those two, a cluster, and FlexVolume.
+fn every() -> [(&'static str, Vec<Value>); 4] {
+    let [default, all] = both();
+    let with = |values| objects(&template(&["--values", values]).succeed());
+    [
+        default,
+        all,
+        ("cluster", with(CLUSTER)),
+        ("flexvolume", with(FLEXVOLUME)),
     ]
 }
 

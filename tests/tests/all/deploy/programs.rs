@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_tests::daemon::binary;
+use ashlar_tests::scratch::Scratch;
 use ashlar_tests::tool::Tool;
 use serde_json::Value;
 
-use super::{array, assert_none, both, containers, image, pod_spec, sidecars, strings, title};
+use super::{
+    array, assert_none, both, containers, every, image, joining, pod_spec, sidecars, strings, title,
+};
 
 /// Our programs, by the names under which the image has them.
 const OURS: [&str; 3] = ["ashlard", "ashlar", "ashlar-csi"];
@@ -49,6 +52,16 @@ fn run_of(container: &Value) -> Option<Run> {
     let mut words = strings(&container["command"]);
     words.extend(strings(&container["args"]));
     let mut through = Vec::new();
+    // A script of the chart ends in a program of ours, or is the way to one.
+    if words.first()? == "sh" && words.get(1)?.starts_with(joining::MOUNTED) {
+        let script: Vec<_> = words.drain(..2).collect();
+        let ends_in: &[&str] = match joining::script_at(&script[1])? {
+            "membership" => &["ashlar", "cluster", "init"],
+            "tokens" => return Some(tokens(words)),
+            _ => &[],
+        };
+        words.splice(..0, ends_in.iter().map(|&word| word.to_owned()));
+    }
     if words.first()? == "setpriv" {
         let end = words.iter().position(|word| word == "--")?;
         through = words.drain(..=end).collect();
@@ -60,6 +73,19 @@ fn run_of(container: &Value) -> Option<Run> {
         arguments: words,
         through,
     })
+}
+
+/// What the script of that name does with its own arguments.
+fn tokens(words: Vec<String>) -> Run {
+    Run {
+        program: "ashlar".to_owned(),
+        arguments: vec![
+            "cluster".to_owned(),
+            "token".to_owned(),
+            format!("--lifetime={}", words[1]),
+        ],
+        through: Vec::new(),
+    }
 }
 
 /// Absolute paths in an argument: all of it, after `=`, or after the kind of a socket's address.
@@ -120,6 +146,20 @@ fn complaints_about_run(run: &Run) -> Vec<String> {
                 complaints.push(finished.to_string());
             }
         }
+        "ashlar" => {
+            let finished = Tool::new(binary("ashlar").to_str().expect("UTF-8"))
+                .args(&run.arguments)
+                .arg("--help")
+                .run();
+            if !finished.status.success() {
+                complaints.push(finished.to_string());
+            }
+        }
+        "ashlar-csi" if run.arguments[0] == "flexvolume-install" => {
+            complaints.extend(complaints_about_installing(&run.arguments[2..]));
+        }
+        // It takes its settings from what was installed.
+        "ashlar-csi" if run.arguments == ["flexvolume-keep"] => {}
         // It reads its whole command line, and then refuses this log before it does anything.
         "ashlar-csi" => {
             let log = |argument: &&String| argument.starts_with("--log=");
@@ -146,6 +186,30 @@ fn complaints_about_run(run: &Run) -> Vec<String> {
     complaints
 }
 
+/// Installs the FlexVolume driver for real, elsewhere.
+fn complaints_about_installing(settings: &[String]) -> Vec<String> {
+    let scratch = Scratch::new("flexvolume");
+    let finished = Tool::new(binary("ashlar-csi").to_str().expect("UTF-8"))
+        .arg("flexvolume-install")
+        .arg(scratch.path())
+        .args(settings)
+        .run();
+    if !finished.status.success() {
+        return vec![finished.to_string()];
+    }
+    let entries = std::fs::read_dir(scratch.join("ashlar.io~ashlar")).expect("the driver's folder");
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
+    names.sort();
+    // Nothing under a name with a dot is left.
+    if names == ["ashlar", "flexvolume.conf"] {
+        Vec::new()
+    } else {
+        vec![format!("it installed {names:?}")]
+    }
+}
+
 fn complaints_about(pod: &Value, container: &Value, repository: &str) -> Vec<String> {
     let mut complaints = Vec::new();
     let image_name = container["image"].as_str().expect("an image");
@@ -162,6 +226,8 @@ fn complaints_about(pod: &Value, container: &Value, repository: &str) -> Vec<Str
             Some(run) => complaints.extend(complaints_about_run(&run)),
             None => complaints.push("says no command".to_owned()),
         }
+    } else if let Some(found) = sidecars::of_others(image_name, container, &arguments) {
+        complaints.extend(found);
     } else if !container["command"].is_null() {
         complaints.push("a sidecar starts as its image says".to_owned());
     } else {
@@ -170,7 +236,11 @@ fn complaints_about(pod: &Value, container: &Value, repository: &str) -> Vec<Str
     for argument in &arguments {
         for path in paths_in(argument) {
             // The registrar only passes on where the kubelet finds the socket.
-            let elsewhere = argument.starts_with("--kubelet-registration-path=");
+            let elsewhere = argument.starts_with("--kubelet-registration-path=")
+                // A prefix of keys.
+                || argument.starts_with("--etcd-prefix=")
+                // What is installed runs on the node itself.
+                || container["name"] == "install";
             if !elsewhere && !is_mounted(container, path) {
                 complaints.push(format!("{argument}: nothing is mounted at {path}"));
             }
@@ -189,10 +259,11 @@ fn complaints_about(pod: &Value, container: &Value, repository: &str) -> Vec<Str
 
 #[test]
 fn every_container_runs_what_its_image_has_with_arguments_it_takes() {
-    let repositories = ["localhost/ashlar", "registry.example.org/storage/ashlar"];
+    let ours = "localhost/ashlar";
+    let repositories = [ours, "registry.example.org/storage/ashlar", ours, ours];
     let mut complaints = Vec::new();
     let mut programs = BTreeSet::new();
-    for ((name, objects), repository) in both().into_iter().zip(repositories) {
+    for ((name, objects), repository) in every().into_iter().zip(repositories) {
         for object in &objects {
             let Some(pod) = pod_spec(object) else {
                 continue;
@@ -217,7 +288,7 @@ fn every_container_runs_what_its_image_has_with_arguments_it_takes() {
         }
     }
     assert_none(&complaints);
-    for program in ["ashlard", "ashlar-csi"] {
+    for program in OURS {
         assert!(programs.contains(program), "nothing runs {program}");
     }
 }
@@ -294,7 +365,7 @@ fn a_wrong_flag_and_a_wrong_value_of_the_driver_are_found() {
 
 #[test]
 fn every_probe_reaches_something() {
-    for (name, objects) in both() {
+    for (name, objects) in every() {
         for object in &objects {
             let Some(pod) = pod_spec(object) else {
                 continue;
@@ -302,7 +373,11 @@ fn every_probe_reaches_something() {
             let endpoints: Vec<String> = containers(pod)
                 .flat_map(|container| strings(&container["args"]))
                 .filter_map(|argument| {
-                    let flags = ["--http-endpoint=", "--listen-http="];
+                    let flags = [
+                        "--http-endpoint=",
+                        "--listen-http=",
+                        "--listen-metrics-urls=http://",
+                    ];
                     flags
                         .iter()
                         .find_map(|flag| Some(argument.strip_prefix(flag)?.to_owned()))
@@ -345,7 +420,7 @@ fn every_probe_reaches_something() {
 #[test]
 fn only_the_node_part_is_privileged_and_root_is_where_it_is_needed() {
     let mut roots = BTreeSet::new();
-    for (name, objects) in both() {
+    for (name, objects) in every() {
         for object in &objects {
             let Some(pod) = pod_spec(object) else {
                 continue;
@@ -358,9 +433,13 @@ fn only_the_node_part_is_privileged_and_root_is_where_it_is_needed() {
                 );
                 let security = &container["securityContext"];
                 let privileged = security["privileged"] == true;
+                let attaches = [
+                    "DaemonSet ashlar-csi-node ashlar-csi",
+                    "DaemonSet ashlar-flexvolume keep",
+                ];
                 assert_eq!(
                     privileged,
-                    who == "DaemonSet ashlar-csi-node ashlar-csi",
+                    attaches.contains(&who.as_str()),
                     "{name}: {who}"
                 );
                 assert_eq!(security["readOnlyRootFilesystem"], true, "{name}: {who}");
@@ -398,6 +477,7 @@ fn only_the_node_part_is_privileged_and_root_is_where_it_is_needed() {
     default.push("StatefulSet ashlar-daemon ashlard");
     default.push("StatefulSet ashlar-daemon directories");
     assert_eq!(of("default"), default);
+    assert_eq!(of("cluster"), default);
     let mut without: Vec<_> = everywhere.to_vec();
     without.push("StatefulSet ashlar-daemon directories");
     assert_eq!(of("all features"), without);

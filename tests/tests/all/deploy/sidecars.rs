@@ -1,6 +1,11 @@
 //! What the sidecars of Kubernetes take. Their images cannot be run here: the flags are those of the sources of these
 //! versions, so a new version means a new look at them.
 
+use ashlar_tests::tool::Tool;
+use serde_json::{Value, json};
+
+use super::{kubectl, strings};
+
 /// Flags with a value that the sidecars with leader election share (csi-lib-utils 0.24), and those of logging.
 const SHARED: [&str; 15] = [
     "automaxprocs",
@@ -143,6 +148,61 @@ pub(super) fn complaints(image: &str, arguments: &[String]) -> Vec<String> {
         }
     }
     complaints
+}
+
+/// What is wrong with starting etcd or kubectl; None for every other image. The programs of this machine are asked, which
+/// are older than the images.
+pub(super) fn of_others(
+    image: &str,
+    container: &Value,
+    arguments: &[String],
+) -> Option<Vec<String>> {
+    let command = strings(&container["command"]);
+    let (help, flags) = if image.starts_with("registry.k8s.io/etcd:") {
+        // That image starts nothing by itself.
+        assert_eq!(command, ["etcd"]);
+        let finished = Tool::new("etcd").arg("--help").run();
+        (format!("{}{}", finished.stdout, finished.stderr), arguments)
+    } else if image.starts_with("registry.k8s.io/kubectl:") {
+        assert!(command.is_empty(), "{command:?}");
+        let verb = arguments.first().expect("a verb");
+        let help = kubectl().args([verb, "--help"]).succeed();
+        let options = kubectl().arg("options").succeed();
+        let flags = arguments.iter().position(|word| word.starts_with("--"));
+        (help + &options, &arguments[flags.unwrap_or(0)..])
+    } else {
+        return None;
+    };
+    let is_known = |argument: &&String| {
+        let name = argument.split('=').next().unwrap_or(argument);
+        let words = || help.split(|c: char| c.is_whitespace() || "=,'".contains(c));
+        name.starts_with("--") && words().any(|word| word == name)
+    };
+    let wrong = flags.iter().filter(|argument| !is_known(argument));
+    Some(
+        wrong
+            .map(|argument| format!("{image} takes no {argument}"))
+            .collect(),
+    )
+}
+
+#[test]
+fn wrong_flags_of_etcd_and_kubectl_are_found() {
+    let container = |command: &[&str]| json!({ "command": command });
+    let complain = |image: &str, command: &[&str], arguments: &[&str]| {
+        let arguments: Vec<_> = arguments.iter().map(|&word| word.to_owned()).collect();
+        of_others(image, &container(command), &arguments).expect("one of the two")
+    };
+    let etcd = "registry.k8s.io/etcd:3.6.8-0";
+    assert!(complain(etcd, &["etcd"], &["--name=a", "--logger=zap"]).is_empty());
+    assert_eq!(complain(etcd, &["etcd"], &["--nam=a"]).len(), 1);
+    let kubectl = "registry.k8s.io/kubectl:v1.36.0";
+    let good = ["patch", "secret", "a", "--type=merge", "--namespace=a"];
+    assert!(complain(kubectl, &[], &good).is_empty());
+    assert_eq!(
+        complain(kubectl, &[], &["patch", "--patch-fil=/a"]).len(),
+        1
+    );
 }
 
 #[test]

@@ -8,11 +8,18 @@ use super::programs::flags_of;
 use super::{assert_none, both, objects, read, template};
 
 /// Sets of values that must be refused, with a word of the reason.
-const WRONG: [(&str, &str); 20] = [
-    // Not there yet.
+const WRONG: [(&str, &str); 24] = [
+    // One daemon is no cluster, and a cluster has one etcd.
     ("daemon.replicas=3", "/daemon/replicas"),
     ("daemon.replicas=0", "/daemon/replicas"),
     ("etcd.enabled=true", "/etcd/enabled"),
+    ("cluster.enabled=true", "/etcd/endpoints"),
+    (
+        "storageClasses=[{\"name\":\"a\",\"parameters\":{\"replicas\":3}}]",
+        "/storageClasses/0/parameters/replicas",
+    ),
+    ("etcd.replicas=2", "/etcd/replicas"),
+    ("cluster.etcdPrefix=\"ashlar\"", "/cluster/etcdPrefix"),
     // Typing mistakes.
     ("daemon.replica=1", "replica"),
     ("nodes={}", "nodes"),
@@ -36,8 +43,8 @@ const WRONG: [(&str, &str); 20] = [
         "/storageClasses/0/filesystem",
     ),
     (
-        "storageClasses=[{\"name\":\"a\",\"parameters\":{\"replicas\":3}}]",
-        "replicas",
+        "storageClasses=[{\"name\":\"a\",\"parameters\":{\"minInSync\":2}}]",
+        "minInSync",
     ),
     (
         "volumeAttributesClasses=[{\"name\":\"a\",\"parameters\":{\"iops\":5}}]",
@@ -102,19 +109,9 @@ fn missing(schema: &Value, values: &Value, path: &str, out: &mut Vec<String>) {
     }
 }
 
-/// Settings of a daemon that is a node of a cluster; the chart installs one daemon on its own.
-const OF_CLUSTERS: [&str; 10] = [
-    "advertise",
-    "certificate-lifetime",
-    "etcd-ca",
-    "etcd-cert",
-    "etcd-key",
-    "etcd-prefix",
-    "join",
-    "label",
-    "listen-link",
-    "metadata",
-];
+/// Settings of a node of a cluster that the chart leaves as they are: where it is reached follows from where it listens,
+/// the token comes by the environment, and the rest can be changed later.
+const OF_CLUSTERS: [&str; 4] = ["advertise", "certificate-lifetime", "join", "label"];
 
 /// Flags that no installation has for longer than one start.
 const BY_HAND: [&str; 5] = [
@@ -136,7 +133,8 @@ fn the_settings_of_the_daemon_are_flags_that_the_chart_does_not_set_itself() {
             .iter()
             .map(|name| name.as_str().expect("a name").to_owned())
             .collect();
-    let template = read("deploy/charts/ashlar/templates/daemon.yaml");
+    let template = read("deploy/charts/ashlar/templates/daemon.yaml")
+        + &read("deploy/charts/ashlar/templates/_names.tpl");
     let of_chart = |flag: &String| template.contains(&format!("- --{flag}="));
     let expected: BTreeSet<String> = flags_of("ashlard", &[])
         .into_iter()
@@ -170,8 +168,8 @@ fn parameters_of_classes_are_those_of_the_driver() {
         |list: &str| names_of(&schema["properties"][list]["items"]["properties"]["parameters"]);
     let known = constants_in(&read("csi/src/controller/parameters.rs"));
     let storage = of("storageClasses");
-    // The filesystem is a value of its own; the other two have no meaning on one node.
-    let elsewhere = ["filesystem", "replicas", "minInSync"].map(str::to_owned);
+    // The filesystem is a value of its own; how many copies are needed follows from how many there are.
+    let elsewhere = ["filesystem", "minInSync"].map(str::to_owned);
     let expected: BTreeSet<_> = known.difference(&elsewhere.into()).cloned().collect();
     assert_eq!(storage, expected);
     let mutable = of("volumeAttributesClasses");
