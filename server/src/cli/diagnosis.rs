@@ -100,7 +100,12 @@ impl Answer for Explanation {
                 Some(since) => format!(", since {since}"),
                 None => String::new(),
             };
-            writeln!(out, "\n{}{since}", cause.text)?;
+            // The worst cause is the summary where the volume is not served as it should be.
+            let text = match cause.text == self.summary {
+                true => cause.code.as_str(),
+                false => &cause.text,
+            };
+            writeln!(out, "\n{text}{since}")?;
             for remedy in &cause.remedies {
                 writeln!(out, "  -> {remedy}")?;
             }

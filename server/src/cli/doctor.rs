@@ -40,7 +40,8 @@ pub(super) async fn run(
     let spinner = progress::spinner("asking every node");
     let mut report = Report::default();
     while let Some(message) = messages.message().await? {
-        if !message.volume_name.is_empty() {
+        let is_compared = message.compared_leaves > 0 || message.ailments.is_empty();
+        if !message.volume_name.is_empty() && is_compared {
             spinner.set_message(format!("{} was compared", message.volume_name));
             report.compared.push(Compared {
                 volume_name: message.volume_name,

@@ -131,13 +131,12 @@ impl Doctor {
     pub(crate) async fn examine(&self) -> Result<(Findings, Vec<VolumeId>), VolumeError> {
         let mut survey = self.survey().await?;
         let mut ailments = examine(&survey);
-        let is_orphan = |ailment: &Ailment| matches!(ailment, Ailment::Orphan { .. });
-        if ailments.iter().any(is_orphan) {
-            // A volume may have been deleted between the look at its layer and the look at the records: then its layer
-            // is gone at the second look.
+        if !ailments.is_empty() {
+            // Volumes are created, renamed and deleted between the looks at stores, records and names. What is wrong
+            // stays so.
             survey = self.survey().await?;
             let again = examine(&survey);
-            ailments.retain(|ailment| !is_orphan(ailment) || again.contains(ailment));
+            ailments.retain(|ailment| again.contains(ailment));
         }
         let mut findings = Findings::default();
         if self.orders.repairs_orphans {

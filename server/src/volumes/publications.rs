@@ -162,7 +162,7 @@ impl Volumes {
                 let what = Occurrence::VolumeUnpublished {
                     connections: closed,
                 };
-                self.events.tell_of(&now, None, what);
+                self.events.tell_of(now, None, what);
             }
         }
         Ok(Unpublished {

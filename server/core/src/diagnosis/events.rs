@@ -286,7 +286,7 @@ impl fmt::Display for Occurrence {
                 "a copy failed ({status}); answers are held until it is recorded as out of sync"
             ),
             Occurrence::CopyFailed { status: None } => f.write_str(
-                "a copy does not answer and its lease is over; answers are held until it is recorded as out of sync",
+                "a copy does not answer (its link ended, or its lease); answers are held until it is recorded as out of sync",
             ),
             Occurrence::CopyDropped { set } => write!(f, "a copy of set {set} is out of sync"),
             Occurrence::CopyFilling { set } => {
