@@ -13,10 +13,11 @@ use super::{VERSION, assert_none, objects, read, root};
 const CONTAINERFILE: &str = "deploy/Containerfile";
 
 /// Programs from Debian that something runs in the image, and the package that brings each.
-const PROGRAMS: [(&str, &str); 32] = [
+const PROGRAMS: [(&str, &str); 33] = [
     ("blkdiscard", "util-linux"),
     ("blkid", "util-linux"),
     ("blockdev", "util-linux"),
+    ("cmp", "diffutils"),
     ("dd", "coreutils"),
     ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
@@ -49,7 +50,7 @@ const PROGRAMS: [(&str, &str); 32] = [
 ];
 
 /// Packages that every Debian image has, and that cannot be removed from one.
-const ESSENTIAL: [&str; 3] = ["coreutils", "dash", "util-linux"];
+const ESSENTIAL: [&str; 4] = ["coreutils", "dash", "diffutils", "util-linux"];
 
 /// The Containerfile with continued lines joined and comments gone.
 fn instructions() -> Vec<String> {
