@@ -50,6 +50,8 @@ pub(in super::super) struct Replication {
     pub(super) copies: HashMap<CopyId, Held>,
     /// It was told to end in order.
     pub(super) is_closing: bool,
+    /// It has served: from then on the control plane says whom it lets in.
+    pub(super) has_served: bool,
     /// Connections of a smaller generation are at their end.
     pub(in super::super) client_generation: u64,
 }
@@ -69,6 +71,7 @@ impl Replication {
             waiting: Vec::new(),
             copies: HashMap::new(),
             is_closing: false,
+            has_served: false,
             client_generation: 0,
         }
     }
@@ -268,6 +271,7 @@ impl DataThread {
             Action::Serving { client_generation } => {
                 if let Some(replication) = self.replication(volume) {
                     replication.client_generation = client_generation;
+                    replication.has_served = true;
                 }
                 let volume = self.volumes[volume.key].spec.id;
                 self.cluster.tell(ClusterTell::Serving {

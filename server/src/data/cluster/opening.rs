@@ -174,8 +174,8 @@ impl DataThread {
         Ok(())
     }
 
-    /// What the record says beside its replicas: its size, whether it is read-only, its limits, and, of a volume that is
-    /// not served yet, whom it is published to. Later the control plane tells whom to let in.
+    /// What the record says beside its replicas: its size, whether it is read-only, its limits, and, before the volume is
+    /// served for the first time, whom it is published to. Later the control plane tells whom to let in.
     fn follow_record(&mut self, volume: VolumeRef) {
         let Some(replication) = self.replication(volume) else {
             return;
@@ -183,7 +183,7 @@ impl DataThread {
         let record = replication.head.record();
         let (size_bytes, read_only, limits) = (record.size_bytes, record.read_only, record.limits);
         // What was read before the claim may be older than what was claimed.
-        let admitted = (!replication.head.is_serving()).then(|| record.admitted());
+        let admitted = (!replication.has_served).then(|| record.admitted());
         let admission = replication.head.admission_mut();
         if size_bytes > admission.size_bytes() && admission.grow(size_bytes, 1).is_err() {
             return;

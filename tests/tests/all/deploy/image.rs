@@ -13,11 +13,12 @@ use super::{VERSION, assert_none, objects, read, root};
 const CONTAINERFILE: &str = "deploy/Containerfile";
 
 /// Programs from Debian that something runs in the image, and the package that brings each.
-const PROGRAMS: [(&str, &str); 34] = [
+const PROGRAMS: [(&str, &str); 35] = [
     ("blkdiscard", "util-linux"),
     ("blkid", "util-linux"),
     ("blockdev", "util-linux"),
     ("cat", "coreutils"),
+    ("cmp", "diffutils"),
     ("dd", "coreutils"),
     ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
@@ -51,7 +52,7 @@ const PROGRAMS: [(&str, &str); 34] = [
 ];
 
 /// Packages that every Debian image has, and that cannot be removed from one.
-const ESSENTIAL: [&str; 3] = ["coreutils", "dash", "util-linux"];
+const ESSENTIAL: [&str; 4] = ["coreutils", "dash", "diffutils", "util-linux"];
 
 /// The Containerfile with continued lines joined and comments gone.
 fn instructions() -> Vec<String> {
