@@ -3,7 +3,8 @@
 use super::opening::Opening;
 use super::{Action, Phase, ReplicatedHead, StopReason, SwapOutcome};
 use crate::records::{
-    self, ClaimError, Record, Revision, Transaction, Versioned, VolumeRecord, VolumeState, keys,
+    self, ClaimError, LeftoverRecord, Record, Revision, Transaction, Versioned, VolumeRecord,
+    VolumeState, keys,
 };
 use crate::units::Epoch;
 
@@ -54,7 +55,18 @@ impl ReplicatedHead {
     pub(super) fn propose(
         &mut self,
         reason: SwapFor,
+        record: VolumeRecord,
+        actions: &mut Vec<Action>,
+    ) {
+        self.propose_leaving(reason, record, &[], actions);
+    }
+
+    /// The same, with notes of what stores are left with.
+    pub(super) fn propose_leaving(
+        &mut self,
+        reason: SwapFor,
         mut record: VolumeRecord,
+        leftovers: &[LeftoverRecord],
         actions: &mut Vec<Action>,
     ) {
         if record.epoch >= Epoch::MAX {
@@ -63,9 +75,12 @@ impl ReplicatedHead {
         }
         record.epoch = Epoch(record.epoch.0 + 1);
         let key = keys::volume(record.id);
-        let transaction = Transaction::new()
+        let mut transaction = Transaction::new()
             .when_unchanged(key.clone(), self.record.changed_at)
             .put(key, record.encode());
+        for leftover in leftovers {
+            transaction = transaction.put(leftover.key(), leftover.encode());
+        }
         self.swap_in(reason, record, transaction, actions);
     }
 
@@ -199,6 +214,7 @@ impl ReplicatedHead {
         // It did not happen, or has yet to: then the next one meets a conflict. What it was for is decided afresh.
         let reason = swap.reason;
         self.swap = None;
+        self.note_changed_by_others(read.changed_at);
         self.record = read;
         self.adopt_sets(actions);
         if self.phase == Phase::Claiming {
@@ -240,9 +256,19 @@ impl ReplicatedHead {
                 self.seal_again(actions);
             }
         } else {
+            self.note_changed_by_others(read.changed_at);
             self.record = read;
             self.adopt_sets(actions);
             self.forget_resyncs_of_gone(actions);
+        }
+    }
+
+    /// A record that others have changed meanwhile fails every swap proposed before: what was to depart has not.
+    fn note_changed_by_others(&mut self, changed_at: Revision) {
+        if changed_at > self.record.changed_at {
+            for set in &mut self.sets {
+                set.departing = 0;
+            }
         }
     }
 

@@ -56,6 +56,10 @@ impl ReplicatedHead {
             ..Opening::default()
         };
         self.phase = Phase::Sealing;
+        // With the claim recorded, no swap of before can come to pass.
+        for set in &mut self.sets {
+            set.departing = 0;
+        }
         for member in &mut self.members {
             member.retry_at_us = 0;
             member.lost = false;

@@ -28,7 +28,7 @@ impl ReplicatedHead {
                 return ReadAdmission::Wait;
             }
             let bit = 1u8 << place;
-            if (state.failed | tried.0) & bit == 0 && (from.is_none() || known.place.is_local) {
+            if (state.failed | state.departing | tried.0) & bit == 0 && (from.is_none() || known.place.is_local) {
                 from = Some(ReadAdmission::From {
                     member,
                     place: place as u8,
@@ -37,7 +37,7 @@ impl ReplicatedHead {
         }
         match from {
             Some(from) => from,
-            None if state.usable() & !tried.0 == 0 && state.usable() != 0 => {
+            None if state.readable() & !tried.0 == 0 && state.readable() != 0 => {
                 ReadAdmission::Exhausted
             }
             None => {

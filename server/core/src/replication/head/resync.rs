@@ -8,7 +8,10 @@ use super::members::Purpose;
 use super::rows::{RowsOf, RowsWalk};
 use super::{Action, MemberId, News, Phase, ReplicatedHead};
 use crate::records::{ReplicaState, SetIndex};
-use crate::units::Version;
+use crate::units::{BLOCK_BYTES, Version};
+
+/// So much of what fills may copy in a while they may copy at once: a leaf costs more than one turn of a clock.
+const FILL_AHEAD_US: u64 = 50_000;
 
 /// How far a member is with one set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +80,7 @@ impl ReplicatedHead {
                 let stays = head
                     .recorded(set, member)
                     .is_some_and(|replica| !replica.leaving);
-                bit != 0 && state.in_sync & bit == 0 && stays && state.usable() != 0
+                bit != 0 && state.in_sync & bit == 0 && stays && state.readable() != 0
             };
             let next = self
                 .set_indices()
@@ -112,7 +115,7 @@ impl ReplicatedHead {
 
     /// A sound replica in sync, the local one first.
     pub(super) fn source_in(&self, set: SetIndex) -> Option<MemberId> {
-        let members = self.set(set).members(self.set(set).usable());
+        let members = self.set(set).members(self.set(set).readable());
         members
             .iter()
             .copied()
@@ -148,7 +151,7 @@ impl ReplicatedHead {
             }
             Stage::Copying => {
                 let limit = self.params.resync_leaves;
-                while self.jobs_of(JobFor::Resync(member)) < limit {
+                while self.jobs_of(JobFor::Resync(member)) < limit && self.may_fill() {
                     let found = self
                         .resync_of(member)
                         .and_then(|resync| resync.walk.as_mut())
@@ -176,6 +179,23 @@ impl ReplicatedHead {
             }
             Stage::Adding => self.propose_rejoin(member, actions),
             Stage::Flushing | Stage::Whole | Stage::Swapping => {}
+        }
+    }
+
+    /// Whether another leaf may be begun at the pace of fills. If not, it says when to ask again.
+    fn may_fill(&mut self) -> bool {
+        let due_us = self.filled_until_us.saturating_sub(FILL_AHEAD_US);
+        let may = due_us <= self.now_us;
+        self.fill_due_us = (!may).then_some(due_us);
+        may
+    }
+
+    /// Blocks were copied to a replica that is being filled.
+    pub(super) fn note_filled(&mut self, blocks: u32) {
+        let rate = self.params.fill_bytes_per_second;
+        if rate != 0 {
+            let cost_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000 / rate;
+            self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
         }
     }
 
