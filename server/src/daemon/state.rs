@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::process::{self, Usage};
 use crate::admin::poison_reason;
 use crate::config::Config;
+use crate::controller::Controller;
 use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
 use crate::identity::Identity;
 use crate::meta::MetadataStore;
@@ -40,6 +41,8 @@ pub(crate) enum Phase {
 /// What serves volumes.
 #[derive(Clone)]
 pub(crate) struct Services {
+    /// Of a node of a cluster.
+    pub(crate) controller: Option<Arc<Controller>>,
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) plane: Arc<dyn Plane>,
     pub(crate) scrubs: Arc<Scrubs>,

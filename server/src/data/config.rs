@@ -49,6 +49,8 @@ pub struct DataConfig {
     pub seals: HashMap<(VolumeId, StoreId), Seal>,
     /// How long a head may serve reads after a sign of life of its replicas.
     pub lease: Duration,
+    /// Bytes a second that the head of a volume copies to replicas that are being filled; 0: as fast as it goes.
+    pub fill_bytes_per_second: u64,
 }
 
 impl DataConfig {
@@ -71,6 +73,7 @@ impl DataConfig {
             spin: DataConfig::SPIN,
             seals: HashMap::new(),
             lease: DataConfig::LEASE,
+            fill_bytes_per_second: 0,
         }
     }
 

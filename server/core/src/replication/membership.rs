@@ -128,3 +128,27 @@ pub fn change(
     let transaction = transaction.put(key, record.encode());
     Ok((record, transaction))
 }
+
+/// Decides several changes of one volume, as one transaction.
+pub fn change_all(
+    current: &Versioned<VolumeRecord>,
+    wanted: &[Change],
+) -> Result<(VolumeRecord, Transaction), ChangeError> {
+    let key = keys::volume(current.record.id);
+    let mut now = current.clone();
+    let mut all = Transaction::new().when_unchanged(key.clone(), current.changed_at);
+    for one in wanted {
+        let (record, transaction) = change(&now, *one)?;
+        now.record = record;
+        let (conditions, effects) = (transaction.conditions, transaction.effects);
+        let others = conditions.into_iter().filter(|what| what.key() != key);
+        all.conditions.extend(others);
+        all.effects
+            .extend(effects.into_iter().filter(|what| what.key() != key));
+    }
+    all = all.put(key, now.record.encode());
+    Ok((now.record, all))
+}
+
+#[cfg(test)]
+mod tests;
