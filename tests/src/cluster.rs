@@ -123,7 +123,7 @@ impl Node {
 const LONG: Duration = Duration::from_secs(90);
 
 /// What daemons say when a node is away, as tests make it be.
-const OF_LOST_NODES: [&str; 11] = [
+const OF_LOST_NODES: [&str; 13] = [
     "a replica failed",
     "a replica does not answer",
     "a replica is out of sync",
@@ -135,6 +135,8 @@ const OF_LOST_NODES: [&str; 11] = [
     "could not be recorded; its first write waits",
     "stopped without finishing the drain",
     "stopping with requests that are not answered",
+    "has been away for long",
+    "is not heard of in the metadata store, but answers",
 ];
 
 /// Three nodes of one cluster and their etcd.
@@ -158,12 +160,24 @@ impl Trio {
 
     /// Each of them a host of `network`, and etcd outside.
     pub fn on(test: &str, network: &Network) -> Trio {
+        Trio::on_with(test, network, Setup::default)
+    }
+
+    /// The same, with `setup` for each of them.
+    pub fn on_with(test: &str, network: &Network, setup: impl Fn() -> Setup) -> Trio {
         let scratch = Scratch::new(test);
         let etcd = Etcd::start_at(&scratch, network.address(Place::Outside));
-        Trio::found(test, scratch, etcd, |host| {
-            let address = network.address(Place::Host(host));
-            Setup::default().in_namespace(&network.namespace(host), address)
-        })
+        Trio::found(test, scratch, etcd, |host| on_host(network, host, setup()))
+    }
+
+    /// One more node, which joins through the first: host `nodes.len()` of `network`. Returns its place.
+    pub fn join(&mut self, test: &str, network: &Network, setup: Setup) -> usize {
+        let number = self.nodes.len();
+        let setup = on_host(network, number, setup);
+        let mut node = self.nodes[0].joined(&format!("{test}-{number}"), &self.etcd, setup);
+        node.expect_losses();
+        self.nodes.push(node);
+        number
     }
 
     fn found(test: &str, scratch: Scratch, etcd: Etcd, setup: impl Fn(usize) -> Setup) -> Trio {
@@ -174,9 +188,7 @@ impl Trio {
             nodes.push(joined);
         }
         for node in &mut nodes {
-            for said in OF_LOST_NODES {
-                node.daemon.log.expect(said);
-            }
+            node.expect_losses();
         }
         Trio {
             nodes,
@@ -279,7 +291,18 @@ impl Trio {
     }
 }
 
+fn on_host(network: &Network, host: usize, setup: Setup) -> Setup {
+    let address = network.address(Place::Host(host));
+    setup.in_namespace(&network.namespace(host), address)
+}
+
 impl Node {
+    fn expect_losses(&mut self) {
+        for said in OF_LOST_NODES {
+            self.daemon.log.expect(said);
+        }
+    }
+
     /// A fresh connection to the admin interface.
     pub fn rpc(&self) -> Rpc {
         Rpc::connect(&self.daemon.data_dir().join("admin.sock"))

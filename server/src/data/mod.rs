@@ -30,7 +30,7 @@ mod stores;
 mod thread;
 
 pub use cluster::{
-    ClusterTell, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec, ReplicationStatus,
+    ClusterTell, FillStatus, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec, ReplicationStatus,
     greeting,
 };
 pub use config::{

@@ -130,7 +130,8 @@ mod tests {
                 nodes: 3
             })
         );
-        assert_eq!(spread(&stores, 3, 1000, home).expect("placed").len(), 1);
+        assert_eq!(spread(&stores, 3, 1000, home).expect("placed").len(), 32);
+        assert_eq!(spread(&stores, 3, 2, home).expect("placed").len(), 2);
     }
 
     proptest! {

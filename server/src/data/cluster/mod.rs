@@ -39,7 +39,7 @@ pub(super) use opening::ClusterCommand;
 pub use opening::ReplicatedSpec;
 pub(super) use replica::{Replica, ReplicaOperation};
 pub(super) use requests::Replicated;
-pub use tells::{ClusterTell, LinkWish, ReplicaStatus, ReplicationStatus};
+pub use tells::{ClusterTell, FillStatus, LinkWish, ReplicaStatus, ReplicationStatus};
 
 use super::pool::Buffer;
 

@@ -3,6 +3,7 @@
 mod chaos;
 mod fencing;
 mod followers;
+mod moving;
 mod outage;
 mod partition;
 mod power;

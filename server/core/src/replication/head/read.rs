@@ -2,8 +2,18 @@
 
 use super::{Phase, ReadAdmission, ReplicaMask, ReplicatedHead};
 use crate::records::SetIndex;
+use crate::units::StoreId;
 
 impl ReplicatedHead {
+    /// Whether what a store has of a set may be looked at in place of a read.
+    pub fn may_read_from(&self, set: SetIndex, store: StoreId) -> bool {
+        let state = self.set(set);
+        let readable = state.members(state.readable());
+        readable
+            .iter()
+            .any(|member| self.at(*member).place.store == store)
+    }
+
     /// Where a read of blocks of a set goes; the blocks are held by the caller. `tried`: replicas that could not read
     /// them. `now_us` must have been taken after the request had come in: it is what shows that no other head had
     /// answered a write before the client asked.
