@@ -369,12 +369,11 @@ impl<'a> Plan<'a> {
         let whole = staying.iter().filter(|r| r.is_in_sync()).count();
         if staying.len() < replicas {
             // One that is wished away for a reason that is gone stays after all.
-            let back = set.replicas.iter().find(|r| {
-                r.leaving
-                    && r.is_in_sync()
-                    && !self.is_draining(r.node)
-                    && !self.is_silent(r.node)
-            });
+            let may_stay = |r: &&Replica| {
+                r.leaving && !self.is_draining(r.node) && !self.is_silent(r.node)
+            };
+            let back = set.replicas.iter().filter(may_stay);
+            let back = back.max_by_key(|replica| replica.is_in_sync());
             if let Some(back) = back {
                 self.want(volume, leave(back.store, false));
                 return;

@@ -107,7 +107,7 @@ pub fn change(
                 let at = place(from).ok_or(ChangeError::NoSuchReplica(from))?;
                 replicas[at].leaving = true;
             }
-            replicas.push(Replica::joining(node, store));
+            replicas.push(Replica::joining(node, store, current.changed_at));
             // What it had of this set before must be gone: the store is about to give that back.
             transaction = transaction.when_absent(keys::leftover(before.id, set, store));
         }

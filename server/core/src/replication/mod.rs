@@ -3,7 +3,7 @@
 //! Two machines decide. [`ReplicatedHead`] runs where the volume is served; it owns who has what. [`Acceptor`] runs
 //! beside each store; it owns whose operations are taken. Both are synchronous and closed: events and calls go in,
 //! actions come out, and the shell carries them over links, stores and the metadata store. docs/replication.md has the
-//! promises and the nine rules; [`Rules`] has their switches.
+//! promises and the ten rules; [`Rules`] has their switches.
 //!
 //! What each file is about:
 //! - `wire`: the bytes of a link

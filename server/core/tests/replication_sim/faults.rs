@@ -19,6 +19,7 @@ pub(crate) struct Faults {
     pub(crate) full: u64,
     pub(crate) rot: u64,
     pub(crate) failing_reads: u64,
+    pub(crate) drain: u64,
     /// Of a hundred swaps, how many end with an unknown outcome.
     pub(crate) unknown_swaps: u64,
     /// Between one fault and the next, on average, microseconds.
@@ -49,6 +50,7 @@ impl Faults {
             full: some(5),
             rot: some(10),
             failing_reads: some(5),
+            drain: some(30),
             unknown_swaps: some(50),
             every_us: 0,
         };
@@ -77,6 +79,7 @@ impl Faults {
             (self.full, Fault::Full),
             (self.rot, Fault::Rot),
             (self.failing_reads, Fault::FailingReads),
+            (self.drain, Fault::Drain),
         ];
         let total: u64 = all.iter().map(|(weight, _)| weight).sum();
         if total == 0 {
@@ -115,4 +118,6 @@ pub(crate) enum Fault {
     Full,
     Rot,
     FailingReads,
+    /// A node is to be emptied, or the one that was is not any more.
+    Drain,
 }

@@ -321,7 +321,8 @@ fn a_replica_on_its_way_to_a_node_that_dies_does_not_keep_others_waiting() {
     let mut filled = 0;
     for set in &mut sim.volume.placement.sets {
         if filled < 4 && set.replicas.iter().all(|replica| replica.node != to) {
-            set.replicas.push(Replica::joining(to, StoreId(Uuid::from_u128(104))));
+            let store = StoreId(Uuid::from_u128(104));
+            set.replicas.push(Replica::joining(to, store, Revision(1)));
             filled += 1;
         }
     }

@@ -150,6 +150,7 @@ impl ReplicatedHead {
         self.adopt_sets(actions);
         self.tell_changes(&before.record, actions);
         self.resolve_adding(actions);
+        self.resyncs_follow_record(actions);
         if self.phase == Phase::Claiming && swap.reason != SwapFor::Claim {
             // It was decided meanwhile to begin anew.
             self.propose_claim(actions);
@@ -231,6 +232,10 @@ impl ReplicatedHead {
             SwapFor::Rejoin(member) => self.rejoin_undone(member),
             SwapFor::Renew => self.renew_epoch(actions),
         }
+        self.resyncs_follow_record(actions);
+        if self.phase == Phase::Serving {
+            self.dropped(actions);
+        }
     }
 
     /// The record was changed by somebody else.
@@ -250,6 +255,7 @@ impl ReplicatedHead {
             self.record = read;
             self.adopt_sets(actions);
             self.resolve_adding(actions);
+            self.resyncs_follow_record(actions);
             if self.phase == Phase::Serving {
                 self.dropped(actions);
             } else if matches!(self.phase, Phase::Reconciling | Phase::Mending) {
@@ -259,7 +265,11 @@ impl ReplicatedHead {
             self.note_changed_by_others(read.changed_at);
             self.record = read;
             self.adopt_sets(actions);
-            self.forget_resyncs_of_gone(actions);
+            self.resyncs_follow_record(actions);
+            if self.phase == Phase::Serving {
+                // What waited for a replica that is gone waits no more.
+                self.dropped(actions);
+            }
         }
     }
 

@@ -79,6 +79,9 @@ impl ReplicatedHead {
                 .retain(|replica| replica.store != place.store);
             leftovers.push(LeftoverRecord::of(&record, set, place.node, place.store));
             // Once the record has changed, its store may give the blocks back at any moment.
+            if !self.params.rules.departing_unread {
+                continue;
+            }
             let state = self.set_mut(set);
             state.departing |= state.bit_of(member) & state.in_sync;
             if self.resyncs.iter().any(|r| r.set == set && r.source == member) {

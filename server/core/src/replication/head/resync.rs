@@ -41,6 +41,8 @@ pub(super) struct Resync {
     pub(super) walk: Option<RowsWalk>,
     pub(super) copied_blocks: u64,
     pub(super) leaves_done: u64,
+    /// Which of the replicas that its store may have been of this set, by [`crate::records::Replica::added_at`].
+    added_at: u64,
 }
 
 impl ReplicatedHead {
@@ -106,6 +108,7 @@ impl ReplicatedHead {
             walk: None,
             copied_blocks: 0,
             leaves_done: 0,
+            added_at: self.recorded(set, member).map_or(0, |r| r.added_at),
         });
         actions.push(Action::News(News::ResyncStarted { set, member }));
         // Changes that wait for enough replicas may be sent now, and those that are held have to be sent again.
@@ -251,6 +254,10 @@ impl ReplicatedHead {
             if replica.store == store {
                 replica.state = ReplicaState::InSync;
                 replica.synced_below = Version::NONE;
+            } else if replica.state != ReplicaState::InSync {
+                // What was filled lacks the versions of zeros that it had no block for. Another that is still out may
+                // have old data there, and would not be seen to differ from this one: it is compared whole.
+                replica.synced_below = Version::NONE;
             }
         }
         record.settled = record.settled.max(floor);
@@ -351,16 +358,34 @@ impl ReplicatedHead {
         }
     }
 
-    /// Replicas that the record does not name any more are not brought up to date.
-    pub(super) fn forget_resyncs_of_gone(&mut self, actions: &mut Vec<Action>) {
-        let gone: Vec<MemberId> = self
+    /// Replicas that the record does not name any more are not brought up to date. One that it has got again meanwhile
+    /// may have given back what it was given: it is filled from the beginning.
+    pub(super) fn resyncs_follow_record(&mut self, actions: &mut Vec<Action>) {
+        let all: Vec<(MemberId, SetIndex, u64)> = self
             .resyncs
             .iter()
-            .filter(|resync| self.set(resync.set).bit_of(resync.member) == 0)
-            .map(|resync| resync.member)
+            .map(|resync| (resync.member, resync.set, resync.added_at))
             .collect();
-        for member in gone {
-            self.abort_resync(member, actions);
+        for (member, set, added_at) in all {
+            match self.recorded(set, member).map(|replica| replica.added_at) {
+                None => self.abort_resync(member, actions),
+                Some(now) if now != added_at => self.fill_anew(member, now, actions),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn fill_anew(&mut self, member: MemberId, added_at: u64, actions: &mut Vec<Action>) {
+        self.drop_jobs(JobFor::Resync(member), actions);
+        self.queries.retain(|_, query| {
+            query.purpose != Purpose::Rows(RowsOf::Resync(member))
+                && (query.purpose != Purpose::Rejoin || query.member != member)
+        });
+        let before = self.op_serial;
+        if let Some(resync) = self.resync_of(member) {
+            resync.stage = Stage::Barrier { before };
+            resync.walk = None;
+            resync.added_at = added_at;
         }
     }
 

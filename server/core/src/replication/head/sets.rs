@@ -107,8 +107,9 @@ impl ReplicatedHead {
             for (_, op) in &mut self.ops {
                 if usize::from(op.set.0) == index {
                     op.missed &= bound;
-                    op.waiting &= !gone;
+                    op.waiting &= !left;
                     op.applied &= !left;
+                    op.refused &= !left;
                     op.targets &= !left;
                 }
             }
@@ -124,6 +125,8 @@ impl ReplicatedHead {
             if wanted {
                 actions.push(Action::Connect { member });
             } else {
+                // Nobody waits for what it would have answered.
+                self.miss_flushes_of(member);
                 if self.members[id].session != super::members::Session::None {
                     self.members[id].session = super::members::Session::None;
                     self.queries.retain(|_, query| query.member != member);
