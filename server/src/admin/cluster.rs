@@ -493,8 +493,8 @@ impl proto::cluster_server::Cluster for Service {
         let reference = request.into_inner().node;
         let member = cluster.find(&reference).await?.record;
         // From here on it gets no new copy: what is found to be there is all that there is.
-        let marked = member.state == MemberState::Active
-            && cluster.set_draining(member.id, true).await?;
+        let marked =
+            member.state == MemberState::Active && cluster.set_draining(member.id, true).await?;
         let removed = self.remove_now(&cluster, member.id).await;
         if removed.is_err() && marked {
             cluster.set_draining(member.id, false).await?;

@@ -252,10 +252,7 @@ pub(super) async fn node(
 }
 
 /// Waits until a node that is being drained has no copy left.
-async fn drained(
-    client: &mut ClusterClient<Channel>,
-    mut node: Node,
-) -> Result<Node, CliError> {
+async fn drained(client: &mut ClusterClient<Channel>, mut node: Node) -> Result<Node, CliError> {
     let mut told = String::new();
     while node.copies > 0 {
         if !node.draining {

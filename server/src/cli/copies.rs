@@ -201,7 +201,10 @@ mod tests {
         });
         let moving = text(&moving);
         assert!(moving.contains("1 copies are being made, 1 go"), "{moving}");
-        assert!(moving.contains("3 MiB copied, at most 5 MiB left"), "{moving}");
+        assert!(
+            moving.contains("3 MiB copied, at most 5 MiB left"),
+            "{moving}"
+        );
         assert!(moving.contains("in-sync, leaving"), "{moving}");
         assert!(moving.contains("joining, filling"), "{moving}");
         let alone = Volume::from(admin::Volume::default());

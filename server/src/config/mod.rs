@@ -311,20 +311,9 @@ impl Config {
                 64 << 20,
                 64 << 10,
             )?,
-            fill_bytes_per_second: at_least(
-                "fill-rate",
-                settings.fill_rate,
-                128 << 20,
-                1 << 20,
-            )?,
-            replace_after: between(
-                "replace-after",
-                settings.replace_after,
-                600,
-                5,
-                30 * 86400,
-            )
-            .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
+            fill_bytes_per_second: at_least("fill-rate", settings.fill_rate, 128 << 20, 1 << 20)?,
+            replace_after: between("replace-after", settings.replace_after, 600, 5, 30 * 86400)
+                .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
             overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,

@@ -300,7 +300,11 @@ impl Controller {
         wanted: &Wanted,
         memory: &mut Memory,
     ) {
-        if memory.opening.as_ref().is_some_and(|task| !task.is_finished()) {
+        if memory
+            .opening
+            .as_ref()
+            .is_some_and(|task| !task.is_finished())
+        {
             return;
         }
         memory.tried.retain(|_, at| at.elapsed() < OPEN_AGAIN);
@@ -334,7 +338,10 @@ impl Controller {
             }
             match controller.volumes.open_here(&name).await {
                 Ok(_) => {
-                    tracing::warn!(volume = name, "the node that served a volume has been away for long; it is served here, so that its copies are looked after");
+                    tracing::warn!(
+                        volume = name,
+                        "the node that served a volume has been away for long; it is served here, so that its copies are looked after"
+                    );
                 }
                 Err(error) => {
                     tracing::warn!(volume = name, %error, "a volume whose node has been away for long could not be opened here; it is tried again");
@@ -344,10 +351,7 @@ impl Controller {
     }
 
     /// The record of a volume as it is now. `None`: it is gone.
-    async fn volume(
-        &self,
-        id: VolumeId,
-    ) -> Result<Option<Versioned<VolumeRecord>>, MetadataError> {
+    async fn volume(&self, id: VolumeId) -> Result<Option<Versioned<VolumeRecord>>, MetadataError> {
         meta::read::<VolumeRecord>(&*self.records, &keys::volume(id)).await
     }
 }
@@ -359,4 +363,3 @@ fn target(change: &Change) -> Option<NodeId> {
         Change::Leave { .. } | Change::Remove { .. } => None,
     }
 }
-

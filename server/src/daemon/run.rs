@@ -409,7 +409,8 @@ impl Daemon {
                 return Err(error.into());
             }
         }
-        match Daemon::start_volumes(state, metadata, &known, host, (&plane, dial, stop), nbd).await {
+        match Daemon::start_volumes(state, metadata, &known, host, (&plane, dial, stop), nbd).await
+        {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.

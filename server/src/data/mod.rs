@@ -30,8 +30,8 @@ mod stores;
 mod thread;
 
 pub use cluster::{
-    ClusterTell, FillStatus, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec, ReplicationStatus,
-    greeting,
+    ClusterTell, FillStatus, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec,
+    ReplicationStatus, greeting,
 };
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet, SpaceRecord, Transaction, Versioned,
-    VolumeRecord, VolumeState, finish_delete, keys,
+    HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet, SpaceRecord, Transaction,
+    Versioned, VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};

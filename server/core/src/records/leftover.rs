@@ -31,7 +31,12 @@ impl Record for LeftoverRecord {}
 
 impl LeftoverRecord {
     /// What is left in a store of one set of a volume.
-    pub fn of(volume: &VolumeRecord, set: SetIndex, node: NodeId, store: StoreId) -> LeftoverRecord {
+    pub fn of(
+        volume: &VolumeRecord,
+        set: SetIndex,
+        node: NodeId,
+        store: StoreId,
+    ) -> LeftoverRecord {
         LeftoverRecord {
             volume: volume.id,
             set: set.0,

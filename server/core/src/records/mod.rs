@@ -34,9 +34,9 @@ pub use client_node::{
 };
 pub use cluster::{
     CLIENT_NAME_MAX_BYTES, ClientNameError, ClientRecord, ClientRole, ClusterId, ClusterRecord,
-    Holdings, JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord, MemberState,
-    MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name, check_label,
-    drain, join, label, put_member, remove,
+    Holdings, JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord,
+    MemberState, MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name,
+    check_label, drain, join, label, put_member, remove,
 };
 pub use fabric::{LinkRecord, SpaceRecord};
 pub use filesystem::{

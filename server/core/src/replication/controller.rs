@@ -245,7 +245,10 @@ impl<'a> Plan<'a> {
     // -- room
 
     fn store(&self, store: StoreId) -> Option<&'a StoreView> {
-        self.view.stores.iter().find(|known| known.at.store == store)
+        self.view
+            .stores
+            .iter()
+            .find(|known| known.at.store == store)
     }
 
     fn used(&self, store: StoreId) -> u64 {
@@ -287,11 +290,12 @@ impl<'a> Plan<'a> {
     ) -> bool {
         let at = &store.at;
         let room = u128::from(store.capacity_blocks) * u128::from(self.params.full_percent) / 100;
-        let has_room = at.free_blocks > 0
-            && u128::from(self.used(at.store)) + u128::from(blocks) <= room;
-        let is_clean = !self.view.leftovers.iter().any(|left| {
-            left.store == at.store && left.volume == volume.id && left.set == index.0
-        });
+        let has_room =
+            at.free_blocks > 0 && u128::from(self.used(at.store)) + u128::from(blocks) <= room;
+        let is_clean =
+            !self.view.leftovers.iter().any(|left| {
+                left.store == at.store && left.volume == volume.id && left.set == index.0
+            });
         // A daemon can lead a volume only when what it has of it is in one store.
         let is_alone = volume
             .placement
@@ -299,11 +303,7 @@ impl<'a> Plan<'a> {
             .iter()
             .flat_map(|set| &set.replicas)
             .all(|replica| replica.node != at.node || replica.store == at.store);
-        has_room
-            && is_clean
-            && is_alone
-            && !self.is_draining(at.node)
-            && !self.is_silent(at.node)
+        has_room && is_clean && is_alone && !self.is_draining(at.node) && !self.is_silent(at.node)
     }
 
     fn zone(&self, store: StoreId) -> &str {
@@ -369,9 +369,8 @@ impl<'a> Plan<'a> {
         let whole = staying.iter().filter(|r| r.is_in_sync()).count();
         if staying.len() < replicas {
             // One that is wished away for a reason that is gone stays after all.
-            let may_stay = |r: &&Replica| {
-                r.leaving && !self.is_draining(r.node) && !self.is_silent(r.node)
-            };
+            let may_stay =
+                |r: &&Replica| r.leaving && !self.is_draining(r.node) && !self.is_silent(r.node);
             let back = set.replicas.iter().filter(may_stay);
             let back = back.max_by_key(|replica| replica.is_in_sync());
             if let Some(back) = back {
@@ -404,8 +403,7 @@ impl<'a> Plan<'a> {
         // Enough are whole: what has been gone for long, or is wanted away and out of sync, is forgotten.
         for replica in &set.replicas {
             let is_joining = replica.state == ReplicaState::Joining;
-            if (self.is_gone(replica) && !is_joining)
-                || (replica.leaving && !replica.is_in_sync())
+            if (self.is_gone(replica) && !is_joining) || (replica.leaving && !replica.is_in_sync())
             {
                 self.want(volume, remove(replica.store));
             }
@@ -435,7 +433,10 @@ impl<'a> Plan<'a> {
             .collect();
         stores.sort_by_key(|store| (self.level(store, 0), store.at.store));
         let capacity: u128 = stores.iter().map(|s| u128::from(s.capacity_blocks)).sum();
-        let used: u128 = stores.iter().map(|s| u128::from(self.used(s.at.store))).sum();
+        let used: u128 = stores
+            .iter()
+            .map(|s| u128::from(self.used(s.at.store)))
+            .sum();
         let mean = used * 1_000_000_000_000 / capacity.max(1);
         let now = self.used.clone();
         for fullest in stores.iter().rev() {
@@ -494,9 +495,10 @@ impl<'a> Plan<'a> {
         to: &StoreView,
     ) -> bool {
         let this = (volume.id, index);
-        let is_planned = self.wanted.changes.iter().any(|(id, change)| {
-            matches!(change, Change::Move { set, .. } if (*id, *set) == this)
-        });
+        let is_planned =
+            self.wanted.changes.iter().any(
+                |(id, change)| matches!(change, Change::Move { set, .. } if (*id, *set) == this),
+            );
         let is_at_rest = set.replicas.len() as u32 == volume.replicas
             && set.replicas.iter().all(|r| r.is_in_sync() && !r.leaving);
         let others = || set.replicas.iter().filter(|r| r.store != from.at.store);

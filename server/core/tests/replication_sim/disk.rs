@@ -141,9 +141,10 @@ impl Disk {
             let version = newest.entry(leaf_of(*at)).or_default();
             *version = (*version).max(cell.version);
         }
-        let left = self.now.iter_mut().filter(|(at, cell)| {
-            unwanted(ChunkIndex(at.0)) && cell.content != 0
-        });
+        let left = self
+            .now
+            .iter_mut()
+            .filter(|(at, cell)| unwanted(ChunkIndex(at.0)) && cell.content != 0);
         for (at, cell) in left {
             *cell = Cell {
                 version: newest[&leaf_of(*at)],

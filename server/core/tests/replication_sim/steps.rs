@@ -530,14 +530,10 @@ impl World {
 
     fn is_healed(&self) -> bool {
         let record = &self.meta.record.record;
-        let in_sync = record
-            .placement
-            .sets
-            .iter()
-            .all(|set| {
-                let whole = |replica: &Replica| replica.is_in_sync() && !replica.leaving;
-                set.replicas.len() == record.replicas as usize && set.replicas.iter().all(whole)
-            });
+        let in_sync = record.placement.sets.iter().all(|set| {
+            let whole = |replica: &Replica| replica.is_in_sync() && !replica.leaving;
+            set.replicas.len() == record.replicas as usize && set.replicas.iter().all(whole)
+        });
         let heads: Vec<_> = self.nodes.iter().filter_map(|n| n.head.as_ref()).collect();
         in_sync
             && heads.len() == 1

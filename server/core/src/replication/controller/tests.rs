@@ -108,7 +108,11 @@ impl Sim {
             moved: &self.moved,
         };
         self.wanted = wanted_changes(&ControllerParams::default(), &view);
-        self.wanted.changes.iter().map(|(_, change)| *change).collect()
+        self.wanted
+            .changes
+            .iter()
+            .map(|(_, change)| *change)
+            .collect()
     }
 
     /// A second passes. `dead` is not heard of.
@@ -270,7 +274,12 @@ fn a_drain_that_is_cancelled_leaves_what_has_not_moved() {
     for _ in 0..100 {
         sim.second(None);
     }
-    let all = sim.volume.placement.sets.iter().flat_map(|set| &set.replicas);
+    let all = sim
+        .volume
+        .placement
+        .sets
+        .iter()
+        .flat_map(|set| &set.replicas);
     assert!(all.clone().all(|replica| !replica.leaving));
     assert_eq!(all.count(), 96);
 }
@@ -341,7 +350,11 @@ fn nothing_is_begun_that_nobody_would_carry_out() {
     let mut sim = Sim::new(4, 3);
     sim.nodes[1].draining = true;
     sim.volume.head = None;
-    assert!(sim.look().iter().all(|change| matches!(change, Change::Leave { .. })));
+    assert!(
+        sim.look()
+            .iter()
+            .all(|change| matches!(change, Change::Leave { .. }))
+    );
     assert_eq!(sim.wanted.unserved, [sim.volume.id]);
     // Its node is away, but not for long.
     sim.volume.head = Some(HeadClaim {
@@ -352,7 +365,11 @@ fn nothing_is_begun_that_nobody_would_carry_out() {
     for node in [0, 1, 3] {
         sim.nodes[node].seen_at_ms = sim.now_ms;
     }
-    assert!(sim.look().iter().all(|change| matches!(change, Change::Leave { .. })));
+    assert!(
+        sim.look()
+            .iter()
+            .all(|change| matches!(change, Change::Leave { .. }))
+    );
     assert_eq!(sim.wanted.unserved, []);
     sim.now_ms += 600_000;
     sim.look();
@@ -371,8 +388,16 @@ fn a_store_gets_no_set_of_which_it_has_yet_to_give_blocks_back() {
         }
     }
     let changes = sim.look();
-    assert!(changes.iter().all(|change| matches!(change, Change::Leave { .. })));
+    assert!(
+        changes
+            .iter()
+            .all(|change| matches!(change, Change::Leave { .. }))
+    );
     sim.leftovers.clear();
     let changes = sim.look();
-    assert!(changes.iter().any(|change| matches!(change, Change::Add { .. })));
+    assert!(
+        changes
+            .iter()
+            .any(|change| matches!(change, Change::Add { .. }))
+    );
 }

@@ -84,7 +84,11 @@ impl ReplicatedHead {
             }
             let state = self.set_mut(set);
             state.departing |= state.bit_of(member) & state.in_sync;
-            if self.resyncs.iter().any(|r| r.set == set && r.source == member) {
+            if self
+                .resyncs
+                .iter()
+                .any(|r| r.set == set && r.source == member)
+            {
                 self.jobs_lost(member, actions);
             }
         }

@@ -38,7 +38,9 @@ impl ReplicatedHead {
                 return ReadAdmission::Wait;
             }
             let bit = 1u8 << place;
-            if (state.failed | state.departing | tried.0) & bit == 0 && (from.is_none() || known.place.is_local) {
+            if (state.failed | state.departing | tried.0) & bit == 0
+                && (from.is_none() || known.place.is_local)
+            {
                 from = Some(ReadAdmission::From {
                     member,
                     place: place as u8,
