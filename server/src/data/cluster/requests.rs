@@ -661,6 +661,13 @@ impl DataThread {
             self.volumes[volume.key].unlocked -= 1;
         }
         let ticket = request.ticket.take();
+        if error == Some(RequestError::Fenced) {
+            // The head is at its end, or is about to learn it. An error would say of a write that it had not happened, which
+            // nobody here knows; a connection that ends sends the client to look for the volume anew.
+            if let Some(connection) = self.connection_of(&request) {
+                self.kill(connection);
+            }
+        }
         match error {
             Some(error) => self.answer_error(request, error),
             None if matches!(request.work, Work::Read { .. }) => self.answer_read(request),
