@@ -90,6 +90,8 @@ struct Memory {
     stores: Vec<StoreId>,
     opening: Option<tokio::task::JoinHandle<()>>,
     tried: BTreeMap<VolumeId, Instant>,
+    /// Volumes that were never served, since they were first seen: one that was just created is about to be.
+    headless: BTreeMap<VolumeId, Instant>,
     changes: u64,
 }
 
@@ -308,9 +310,18 @@ impl Controller {
             return;
         }
         memory.tried.retain(|_, at| at.elapsed() < OPEN_AGAIN);
+        let grace = Duration::from_millis(self.params.grace_ms);
+        let unserved = &wanted.unserved;
+        memory.headless.retain(|id, _| unserved.contains(id));
+        let headless = &mut memory.headless;
+        let mut is_due = |record: &VolumeRecord| {
+            let since = headless.entry(record.id).or_insert_with(Instant::now);
+            record.head.is_some() || since.elapsed() >= grace
+        };
+        let tried = &memory.tried;
         let volume = current.iter().find(|volume| {
-            wanted.unserved.contains(&volume.record.id)
-                && !memory.tried.contains_key(&volume.record.id)
+            let id = volume.record.id;
+            unserved.contains(&id) && is_due(&volume.record) && !tried.contains_key(&id)
         });
         let Some(volume) = volume else { return };
         memory.tried.insert(volume.record.id, Instant::now());

@@ -353,7 +353,10 @@ impl<'a> Plan<'a> {
         };
         let remove = |store| Change::Remove { set: index, store };
         for replica in &set.replicas {
-            if replica.state == ReplicaState::Joining && self.is_gone(replica) {
+            let has_no_room = self
+                .store(replica.store)
+                .is_some_and(|store| store.at.free_blocks == 0);
+            if replica.state == ReplicaState::Joining && (self.is_gone(replica) || has_no_room) {
                 // It counts for nothing, and keeps others from being filled.
                 self.want(volume, remove(replica.store));
             } else if self.is_draining(replica.node) && !replica.leaving {
