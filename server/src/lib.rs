@@ -6,6 +6,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod controller;
 pub mod daemon;
 pub mod data;
 mod diagnosis;

@@ -123,7 +123,7 @@ impl Node {
 const LONG: Duration = Duration::from_secs(90);
 
 /// What daemons say when a node is away, as tests make it be.
-const OF_LOST_NODES: [&str; 10] = [
+const OF_LOST_NODES: [&str; 12] = [
     "a replica failed",
     "a replica does not answer",
     "a replica is out of sync",
@@ -134,7 +134,12 @@ const OF_LOST_NODES: [&str; 10] = [
     "could not be recorded; its first write waits",
     "stopped without finishing the drain",
     "stopping with requests that are not answered",
+    "has been away for long",
+    "is not heard of in the metadata store, but answers",
 ];
+
+/// Said when a volume is opened at another one.
+const NO_LONGER_SERVED: &str = "a volume is no longer served here";
 
 /// Three nodes of one cluster and their etcd.
 pub struct Trio {
@@ -157,12 +162,24 @@ impl Trio {
 
     /// Each of them a host of `network`, and etcd outside.
     pub fn on(test: &str, network: &Network) -> Trio {
+        Trio::on_with(test, network, Setup::default)
+    }
+
+    /// The same, with `setup` for each of them.
+    pub fn on_with(test: &str, network: &Network, setup: impl Fn() -> Setup) -> Trio {
         let scratch = Scratch::new(test);
         let etcd = Etcd::start_at(&scratch, network.address(Place::Outside));
-        Trio::found(test, scratch, etcd, |host| {
-            let address = network.address(Place::Host(host));
-            Setup::default().in_namespace(&network.namespace(host), address)
-        })
+        Trio::found(test, scratch, etcd, |host| on_host(network, host, setup()))
+    }
+
+    /// One more node, which joins through the first: host `nodes.len()` of `network`. Returns its place.
+    pub fn join(&mut self, test: &str, network: &Network, setup: Setup) -> usize {
+        let number = self.nodes.len();
+        let setup = on_host(network, number, setup);
+        let mut node = self.nodes[0].joined(&format!("{test}-{number}"), &self.etcd, setup);
+        node.daemon.log.expect(NO_LONGER_SERVED);
+        self.nodes.push(node);
+        number
     }
 
     fn found(test: &str, scratch: Scratch, etcd: Etcd, setup: impl Fn(usize) -> Setup) -> Trio {
@@ -173,8 +190,7 @@ impl Trio {
             nodes.push(joined);
         }
         for node in &mut nodes {
-            // Said when it is opened at another one.
-            node.daemon.log.expect("a volume is no longer served here");
+            node.daemon.log.expect(NO_LONGER_SERVED);
         }
         Trio {
             nodes,
@@ -186,9 +202,7 @@ impl Trio {
     /// Nodes will be away, by the test's doing: what the others say of it, and they of the others, is expected.
     pub fn expect_losses(&mut self) {
         for node in &mut self.nodes {
-            for said in OF_LOST_NODES {
-                node.daemon.log.expect(said);
-            }
+            node.expect_losses();
         }
     }
 
@@ -286,7 +300,18 @@ impl Trio {
     }
 }
 
+fn on_host(network: &Network, host: usize, setup: Setup) -> Setup {
+    let address = network.address(Place::Host(host));
+    setup.in_namespace(&network.namespace(host), address)
+}
+
 impl Node {
+    fn expect_losses(&mut self) {
+        for said in OF_LOST_NODES {
+            self.daemon.log.expect(said);
+        }
+    }
+
     /// A fresh connection to the admin interface.
     pub fn rpc(&self) -> Rpc {
         Rpc::connect(&self.daemon.data_dir().join("admin.sock"))

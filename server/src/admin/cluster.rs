@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_core::records::{
-    ClientRecord, ClientRole, ClusterRecord, JoinError, Joiner, MemberError, MemberRecord,
-    MemberState, Record, StoreRecord, TOKEN_REMEMBERED_MS, TokenRecord, Transaction, Versioned,
-    VolumeRecord, check_client_name, check_label, join, keys, label, remove,
+    ClientRecord, ClientRole, ClusterRecord, Holdings, JoinError, Joiner, MemberError,
+    MemberRecord, MemberState, Record, StoreRecord, TOKEN_REMEMBERED_MS, TokenRecord, Transaction,
+    Versioned, VolumeRecord, VolumeState, check_client_name, check_label, drain, join, keys, label,
+    remove,
 };
-use ashlar_core::units::{NodeId, StoreId};
+use ashlar_core::units::{BLOCK_BYTES, NodeId, StoreId};
 use ashlar_proto::cluster as proto;
 use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
 use super::secure::{Caller, admitted};
 use super::status;
+use crate::controller::Picture;
 use crate::daemon::{ClusterServices, State};
 use crate::identity::{Authority, IdentityError, Peer, Token, sha256_hex};
 use crate::meta::{self, MetadataError, MetadataStore, Outcome};
@@ -38,18 +40,45 @@ pub(super) struct Service {
     state: Arc<State>,
 }
 
-type Answer<T> = Result<Response<T>, Status>;
-
-/// What a node has.
-#[derive(Clone, Copy, Default)]
-struct Holdings {
-    stores: usize,
-    volumes: usize,
+/// What is known of nodes beside the records.
+#[derive(Default)]
+struct Seen {
+    picture: Arc<Picture>,
+    volumes: Vec<Versioned<VolumeRecord>>,
 }
+
+impl Seen {
+    /// Copies of a node for which no other node is there.
+    fn stuck_on(&self, node: NodeId) -> u32 {
+        let stuck = self.picture.stuck.iter();
+        let of_node = stuck.filter(|(id, set)| {
+            let mut volumes = self.volumes.iter().map(|volume| &volume.record);
+            let volume = volumes.find(|volume| volume.id == *id);
+            let set = volume.and_then(|v| v.placement.sets.get(usize::from(set.0)));
+            set.is_some_and(|set| set.replicas.iter().any(|r| r.node == node))
+        });
+        of_node.count() as u32
+    }
+}
+
+type Answer<T> = Result<Response<T>, Status>;
 
 impl Service {
     pub(super) fn new(state: Arc<State>) -> Service {
         Service { state }
+    }
+
+    /// What the controller of this daemon saw last; nothing before it has looked.
+    fn seen(&self) -> Seen {
+        let services = self.state.services();
+        let Some(services) = services else {
+            return Seen::default();
+        };
+        let controller = services.controller.as_ref();
+        Seen {
+            picture: controller.map(|c| c.picture()).unwrap_or_default(),
+            volumes: services.volumes.records(),
+        }
     }
 
     fn cluster(&self) -> Result<ClusterServices, Status> {
@@ -62,6 +91,46 @@ impl Service {
                 )
             }
         })
+    }
+}
+
+impl Service {
+    /// Shuts a node out that gets nothing new any more, if nothing is lost by it.
+    async fn remove_now(&self, cluster: &ClusterServices, node: NodeId) -> Result<(), Status> {
+        for _ in 0..ATTEMPTS {
+            let member = cluster.find(&node.0.to_string()).await?;
+            // Every creation of a volume changes it: none may come between the look and the change.
+            let layers = cluster
+                .records
+                .get(keys::NEXT_LAYER)
+                .await
+                .map_err(unread)?;
+            let has = cluster.holdings().await?.get(&node).copied();
+            let authorities: Vec<_> = cluster
+                .members()
+                .await?
+                .into_iter()
+                .map(|member| member.record)
+                .filter(|record| record.is_authority && record.state == MemberState::Active)
+                .map(|record| record.id)
+                .collect();
+            let asked = cluster.identity.node();
+            let change = remove(&member, asked, &has.unwrap_or_default(), &authorities);
+            let is_done = match change.map_err(|error| refused(&error))? {
+                Some(change) => {
+                    let change = match &layers {
+                        Some(layers) => change.when_unchanged(keys::NEXT_LAYER, layers.changed_at),
+                        None => change.when_absent(keys::NEXT_LAYER),
+                    };
+                    committed(&*cluster.records, change).await?
+                }
+                None => true,
+            };
+            if is_done {
+                return Ok(());
+            }
+        }
+        Err(contended())
     }
 }
 
@@ -141,31 +210,50 @@ impl ClusterServices {
             .entries
         {
             let volume = entry.read::<VolumeRecord>().map_err(unread)?.record;
-            let mut nodes: Vec<_> = volume
-                .placement
-                .stores
+            let stores = &volume.placement.stores;
+            let mut alone: Vec<NodeId> = stores
                 .iter()
-                .filter_map(|store| owner.get(store))
-                .chain(
-                    volume
-                        .placement
-                        .sets
-                        .iter()
-                        .flat_map(|set| &set.replicas)
-                        .map(|replica| &replica.node),
-                )
+                .filter_map(|store| owner.get(store).copied())
                 .collect();
-            nodes.sort();
-            nodes.dedup();
-            for node in nodes {
-                holdings.entry(*node).or_default().volumes += 1;
+            let replicas = volume.placement.sets.iter().flat_map(|set| &set.replicas);
+            let mut copied: Vec<NodeId> = replicas.map(|replica| replica.node).collect();
+            for node in &copied {
+                holdings.entry(*node).or_default().copies += 1;
+            }
+            for nodes in [&mut alone, &mut copied] {
+                nodes.sort_unstable();
+                nodes.dedup();
+            }
+            for node in alone {
+                holdings.entry(node).or_default().volumes += 1;
+            }
+            for node in copied {
+                holdings.entry(node).or_default().copied += 1;
+            }
+            if let Some(head) = volume.head
+                && volume.placement.is_replicated()
+                && volume.state == VolumeState::Active
+            {
+                holdings.entry(head.node).or_default().serves += 1;
             }
         }
         Ok(holdings)
     }
 
-    fn node(&self, member: MemberRecord, has: Holdings) -> proto::Node {
+    fn node(&self, member: MemberRecord, has: Holdings, seen: &Seen) -> proto::Node {
+        let known = seen.picture.nodes.get(&member.id);
+        let known = known.copied().unwrap_or_default();
+        let bytes = |blocks: u64| blocks * BLOCK_BYTES as u64;
         proto::Node {
+            draining: member.draining,
+            copies: has.copies as u32,
+            used_bytes: bytes(known.used_blocks),
+            capacity_bytes: bytes(known.capacity_blocks),
+            away: known.is_away,
+            silent_seconds: known.silent.as_secs() as u32,
+            serves: has.serves as u32,
+            stuck_copies: seen.stuck_on(member.id),
+            leader: seen.picture.leader == Some(member.id),
             id: member.id.0.to_string(),
             joined_at_unix_ms: member.joined_at_unix_ms,
             removed: member.state == MemberState::Removed,
@@ -173,12 +261,31 @@ impl ClusterServices {
             authority: member.is_authority,
             labels: member.labels.into_iter().collect(),
             stores: has.stores as u32,
-            volumes: has.volumes as u32,
+            volumes: (has.volumes + has.copied) as u32,
             self_: member.id == self.identity.node(),
         }
     }
 
-    async fn shown(&self, node: NodeId) -> Result<Option<proto::Node>, Status> {
+    /// Has a node emptied, or no longer. Answers whether anything had to be changed.
+    async fn set_draining(&self, node: NodeId, draining: bool) -> Result<bool, Status> {
+        for _ in 0..ATTEMPTS {
+            let member = crate::identity::member(&*self.records, node).await;
+            let member = member.map_err(unread)?.ok_or_else(|| {
+                let reference = node.0.to_string();
+                refused(&MemberError::NotFound { reference })
+            })?;
+            let change = drain(&member, draining).map_err(|error| refused(&error))?;
+            let Some(change) = change else {
+                return Ok(false);
+            };
+            if committed(&*self.records, change).await? {
+                return Ok(true);
+            }
+        }
+        Err(contended())
+    }
+
+    async fn shown(&self, node: NodeId, seen: &Seen) -> Result<Option<proto::Node>, Status> {
         let member = crate::identity::member(&*self.records, node).await;
         let has = self
             .holdings()
@@ -187,7 +294,7 @@ impl ClusterServices {
             .copied()
             .unwrap_or_default();
         let member = member.map_err(unread)?;
-        Ok(member.map(|member| self.node(member.record, has)))
+        Ok(member.map(|member| self.node(member.record, has, seen)))
     }
 }
 
@@ -200,6 +307,9 @@ fn refused(error: &MemberError) -> Status {
         MemberError::NotFound { .. } => Code::NotFound,
         MemberError::Label { .. } => Code::InvalidArgument,
         MemberError::HoldsVolumes { .. }
+        | MemberError::HoldsCopies { .. }
+        | MemberError::Serves { .. }
+        | MemberError::Removed { .. }
         | MemberError::Itself { .. }
         | MemberError::LastAuthority { .. } => Code::FailedPrecondition,
     };
@@ -363,9 +473,10 @@ impl proto::cluster_server::Cluster for Service {
         admitted(&request)?;
         let cluster = self.cluster()?;
         let holdings = cluster.holdings().await?;
+        let seen = self.seen();
         let nodes = cluster.members().await?.into_iter().map(|member| {
             let has = holdings.get(&member.record.id).copied();
-            cluster.node(member.record, has.unwrap_or_default())
+            cluster.node(member.record, has.unwrap_or_default(), &seen)
         });
         Ok(Response::new(proto::ListNodesResponse {
             cluster_id: cluster.identity.cluster().0.to_string(),
@@ -380,44 +491,18 @@ impl proto::cluster_server::Cluster for Service {
         admitted(&request)?;
         let cluster = self.cluster()?;
         let reference = request.into_inner().node;
-        for _ in 0..ATTEMPTS {
-            let member = cluster.find(&reference).await?;
-            let node = member.record.id;
-            // Every creation of a volume changes it: none may come between the look and the change.
-            let layers = cluster
-                .records
-                .get(keys::NEXT_LAYER)
-                .await
-                .map_err(unread)?;
-            let has = cluster.holdings().await?.get(&node).copied();
-            let has = has.unwrap_or_default();
-            let authorities: Vec<_> = cluster
-                .members()
-                .await?
-                .into_iter()
-                .map(|member| member.record)
-                .filter(|record| record.is_authority && record.state == MemberState::Active)
-                .map(|record| record.id)
-                .collect();
-            let asked = cluster.identity.node();
-            let change = remove(&member, asked, has.stores, has.volumes, &authorities);
-            let is_done = match change.map_err(|error| refused(&error))? {
-                Some(change) => {
-                    let change = match &layers {
-                        Some(layers) => change.when_unchanged(keys::NEXT_LAYER, layers.changed_at),
-                        None => change.when_absent(keys::NEXT_LAYER),
-                    };
-                    committed(&*cluster.records, change).await?
-                }
-                None => true,
-            };
-            if is_done {
-                tracing::info!(node = %node.0, "a node was removed from the cluster");
-                let node = cluster.shown(node).await?;
-                return Ok(Response::new(proto::RemoveNodeResponse { node }));
-            }
+        let member = cluster.find(&reference).await?.record;
+        // From here on it gets no new copy: what is found to be there is all that there is.
+        let marked =
+            member.state == MemberState::Active && cluster.set_draining(member.id, true).await?;
+        let removed = self.remove_now(&cluster, member.id).await;
+        if removed.is_err() && marked {
+            cluster.set_draining(member.id, false).await?;
         }
-        Err(contended())
+        removed?;
+        tracing::info!(node = %member.id.0, "a node was removed from the cluster");
+        let node = cluster.shown(member.id, &self.seen()).await?;
+        Ok(Response::new(proto::RemoveNodeResponse { node }))
     }
 
     async fn label_node(
@@ -432,11 +517,31 @@ impl proto::cluster_server::Cluster for Service {
             let member = cluster.find(&asked.node).await?;
             let change = label(&member, &set, &asked.unset).map_err(|error| refused(&error))?;
             if committed(&*cluster.records, change).await? {
-                let node = cluster.shown(member.record.id).await?;
+                let node = cluster.shown(member.record.id, &self.seen()).await?;
                 return Ok(Response::new(proto::LabelNodeResponse { node }));
             }
         }
         Err(contended())
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<proto::DrainNodeRequest>,
+    ) -> Answer<proto::DrainNodeResponse> {
+        admitted(&request)?;
+        let cluster = self.cluster()?;
+        let asked = request.into_inner();
+        let node = cluster.find(&asked.node).await?.record.id;
+        if cluster.set_draining(node, !asked.cancel).await? {
+            let what = if asked.cancel {
+                "a node keeps its copies again"
+            } else {
+                "the copies of a node are to move elsewhere"
+            };
+            tracing::info!(node = %node.0, "{what}");
+        }
+        let node = cluster.shown(node, &self.seen()).await?;
+        Ok(Response::new(proto::DrainNodeResponse { node }))
     }
 
     async fn issue_client_certificate(

@@ -75,14 +75,15 @@ fn replica_set(set: &ReplicaSet) -> admin::ReplicaSet {
             ReplicaState::Joining => admin::ReplicaState::Joining,
         }
         .into(),
-        linked: false,
+        leaving: replica.leaving,
+        ..admin::Replica::default()
     };
     admin::ReplicaSet {
         replicas: set.replicas.iter().map(replica).collect(),
     }
 }
 
-/// Says which copies the head, which is in this daemon, has a connection to.
+/// Says which copies the head, which is in this daemon, has a connection to, and how far those are that it fills.
 pub(super) fn mark_linked(volume: &mut admin::Volume, status: &ReplicationStatus) {
     for (set, replicas) in volume.replica_sets.iter_mut().enumerate() {
         for replica in &mut replicas.replicas {
@@ -91,6 +92,14 @@ pub(super) fn mark_linked(volume: &mut admin::Volume, status: &ReplicationStatus
                     && known.is_linked
                     && known.store.0.to_string() == replica.store_id
             });
+            let fill = status.fills.iter().find(|fill| {
+                usize::from(fill.set.0) == set && fill.store.0.to_string() == replica.store_id
+            });
+            if let Some(fill) = fill {
+                replica.filling = true;
+                replica.copied_bytes = fill.copied_bytes;
+                replica.left_bytes = fill.left_bytes;
+            }
         }
     }
 }

@@ -224,11 +224,23 @@ pub(super) enum NodeCommand {
     /// List the nodes of the cluster; the one that is asked has a star
     #[command(visible_alias = "ls")]
     List,
-    /// Shut out for ever a node that holds no volume and no copy; its connections are cut
+    /// Shut out for ever a node that holds no volume and no copy (see `drain`); its connections are cut
     #[command(visible_alias = "rm")]
     Remove {
         /// Its id, or the beginning of it
         node: String,
+    },
+    /// Have the copies of a node move to others; it gets no new ones. Without --wait it returns at once, and
+    /// `ashlar node list` tells what is left
+    Drain {
+        /// Its id, or the beginning of it
+        node: String,
+        /// What has not moved yet stays, and the node gets copies again
+        #[arg(long, conflicts_with = "wait")]
+        cancel: bool,
+        /// Return when no copy is left on it
+        #[arg(long)]
+        wait: bool,
     },
     /// Set what tells a node's place
     Label {

@@ -2,11 +2,12 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use ashlar_proto::cluster::cluster_client::ClusterClient;
 use ashlar_proto::cluster::{
-    ClientRole, CreateTokenRequest, IssueClientCertificateRequest, LabelNodeRequest,
-    ListClientCertificatesRequest, ListNodesRequest, Node, RemoveNodeRequest,
+    ClientRole, CreateTokenRequest, DrainNodeRequest, IssueClientCertificateRequest,
+    LabelNodeRequest, ListClientCertificatesRequest, ListNodesRequest, Node, RemoveNodeRequest,
     RevokeClientCertificateRequest,
 };
 use rcgen::KeyPair;
@@ -18,6 +19,7 @@ use super::args::{ClusterCommand, Format, InitArgs, NodeCommand, Role};
 use super::connect::Daemon;
 use super::error::{CliError, Exit};
 use super::output::{self, Answer};
+use super::size::human;
 use crate::config::{Arguments, Config, Metadata, Settings};
 use crate::daemon::{DataDirLock, certificate_names, connect, open_local};
 use crate::identity::{Initialising, initialise, to_pem, write_private};
@@ -27,6 +29,9 @@ use crate::volumes::node_record;
 pub(super) const AUTHORITY_FILE: &str = "ca-cert.pem";
 pub(super) const CERTIFICATE_FILE: &str = "client-cert.pem";
 pub(super) const KEY_FILE: &str = "client-key.pem";
+
+/// Between two looks at a node that is being drained.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 fn client(daemon: &Daemon) -> ClusterClient<Channel> {
     ClusterClient::new(daemon.channel.clone())
@@ -213,6 +218,13 @@ pub(super) async fn node(
             let answer = client.remove_node(RemoveNodeRequest { node }).await?;
             answer.into_inner().node
         }
+        NodeCommand::Drain { node, cancel, wait } => {
+            let answer = client.drain_node(DrainNodeRequest { node, cancel }).await?;
+            match answer.into_inner().node {
+                Some(node) if wait => Some(drained(&mut client, node).await?),
+                other => other,
+            }
+        }
         NodeCommand::Label { node, labels } => {
             let mut request = LabelNodeRequest {
                 node,
@@ -237,6 +249,39 @@ pub(super) async fn node(
     };
     let node = changed.ok_or_else(|| failed("the daemon's answer names no node"))?;
     output::print(format, &NodeView::from(node))
+}
+
+/// Waits until a node that is being drained has no copy left.
+async fn drained(client: &mut ClusterClient<Channel>, mut node: Node) -> Result<Node, CliError> {
+    let mut told = String::new();
+    while node.copies > 0 {
+        if !node.draining {
+            return Err(CliError::new(
+                Exit::Refused,
+                "somebody has cancelled the drain; the node keeps what has not moved",
+            ));
+        }
+        let mut text = format!(
+            "{} copies are left, {} are in use on the node",
+            node.copies,
+            human(node.used_bytes)
+        );
+        if node.stuck_copies > 0 {
+            text.push_str(&format!(
+                "; {} have no other node to go to: add one, or room",
+                node.stuck_copies
+            ));
+        }
+        if text != told && output::stderr_is_watched() {
+            output::note(format_args!("{text}"));
+            told = text;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let listed = client.list_nodes(ListNodesRequest {}).await?.into_inner();
+        let found = listed.nodes.into_iter().find(|other| other.id == node.id);
+        node = found.ok_or_else(|| failed("the node is not in the cluster any more"))?;
+    }
+    Ok(node)
 }
 
 #[derive(Serialize)]
@@ -353,12 +398,34 @@ struct NodeView {
     volumes: u32,
     joined_at_unix_ms: u64,
     is_asked: bool,
+    copies: u32,
+    /// Of those, the ones that have no other node to go to.
+    stuck_copies: u32,
+    serves: u32,
+    used_bytes: u64,
+    capacity_bytes: u64,
+    silent_seconds: u32,
+    /// It runs the controller.
+    leader: bool,
 }
 
 impl From<Node> for NodeView {
     fn from(node: Node) -> NodeView {
         NodeView {
-            state: if node.removed { "removed" } else { "active" },
+            state: match (node.removed, node.away, node.draining) {
+                (true, ..) => "removed",
+                (_, true, true) => "away,draining",
+                (_, true, false) => "away",
+                (_, false, true) => "draining",
+                (_, false, false) => "active",
+            },
+            copies: node.copies,
+            stuck_copies: node.stuck_copies,
+            serves: node.serves,
+            used_bytes: node.used_bytes,
+            capacity_bytes: node.capacity_bytes,
+            silent_seconds: node.silent_seconds,
+            leader: node.leader,
             id: node.id,
             address: node.address,
             authority: node.authority,
@@ -384,7 +451,17 @@ impl NodeView {
 
 impl Answer for NodeView {
     fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "node {} is {} {}", self.id, self.state, self.labels())
+        writeln!(out, "node {} is {} {}", self.id, self.state, self.labels())?;
+        if self.state.contains("draining") {
+            writeln!(
+                out,
+                "copies left: {}, bytes in use: {}, volumes served: {}",
+                self.copies,
+                human(self.used_bytes),
+                self.serves
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -405,13 +482,36 @@ impl Answer for Nodes {
                 node.labels(),
                 node.stores.to_string(),
                 node.volumes.to_string(),
+                node.copies.to_string(),
+                human(node.used_bytes),
                 if node.authority { "yes" } else { "" }.to_owned(),
             ]
         });
         let header = [
-            "NODE", "STATE", "ADDRESS", "LABELS", "STORES", "VOLUMES", "SIGNS",
+            "NODE", "STATE", "ADDRESS", "LABELS", "STORES", "VOLUMES", "COPIES", "USED", "SIGNS",
         ];
-        out.write_all(output::columns(&header, &[4, 5], rows).as_bytes())
+        out.write_all(output::columns(&header, &[4, 5, 6, 7], rows).as_bytes())?;
+        for node in &self.nodes {
+            if node.state.contains("away") {
+                writeln!(
+                    out,
+                    "node {} was not heard of for {} s",
+                    node.id, node.silent_seconds
+                )?;
+            }
+            if node.state.contains("draining") {
+                let stuck = match node.stuck_copies {
+                    0 => String::new(),
+                    stuck => format!(", of which {stuck} have no other node to go to"),
+                };
+                writeln!(
+                    out,
+                    "node {} is being drained: {} copies are left{stuck}",
+                    node.id, node.copies
+                )?;
+            }
+        }
+        Ok(())
     }
 }
 

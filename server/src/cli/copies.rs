@@ -3,7 +3,7 @@
 use ashlar_proto::admin;
 use serde::Serialize;
 
-use super::{output, view::Volume};
+use super::{output, size::human, view::Volume};
 
 /// The copies of the chunks that are dealt to one entry of the placement.
 #[derive(Clone, Debug, Serialize)]
@@ -19,6 +19,17 @@ pub(super) struct Replica {
     pub(super) state: &'static str,
     /// False also where the head is not in the daemon that was asked.
     pub(super) linked: bool,
+    /// Goes when others suffice.
+    pub(super) leaving: bool,
+    /// Only where the head answers: what was copied, and what has yet to be compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) filling: Option<Filling>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Filling {
+    copied_bytes: u64,
+    left_bytes: u64,
 }
 
 impl Replica {
@@ -39,6 +50,11 @@ impl From<admin::ReplicaSet> for ReplicaSet {
             node_id: replica.node_id,
             store_id: replica.store_id,
             linked: replica.linked,
+            leaving: replica.leaving,
+            filling: replica.filling.then_some(Filling {
+                copied_bytes: replica.copied_bytes,
+                left_bytes: replica.left_bytes,
+            }),
         };
         ReplicaSet {
             replicas: set.replicas.into_iter().map(replica).collect(),
@@ -75,11 +91,35 @@ pub(super) fn fields(volume: &Volume) -> Vec<(&'static str, String)> {
              on their disks once a flush was answered"
         )
     };
-    vec![
+    let mut fields = vec![
         ("Served by", head),
         ("In sync", format!("{fewest} of {}", volume.replicas)),
         ("Answered write", answered),
-    ]
+    ];
+    let replicas = volume.replica_sets.iter().flat_map(|set| &set.replicas);
+    let not_yet = replicas.clone().filter(|r| r.state == "joining").count();
+    let leaving = replicas.clone().filter(|r| r.leaving).count();
+    if not_yet + leaving > 0 {
+        fields.push((
+            "Moving",
+            format!("{not_yet} copies are being made, {leaving} go when others suffice"),
+        ));
+    }
+    let filling: Vec<Filling> = replicas.filter_map(|replica| replica.filling).collect();
+    if !filling.is_empty() {
+        let copied: u64 = filling.iter().map(|fill| fill.copied_bytes).sum();
+        let left: u64 = filling.iter().map(|fill| fill.left_bytes).sum();
+        fields.push((
+            "Filling",
+            format!(
+                "{} copies now: {} copied, at most {} left of those",
+                filling.len(),
+                human(copied),
+                human(left)
+            ),
+        ));
+    }
+    fields
 }
 
 /// The copies, a row each; empty when there are no replica sets.
@@ -96,7 +136,11 @@ pub(super) fn table(volume: &Volume) -> String {
                 index.to_string(),
                 replica.node_id.clone(),
                 replica.store_id.clone(),
-                replica.state.to_owned(),
+                match (&replica.filling, replica.leaving) {
+                    (Some(_), _) => format!("{}, filling", replica.state),
+                    (None, true) => format!("{}, leaving", replica.state),
+                    (None, false) => replica.state.to_owned(),
+                },
                 match (is_head_here, replica.linked) {
                     (false, _) => "?",
                     (true, true) => "yes",
@@ -119,6 +163,7 @@ mod tests {
             store_id: format!("store-{at}"),
             state: (*state).into(),
             linked: at != 2,
+            ..admin::Replica::default()
         };
         Volume::from(admin::Volume {
             replicas: 3,
@@ -148,6 +193,20 @@ mod tests {
         );
         assert!(one.contains("node-0  store-0  in-sync  ?"), "{one}");
         assert!(one.contains("ask it for connections"), "{one}");
+        let mut moving = volume(&[InSync, InSync, Joining], true);
+        moving.replica_sets[0].replicas[0].leaving = true;
+        moving.replica_sets[0].replicas[2].filling = Some(Filling {
+            copied_bytes: 3 << 20,
+            left_bytes: 5 << 20,
+        });
+        let moving = text(&moving);
+        assert!(moving.contains("1 copies are being made, 1 go"), "{moving}");
+        assert!(
+            moving.contains("3 MiB copied, at most 5 MiB left"),
+            "{moving}"
+        );
+        assert!(moving.contains("in-sync, leaving"), "{moving}");
+        assert!(moving.contains("joining, filling"), "{moving}");
         let alone = Volume::from(admin::Volume::default());
         assert_eq!(text(&alone), "");
     }

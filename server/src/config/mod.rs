@@ -104,6 +104,9 @@ pub struct Config {
     pub max_buffer_bytes: u64,
     pub handshake_timeout: Duration,
     pub scrub_bytes_per_second: u64,
+    pub fill_bytes_per_second: u64,
+    /// How long a node is away before its copies are made anew elsewhere.
+    pub replace_after: Duration,
     pub scrub_every: Every,
     /// At least 100.
     pub overcommit_percent: u32,
@@ -309,6 +312,9 @@ impl Config {
                 64 << 20,
                 64 << 10,
             )?,
+            fill_bytes_per_second: at_least("fill-rate", settings.fill_rate, 128 << 20, 1 << 20)?,
+            replace_after: between("replace-after", settings.replace_after, 600, 5, 30 * 86400)
+                .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
             overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
             drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
@@ -358,6 +364,8 @@ impl Config {
             max_buffer: Some(ByteCount(self.max_buffer_bytes)),
             handshake_timeout: Some(self.handshake_timeout.as_secs() as u32),
             scrub_rate: Some(ByteCount(self.scrub_bytes_per_second)),
+            fill_rate: Some(ByteCount(self.fill_bytes_per_second)),
+            replace_after: Some(self.replace_after.as_secs() as u32),
             scrub_every: Some(self.scrub_every),
             overcommit: Some(self.overcommit_percent),
             drain_timeout: Some(self.drain_timeout.as_secs() as u32),

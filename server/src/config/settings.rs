@@ -172,6 +172,17 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_rate: Option<ByteCount>,
 
+    /// Bytes a second that a volume's head copies to copies that are made or brought up to date, at most [default: 128MiB]
+    #[arg(long, env = "ASHLAR_FILL_RATE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fill_rate: Option<ByteCount>,
+
+    /// Seconds that a node of a cluster is away before its copies are made anew elsewhere; the same on all nodes
+    /// [default: 600]
+    #[arg(long, env = "ASHLAR_REPLACE_AFTER", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replace_after: Option<u32>,
+
     /// How often each store is read and verified, at that rate: 7d, 12h, 30m, or off [default: 7d]
     #[arg(long, env = "ASHLAR_SCRUB_EVERY", value_name = "INTERVAL|off")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -251,6 +262,8 @@ impl Settings {
             max_buffer: self.max_buffer.or(below.max_buffer),
             handshake_timeout: self.handshake_timeout.or(below.handshake_timeout),
             scrub_rate: self.scrub_rate.or(below.scrub_rate),
+            fill_rate: self.fill_rate.or(below.fill_rate),
+            replace_after: self.replace_after.or(below.replace_after),
             scrub_every: self.scrub_every.or(below.scrub_every),
             overcommit: self.overcommit.or(below.overcommit),
             drain_timeout: self.drain_timeout.or(below.drain_timeout),

@@ -93,6 +93,8 @@ fn what_is_printed_means_the_same() {
         "--max-buffer=80MiB",
         "--handshake-timeout=3",
         "--scrub-rate=1MiB",
+        "--fill-rate=3MiB",
+        "--replace-after=90",
         "--scrub-every=36h",
         "--drain-timeout=0",
         "--io-flusher",

@@ -20,6 +20,7 @@ use super::state::{ClusterServices, Phase, Services, State};
 use super::stores::{self, StoreSetupError};
 use super::{logging, process};
 use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
+use crate::controller::Controller;
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
 use crate::identity::keep_renewed;
@@ -395,7 +396,7 @@ impl Daemon {
             plane.clone(),
             metadata.records.clone(),
             seals.clone(),
-            dial,
+            dial.clone(),
             tell,
         );
         let host = Arc::new(Host::new(plane.clone(), seals, events));
@@ -406,14 +407,15 @@ impl Daemon {
                 metadata.records.clone(),
                 config.listen_link.clone(),
                 config.advertise.clone(),
-                stop,
+                stop.clone(),
             );
             if let Err(error) = listening.await {
                 plane.drain().await;
                 return Err(error.into());
             }
         }
-        match Daemon::start_volumes(state, metadata, &known, host, &plane, nbd).await {
+        match Daemon::start_volumes(state, metadata, &known, host, (&plane, dial, stop), nbd).await
+        {
             Ok((volumes, listeners)) => Ok((plane, volumes, listeners)),
             Err(error) => {
                 // The stores are open: close them in order.
@@ -428,7 +430,7 @@ impl Daemon {
         metadata: OpenMetadata,
         known: &[ashlar_core::records::Versioned<ashlar_core::records::StoreRecord>],
         host: Arc<Host>,
-        plane: &DataPlane,
+        (plane, dial, stop): (&DataPlane, Arc<dyn Dial>, watch::Receiver<bool>),
         nbd: Vec<Bound>,
     ) -> Result<(Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
@@ -450,7 +452,7 @@ impl Daemon {
         .await?;
         let records = store.clone();
         let volumes = Volumes::start(
-            store,
+            store.clone(),
             host.clone() as Arc<dyn VolumeHost>,
             metadata.node,
             metadata.identity.is_some(),
@@ -459,7 +461,19 @@ impl Daemon {
         )
         .await?;
         stores::record_boot(&*records, plane.stores()).await?;
+        let controller = metadata.identity.as_ref().map(|_| {
+            Controller::start(
+                store,
+                volumes.clone(),
+                plane.clone(),
+                dial,
+                metadata.node,
+                config.replace_after,
+                stop,
+            )
+        });
         state.set_services(Services {
+            controller,
             volumes: volumes.clone(),
             plane: host as Arc<dyn Plane>,
             scrubs: Arc::new(scrubs),
@@ -552,5 +566,6 @@ fn data_config(
         ..Limits::default()
     };
     data.drain_timeout = config.drain_timeout;
+    data.fill_bytes_per_second = config.fill_bytes_per_second;
     data
 }

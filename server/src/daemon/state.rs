@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use ashlar_core::records::ReplicaState;
+use ashlar_core::records::{ReplicaState, Versioned, VolumeRecord};
 use ashlar_core::units::NodeId;
 use ashlar_proto::admin::{Listener, ListenerKind};
 use async_trait::async_trait;
@@ -13,8 +13,9 @@ use tokio::sync::watch;
 use super::process::{self, Usage};
 use crate::admin::poison_reason;
 use crate::config::Config;
+use crate::controller::{Controller, Picture};
 use crate::events::Events;
-use crate::http::{ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
+use crate::http::{ClusterScrape, ListenerCounts, Probe, Readiness, Scrape, VolumeScrape};
 use crate::identity::Identity;
 use crate::meta::MetadataStore;
 use crate::nbd::{ConnectionCount, ListenerStats};
@@ -41,6 +42,8 @@ pub(crate) enum Phase {
 /// What serves volumes.
 #[derive(Clone)]
 pub(crate) struct Services {
+    /// Of a node of a cluster.
+    pub(crate) controller: Option<Arc<Controller>>,
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) plane: Arc<dyn Plane>,
     pub(crate) scrubs: Arc<Scrubs>,
@@ -264,6 +267,10 @@ impl State {
                 warnings.push(format!("{more} more volumes are not served"));
             }
             warnings.extend(out_of_sync(&services.volumes.list()));
+            if let Some(controller) = &services.controller {
+                let volumes = services.volumes.records();
+                warnings.extend(moving(&controller.picture(), &volumes));
+            }
             let unknown = services.volumes.unknown_layers();
             if !unknown.is_empty() {
                 let layers: Vec<_> = unknown
@@ -301,7 +308,9 @@ fn out_of_sync(views: &[VolumeView]) -> Vec<String> {
                 .collect()
         };
         let (out, joining) = (of_state(ReplicaState::Out), of_state(ReplicaState::Joining));
-        if out.is_empty() && joining.is_empty() {
+        // What moves, with enough in sync all the while, is told with the nodes.
+        let is_moving = out.is_empty() && fewest >= record.replicas as usize;
+        if is_moving || (out.is_empty() && joining.is_empty()) {
             continue;
         }
         if warnings.len() == LISTED_MAX {
@@ -332,6 +341,50 @@ fn out_of_sync(views: &[VolumeView]) -> Vec<String> {
     }
     if more > 0 {
         warnings.push(format!("{more} more volumes have copies out of sync"));
+    }
+    warnings
+}
+
+/// Nodes that are away or being emptied, and what cannot go on, one sentence each.
+fn moving(picture: &Picture, volumes: &[Versioned<VolumeRecord>]) -> Vec<String> {
+    let sets = || {
+        let sets = volumes.iter().flat_map(|v| &v.record.placement.sets);
+        sets.flat_map(|set| &set.replicas)
+    };
+    let copies_on = |node: NodeId| sets().filter(|replica| replica.node == node).count();
+    let mut warnings = Vec::new();
+    for (node, known) in picture.nodes.iter().filter(|(_, known)| known.is_away) {
+        warnings.push(format!(
+            "node {} was not heard of for {} s; it has {} copies",
+            node.0,
+            known.silent.as_secs(),
+            copies_on(*node)
+        ));
+    }
+    for node in &picture.draining {
+        let known = picture.nodes.get(node).copied().unwrap_or_default();
+        let left = match copies_on(*node) {
+            0 if known.leftovers > 0 => "its blocks are being given back".to_owned(),
+            0 => "no copy is left on it; `ashlar node remove` shuts it out, `ashlar node drain --cancel` keeps it".to_owned(),
+            left => format!(
+                "{left} copies are left on it, {} MiB are in use",
+                known.used_blocks >> 8
+            ),
+        };
+        warnings.push(format!("node {} is being drained: {left}", node.0));
+    }
+    let joining = sets().filter(|replica| replica.state == ReplicaState::Joining);
+    let joining = joining.count();
+    if joining > 0 {
+        warnings.push(format!(
+            "{joining} copies are being made on other nodes; `ashlar volume show` tells how far they are"
+        ));
+    }
+    if !picture.stuck.is_empty() {
+        warnings.push(format!(
+            "{} copies are to be made anew or to move, and there is no other node with room for them: add a node, or room",
+            picture.stuck.len()
+        ));
     }
     warnings
 }
@@ -390,6 +443,7 @@ impl Probe for State {
             scrape.stores = stores.collect();
             scrape.scrubs = services.scrubs.all();
             scrape.threads = metrics.threads();
+            scrape.cluster = cluster_scrape(&services).await;
         }
         scrape
     }
@@ -417,6 +471,40 @@ impl Probe for State {
             reasons,
         }
     }
+}
+
+/// `None` where there is no cluster.
+async fn cluster_scrape(services: &Services) -> Option<ClusterScrape> {
+    let picture = services.controller.as_ref()?.picture();
+    let mut scrape = ClusterScrape {
+        is_leader: picture.is_leader,
+        changes: picture.changes,
+        stuck: picture.stuck.len() as u64,
+        away: picture.nodes.values().filter(|node| node.is_away).count() as u64,
+        draining: picture.draining.len() as u64,
+        ..ClusterScrape::default()
+    };
+    let mut leftovers = picture.nodes.values().map(|node| node.leftovers as u64);
+    scrape.leftovers = leftovers.by_ref().sum();
+    for volume in services.volumes.records() {
+        let sets = &volume.record.placement.sets;
+        for replica in sets.iter().flat_map(|set| &set.replicas) {
+            let count = match replica.state {
+                _ if replica.leaving => &mut scrape.leaving,
+                ReplicaState::InSync => &mut scrape.in_sync,
+                ReplicaState::Out => &mut scrape.out,
+                ReplicaState::Joining => &mut scrape.joining,
+            };
+            *count += 1;
+        }
+        if !sets.is_empty()
+            && let Some(status) = services.volumes.replication(volume.record.id).await
+        {
+            let left = status.fills.iter().map(|fill| fill.left_bytes);
+            scrape.filling_bytes += left.sum::<u64>();
+        }
+    }
+    Some(scrape)
 }
 
 /// What the process uses; zeros where /proc is not there.

@@ -52,6 +52,8 @@ pub struct DataConfig {
     pub lease: Duration,
     /// Where it is told what happens to stores.
     pub events: Events,
+    /// Bytes a second that the head of a volume copies to replicas that are being filled; 0: as fast as it goes.
+    pub fill_bytes_per_second: u64,
 }
 
 impl DataConfig {
@@ -75,6 +77,7 @@ impl DataConfig {
             seals: HashMap::new(),
             lease: DataConfig::LEASE,
             events: Events::default(),
+            fill_bytes_per_second: 0,
         }
     }
 

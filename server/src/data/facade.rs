@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::nbd::session::Admitted;
-use ashlar_core::records::{Versioned, VolumeLimits, VolumeRecord};
+use ashlar_core::records::{LeftoverRecord, Versioned, VolumeLimits, VolumeRecord};
 use ashlar_core::replication::{BootId, SwapOutcome};
 use ashlar_core::store::StoreError;
 use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
@@ -261,6 +261,16 @@ impl DataPlane {
             // A thread that has ended takes no work.
             let _ = thread.ask(forget).await;
         }
+    }
+
+    /// Gives some of what a store has of a set that went elsewhere back. True: nothing is left of it; durable at the
+    /// store's next checkpoint.
+    pub async fn give_back(&self, left: &LeftoverRecord) -> Result<bool, DataError> {
+        let command = |answer| {
+            let left = left.clone();
+            Command::Cluster(ClusterCommand::GiveBack { left, answer })
+        };
+        self.thread_of_store(left.store)?.ask(command).await?
     }
 
     /// What data threads ask for replicated volumes. `None`: the threads have ended.
@@ -662,6 +672,7 @@ fn build_thread(
         config.seals.clone(),
         tells.cluster.clone(),
         config.lease.as_micros() as u64,
+        config.fill_bytes_per_second,
     );
     let parts = Parts {
         index,

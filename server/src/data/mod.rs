@@ -32,8 +32,8 @@ mod survey;
 mod thread;
 
 pub use cluster::{
-    ClusterTell, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec, ReplicationStatus,
-    greeting,
+    ClusterTell, FillStatus, LinkEnds, LinkPeer, LinkWish, ReplicaStatus, ReplicatedSpec,
+    ReplicationStatus, greeting,
 };
 pub use config::{
     ConnectionReport, DataConfig, DataError, Limits, OpenedStore, ScrubEnd, StartError,

@@ -20,7 +20,7 @@ use axum::routing::get;
 use serde::Serialize;
 use thiserror::Error;
 
-pub use scrape::{ListenerCounts, Scrape, VolumeScrape};
+pub use scrape::{ClusterScrape, ListenerCounts, Scrape, VolumeScrape};
 
 use crate::config::HostPort;
 

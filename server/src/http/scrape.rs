@@ -40,6 +40,35 @@ pub struct Scrape {
     pub scrubs: BTreeMap<StoreId, StoreScrub>,
     /// The data threads.
     pub threads: Vec<Arc<ThreadMetrics>>,
+    /// The cluster, as this daemon sees it.
+    pub cluster: Option<ClusterScrape>,
+}
+
+/// Copies and nodes of a cluster.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ClusterScrape {
+    /// This daemon runs the controller.
+    pub is_leader: bool,
+    /// Changes of replicas that it made as the leader.
+    pub changes: u64,
+    /// Copies in sync that stay.
+    pub in_sync: u64,
+    /// Copies that fell behind.
+    pub out: u64,
+    /// Copies being made.
+    pub joining: u64,
+    /// Copies that go when others suffice.
+    pub leaving: u64,
+    /// Copies that are to be made or moved, with no node to take them.
+    pub stuck: u64,
+    /// Sets of which stores have yet to give blocks back.
+    pub leftovers: u64,
+    /// Nodes that are not heard of.
+    pub away: u64,
+    /// Nodes being emptied.
+    pub draining: u64,
+    /// Bytes that the heads of this daemon have yet to compare for copies that they fill.
+    pub filling_bytes: u64,
 }
 
 /// Counted at the NBD door since the start.
@@ -426,6 +455,54 @@ impl Scrape {
         )
     }
 
+    fn encode_cluster(&self, page: &mut Page<'_>) -> fmt::Result {
+        let Some(cluster) = &self.cluster else {
+            return Ok(());
+        };
+        page.gauge(
+            "ashlar_cluster_leader",
+            "1 on the node that runs the controller",
+            one(u64::from(cluster.is_leader)),
+        )?;
+        page.counter(
+            "ashlar_cluster_copy_changes",
+            "Changes of copies that the controller on this node made: new, moved, wished away, forgotten",
+            one(cluster.changes),
+        )?;
+        let copies = [
+            ("in_sync", cluster.in_sync),
+            ("out", cluster.out),
+            ("joining", cluster.joining),
+            ("leaving", cluster.leaving),
+        ];
+        page.gauge(
+            "ashlar_cluster_copies",
+            "Copies of replica sets by what they count for, the same on every node",
+            copies.map(|(state, count)| (vec![("state", state.into())], count)),
+        )?;
+        page.gauge(
+            "ashlar_cluster_stuck_copies",
+            "Copies to be made or moved for which there is no other node with room",
+            one(cluster.stuck),
+        )?;
+        page.gauge(
+            "ashlar_cluster_leftovers",
+            "Sets of which stores have yet to give the blocks back",
+            one(cluster.leftovers),
+        )?;
+        let nodes = [("away", cluster.away), ("draining", cluster.draining)];
+        page.gauge(
+            "ashlar_cluster_nodes",
+            "Nodes that need attention, by why",
+            nodes.map(|(state, count)| (vec![("state", state.into())], count)),
+        )?;
+        page.gauge(
+            "ashlar_cluster_filling_bytes",
+            "Of copies that the heads of this node fill, what has yet to be compared",
+            one(cluster.filling_bytes),
+        )
+    }
+
     fn encode_disks(&self, page: &mut Page<'_>) -> fmt::Result {
         page.counter(
             "ashlar_store_read_bytes",
@@ -537,6 +614,7 @@ impl Collector for Scrape {
         self.encode_store_space(&mut page)?;
         self.encode_store_work(&mut page)?;
         self.encode_disks(&mut page)?;
+        self.encode_cluster(&mut page)?;
         self.encode_threads(&mut page)
     }
 }

@@ -256,6 +256,7 @@ async fn move_records(what: &Initialising<'_>, cluster: ClusterId) -> Result<(),
         address: None,
         is_authority: true,
         labels: what.labels.clone(),
+        draining: false,
     };
     let finish = still_marked()
         .put(keys::CLUSTER, complete.encode())

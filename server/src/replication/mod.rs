@@ -10,6 +10,7 @@ mod seals;
 
 pub use driver::{Driver, ReplicationEvent};
 pub use links::{Dial, GREETING_TIME, LinkRefused, NoPeers, accept, greet};
+pub(crate) use network::space_records;
 pub use network::{LinkListenError, Network, listen};
 pub use seals::{SealRecord, Seals};
 

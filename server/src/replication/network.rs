@@ -23,8 +23,8 @@ use crate::stream::Stream;
 
 /// Links whose beginning is under way at once, from whoever connects.
 const GREETINGS_AT_ONCE: usize = 64;
-/// How often the room of the stores is told to the others.
-const TELL_SPACE: Duration = Duration::from_secs(15);
+/// How often the room of the stores is told to the others; that they change is also the sign that this node is alive.
+const TELL_SPACE: Duration = Duration::from_secs(5);
 
 /// Why this node's links cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -226,6 +226,27 @@ async fn welcome(
         .map_err(|error| io::Error::other(error.to_string()).into())
 }
 
+/// How much room this node's stores have.
+pub(crate) async fn space_records(node: NodeId, plane: &DataPlane) -> Vec<SpaceRecord> {
+    let reports = plane.store_statuses().await.into_iter();
+    let record = reports.map(|report| {
+        let status = &report.status;
+        let free_blocks = if status.poisoned.is_some() {
+            0
+        } else {
+            status.capacity_blocks.saturating_sub(status.used_blocks)
+        };
+        SpaceRecord {
+            store: report.id,
+            node,
+            capacity_blocks: status.capacity_blocks,
+            free_blocks,
+            at_unix_ms: crate::volumes::unix_ms(),
+        }
+    });
+    record.collect()
+}
+
 /// Tells the others how much room this node's stores have.
 async fn tell_space(
     node: NodeId,
@@ -234,21 +255,8 @@ async fn tell_space(
     mut stop: watch::Receiver<bool>,
 ) {
     loop {
-        for report in plane.store_statuses().await {
-            let status = &report.status;
-            let free_blocks = if status.poisoned.is_some() {
-                0
-            } else {
-                status.capacity_blocks.saturating_sub(status.used_blocks)
-            };
-            let record = SpaceRecord {
-                store: report.id,
-                node,
-                capacity_blocks: status.capacity_blocks,
-                free_blocks,
-                at_unix_ms: crate::volumes::unix_ms(),
-            };
-            let put = Transaction::new().put(keys::space(report.id), record.encode());
+        for record in space_records(node, &plane).await {
+            let put = Transaction::new().put(keys::space(record.store), record.encode());
             if let Err(error) = records.commit(put).await {
                 tracing::debug!(%error, "the room of a store could not be told");
             }

@@ -90,6 +90,8 @@ pub struct Volumes {
     annotations: Mutex<BTreeMap<VolumeId, Arc<AnnotationsRecord>>>,
     /// Whether other daemons share the records; then new volumes have replica sets.
     is_shared: bool,
+    /// Of nodes that were heard of by watching them: whether they are alive.
+    heard: Mutex<BTreeMap<NodeId, bool>>,
     /// Told whenever serving a volume begins or ends.
     served: tokio::sync::watch::Sender<()>,
     /// Layers found in stores that no record names.
@@ -126,6 +128,7 @@ impl Volumes {
             catalog: Mutex::default(),
             annotations: Mutex::default(),
             is_shared,
+            heard: Mutex::default(),
             served: tokio::sync::watch::Sender::new(()),
             unknown_layers: Mutex::default(),
             written: Mutex::default(),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    ClientNodeId, HeadClaim, MemberRecord, Placement, Replica, ReplicaSet, SpaceRecord,
-    Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
+    ClientNodeId, HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet,
+    SpaceRecord, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
@@ -39,10 +39,17 @@ impl Volumes {
         replicas: u32,
     ) -> Result<(u32, Placement), VolumeError> {
         let now = unix_ms();
+        let (zones, draining) = self.zones().await?;
+        let heard = super::lock(&self.heard).clone();
         let mut stores = Vec::new();
         for entry in self.store.list(keys::SPACES).await?.entries {
             let space = entry.read::<SpaceRecord>()?.record;
-            if space.at_unix_ms + SPACE_IS_FRESH_MS >= now {
+            // What was seen to change counts; clocks of nodes are compared only where nothing was seen yet.
+            let is_alive = heard
+                .get(&space.node)
+                .copied()
+                .unwrap_or(space.at_unix_ms + SPACE_IS_FRESH_MS >= now);
+            if is_alive && !draining.contains(&space.node) {
                 stores.push(ClusterStore {
                     id: space.store,
                     node: space.node,
@@ -51,7 +58,6 @@ impl Volumes {
                 });
             }
         }
-        let zones = self.zones().await?;
         for store in &mut stores {
             store.zone = zones.get(&store.node).cloned();
         }
@@ -75,16 +81,30 @@ impl Volumes {
         Ok((replicas, placement))
     }
 
-    /// What fails together with each node.
-    async fn zones(&self) -> Result<BTreeMap<NodeId, String>, VolumeError> {
-        let mut zones = BTreeMap::new();
+    /// What fails together with each node, and which nodes get nothing new.
+    async fn zones(&self) -> Result<(BTreeMap<NodeId, String>, Vec<NodeId>), VolumeError> {
+        let (mut zones, mut not_fit) = (BTreeMap::new(), Vec::new());
         for entry in self.store.list(keys::MEMBERS).await?.entries {
             let member = entry.read::<MemberRecord>()?.record;
             if let Some(zone) = member.labels.get("zone") {
                 zones.insert(member.id, zone.clone());
             }
+            if member.draining || member.state == MemberState::Removed {
+                not_fit.push(member.id);
+            }
         }
-        Ok(zones)
+        Ok((zones, not_fit))
+    }
+
+    /// Every volume that this daemon knows of: those with replicas, and its own.
+    pub(crate) fn records(&self) -> Vec<Versioned<VolumeRecord>> {
+        let all = self.catalog().all();
+        all.into_iter().map(|entry| entry.current).collect()
+    }
+
+    /// Which nodes are alive, as far as watching them shows.
+    pub(crate) fn set_heard(&self, heard: BTreeMap<NodeId, bool>) {
+        *super::lock(&self.heard) = heard;
     }
 
     /// Whether a volume may be changed here in a way that takes its head's clients away.

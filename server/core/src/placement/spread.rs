@@ -9,6 +9,10 @@ use crate::units::{NodeId, StoreId};
 /// percent, few enough that a volume's record stays small.
 const SETS_MAX: usize = 64;
 
+/// Sets of a volume that has a copy on every node. The number of sets never changes in its life, so this is what can be
+/// moved when nodes join.
+const SETS_OF_ALL: usize = 32;
+
 /// A store of a cluster, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterStore {
@@ -51,12 +55,13 @@ pub fn spread(
             nodes: nodes.len(),
         });
     }
-    // Where every store gets a copy of everything, one set says it all.
-    let sets = if usable.len() == replicas {
-        1
+    // Where every store gets a copy of everything, sets are there only to be moved when others join.
+    let most = if usable.len() == replicas {
+        SETS_OF_ALL
     } else {
-        SETS_MAX.min(usize::try_from(chunks.max(1)).unwrap_or(SETS_MAX))
+        SETS_MAX
     };
+    let sets = most.min(usize::try_from(chunks.max(1)).unwrap_or(most));
     let mut given = vec![0u64; stores.len()];
     let mut result = Vec::with_capacity(sets);
     for _ in 0..sets {
@@ -125,7 +130,8 @@ mod tests {
                 nodes: 3
             })
         );
-        assert_eq!(spread(&stores, 3, 1000, home).expect("placed").len(), 1);
+        assert_eq!(spread(&stores, 3, 1000, home).expect("placed").len(), 32);
+        assert_eq!(spread(&stores, 3, 2, home).expect("placed").len(), 2);
     }
 
     proptest! {

@@ -76,6 +76,9 @@ pub struct MemberRecord {
     /// `zone`, `rack` and whatever else tells places apart.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// Its copies are to move elsewhere, and it gets no new ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
 }
 
 impl Record for MemberRecord {}
@@ -194,6 +197,34 @@ pub enum MemberError {
         stores: usize,
         /// Volumes on them.
         volumes: usize,
+    },
+    /// Copies would be lost.
+    #[error(
+        "node {} holds copies of {volumes} volume(s); `ashlar node drain {}` moves them to other nodes, and `ashlar node list` shows what is left",
+        node.0, node.0
+    )]
+    HoldsCopies {
+        /// The node.
+        node: NodeId,
+        /// Volumes with a copy there.
+        volumes: usize,
+    },
+    /// Clients would be cut off.
+    #[error(
+        "node {} serves {volumes} volume(s); open them on another node first (`ashlar volume open NAME`, asked of that node)",
+        node.0
+    )]
+    Serves {
+        /// The node.
+        node: NodeId,
+        /// Volumes with their head there.
+        volumes: usize,
+    },
+    /// Shut out already.
+    #[error("node {} was removed from this cluster", node.0)]
+    Removed {
+        /// The node.
+        node: NodeId,
     },
     /// It would be shut out by itself, in the middle of its answer.
     #[error("node {} is the one you are asking; ask another node to remove it", node.0)]
@@ -318,6 +349,7 @@ pub fn join(
         address: joiner.address.clone(),
         is_authority: false,
         labels: joiner.labels.clone(),
+        draining: false,
     };
     let key = keys::token(token_sha256);
     Ok(Some(
@@ -329,13 +361,27 @@ pub fn join(
     ))
 }
 
-/// Shuts a node out. `None`: it is shut out already. `volumes` lie on its `stores`; `authorities` are the active nodes
-/// that hold the authority's key, and `asked` is the node that is to carry this out.
+/// What others would lose with a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Its stores.
+    pub stores: usize,
+    /// Volumes that are there alone.
+    pub volumes: usize,
+    /// Volumes with a copy there, and elsewhere.
+    pub copied: usize,
+    /// Copies of parts of those.
+    pub copies: usize,
+    /// Volumes with copies that it serves.
+    pub serves: usize,
+}
+
+/// Shuts a node out. `None`: it is shut out already. `authorities` are the active nodes that hold the authority's key,
+/// and `asked` is the node that is to carry this out.
 pub fn remove(
     member: &Versioned<MemberRecord>,
     asked: NodeId,
-    stores: usize,
-    volumes: usize,
+    has: &Holdings,
     authorities: &[NodeId],
 ) -> Result<Option<Transaction>, MemberError> {
     let node = member.record.id;
@@ -345,11 +391,23 @@ pub fn remove(
     if node == asked {
         return Err(MemberError::Itself { node });
     }
-    if volumes > 0 {
+    if has.volumes > 0 {
         return Err(MemberError::HoldsVolumes {
             node,
-            stores,
-            volumes,
+            stores: has.stores,
+            volumes: has.volumes,
+        });
+    }
+    if has.copied > 0 {
+        return Err(MemberError::HoldsCopies {
+            node,
+            volumes: has.copied,
+        });
+    }
+    if has.serves > 0 {
+        return Err(MemberError::Serves {
+            node,
+            volumes: has.serves,
         });
     }
     if authorities == [node] {
@@ -384,6 +442,25 @@ pub fn label(
         });
     }
     Ok(put_member(&labelled, member.changed_at))
+}
+
+/// Has a node emptied, or no longer. `None`: it is so already.
+pub fn drain(
+    member: &Versioned<MemberRecord>,
+    draining: bool,
+) -> Result<Option<Transaction>, MemberError> {
+    let node = member.record.id;
+    if member.record.state == MemberState::Removed {
+        return Err(MemberError::Removed { node });
+    }
+    if member.record.draining == draining {
+        return Ok(None);
+    }
+    let changed = MemberRecord {
+        draining,
+        ..member.record.clone()
+    };
+    Ok(Some(put_member(&changed, member.changed_at)))
 }
 
 /// Replaces a node's record.
@@ -433,6 +510,7 @@ mod tests {
             address: None,
             is_authority: false,
             labels: BTreeMap::new(),
+            draining: false,
         })
     }
 
@@ -479,11 +557,18 @@ mod tests {
     fn a_node_is_removed_only_when_nothing_is_lost_by_it() {
         let one = member(1, MemberState::Active);
         assert!(matches!(
-            remove(&one, node(1), 0, 0, &[node(2)]),
+            remove(&one, node(1), &Holdings::default(), &[node(2)]),
             Err(MemberError::Itself { .. })
         ));
+        let held = |volumes, copied, serves| Holdings {
+            stores: 1,
+            volumes,
+            copied,
+            copies: copied,
+            serves,
+        };
         assert!(matches!(
-            remove(&one, node(2), 1, 3, &[node(2)]),
+            remove(&one, node(2), &held(3, 1, 1), &[node(2)]),
             Err(MemberError::HoldsVolumes {
                 stores: 1,
                 volumes: 3,
@@ -491,16 +576,43 @@ mod tests {
             })
         ));
         assert!(matches!(
-            remove(&one, node(2), 1, 0, &[node(1)]),
+            remove(&one, node(2), &held(0, 2, 1), &[node(2)]),
+            Err(MemberError::HoldsCopies { volumes: 2, .. })
+        ));
+        assert!(matches!(
+            remove(&one, node(2), &held(0, 0, 1), &[node(2)]),
+            Err(MemberError::Serves { volumes: 1, .. })
+        ));
+        assert!(matches!(
+            remove(&one, node(2), &held(0, 0, 0), &[node(1)]),
             Err(MemberError::LastAuthority { .. })
         ));
         assert!(
-            remove(&one, node(2), 1, 0, &[node(1), node(2)])
+            remove(&one, node(2), &held(0, 0, 0), &[node(1), node(2)])
                 .expect("removed")
                 .is_some()
         );
         let removed = member(1, MemberState::Removed);
-        assert_eq!(remove(&removed, node(2), 0, 0, &[]), Ok(None));
+        assert_eq!(
+            remove(&removed, node(2), &Holdings::default(), &[]),
+            Ok(None)
+        );
+    }
+
+    #[test]
+    fn a_node_is_drained_and_no_longer() {
+        let one = member(1, MemberState::Active);
+        let change = drain(&one, true).expect("drains").expect("a change");
+        assert_eq!(change.conditions.len(), 1);
+        assert_eq!(drain(&one, false), Ok(None));
+        let mut draining = one.clone();
+        draining.record.draining = true;
+        assert_eq!(drain(&draining, true), Ok(None));
+        assert!(drain(&draining, false).expect("ends").is_some());
+        assert!(matches!(
+            drain(&member(1, MemberState::Removed), true),
+            Err(MemberError::Removed { .. })
+        ));
     }
 
     #[test]

@@ -10,6 +10,8 @@ mod client_node;
 mod cluster;
 mod fabric;
 mod filesystem;
+mod leader;
+mod leftover;
 mod limits;
 mod loss;
 mod name;
@@ -33,15 +35,17 @@ pub use client_node::{
 };
 pub use cluster::{
     CLIENT_NAME_MAX_BYTES, ClientNameError, ClientRecord, ClientRole, ClusterId, ClusterRecord,
-    JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord, MemberState,
-    MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name, check_label,
-    join, label, put_member, remove,
+    Holdings, JoinError, Joiner, LABEL_MAX_BYTES, LABELS_MAX, MemberError, MemberRecord,
+    MemberState, MembershipRecord, TOKEN_REMEMBERED_MS, TokenRecord, TokenUse, check_client_name,
+    check_label, drain, join, label, put_member, remove,
 };
 pub use fabric::{LinkRecord, SpaceRecord};
 pub use filesystem::{
     Filesystem, FilesystemState, FilesystemType, FilesystemTypeError, FormatError, begin_format,
     end_format, mark_written,
 };
+pub use leader::{LeaderRecord, lead};
+pub use leftover::LeftoverRecord;
 pub use limits::{LimitsError, VolumeLimits, set_limits};
 pub use loss::{OpenedAs, answers_may_be_gone, lose_answers};
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};

@@ -16,7 +16,7 @@ use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeI
 
 /// The keys of the metadata store.
 pub mod keys {
-    use super::super::ClientNodeId;
+    use super::super::{ClientNodeId, SetIndex};
     use super::{NodeId, StoreId, VolumeId, VolumeName};
 
     /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
@@ -35,6 +35,10 @@ pub mod keys {
     pub const LINKS: &str = "links/";
     /// Every [`SpaceRecord`](super::super::SpaceRecord) has this prefix.
     pub const SPACES: &str = "spaces/";
+    /// Every [`LeftoverRecord`](super::super::LeftoverRecord) has this prefix.
+    pub const LEFTOVERS: &str = "leftovers/";
+    /// The [`LeaderRecord`](super::super::LeaderRecord).
+    pub const LEADER: &str = "controller/leader";
     /// The [`LayerCounter`](super::LayerCounter).
     pub const NEXT_LAYER: &str = "layers/next";
     /// The [`NodeRecord`](super::NodeRecord) of a single node.
@@ -68,6 +72,11 @@ pub mod keys {
     /// Every [`dropped`] of a volume has this prefix.
     pub fn dropped_by(volume: VolumeId) -> String {
         format!("dropped/{}/", volume.0)
+    }
+
+    /// What a store is left with of a set of a volume.
+    pub fn leftover(volume: VolumeId, set: SetIndex, store: StoreId) -> String {
+        format!("{LEFTOVERS}{}/{}/{}", volume.0, set.0, store.0)
     }
 
     /// Where a daemon's links are.

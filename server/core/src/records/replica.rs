@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Revision;
 use crate::units::{NodeId, StoreId, Version};
 
 /// Most replicas of one set, those that are being filled or have fallen behind included: a head keeps them in a byte
@@ -41,6 +42,14 @@ pub struct Replica {
     /// Wanted away: the head takes it out of the set once the others suffice without it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+    /// Of one that was added to its set: the revision of the record that it was added to. A replica that was forgotten,
+    /// gave its blocks back and was added again is told by it from the one it was before.
+    #[serde(default, skip_serializing_if = "never_added")]
+    pub added_at: u64,
+}
+
+fn never_added(added_at: &u64) -> bool {
+    *added_at == 0
 }
 
 fn nothing_known(version: &Version) -> bool {
@@ -56,13 +65,15 @@ impl Replica {
             state: ReplicaState::InSync,
             synced_below: Version::NONE,
             leaving: false,
+            added_at: 0,
         }
     }
 
-    /// A replica with nothing in it yet.
-    pub fn joining(node: NodeId, store: StoreId) -> Replica {
+    /// A replica with nothing in it yet, added to the record of that revision.
+    pub fn joining(node: NodeId, store: StoreId, added_at: Revision) -> Replica {
         Replica {
             state: ReplicaState::Joining,
+            added_at: added_at.0,
             ..Replica::in_sync(node, store)
         }
     }

@@ -2,20 +2,24 @@
 //! those of a node that is drained move, and load moves slowly to where there is room. A replica is never taken away
 //! before its replacement is in sync: the head sees to that, which alone takes out what is in sync.
 //!
-//! The controller looks at everything again each time, so it needs no memory of its own, and two of them for a moment
-//! only meet each other's conflicts.
+//! The controller looks at everything again each time, so it needs little memory of its own, and two of them for a
+//! moment only meet each other's conflicts.
+
+use std::collections::HashMap;
 
 use super::membership::Change;
-use super::placement::{Candidate, place_one};
-use crate::records::{Replica, ReplicaSet, ReplicaState, SetIndex, VolumeRecord, VolumeState};
-use crate::units::{NodeId, VolumeId};
+use super::placement::Candidate;
+use crate::records::{
+    LeftoverRecord, Replica, ReplicaSet, ReplicaState, SetIndex, VolumeRecord, VolumeState,
+};
+use crate::units::{BLOCK_BYTES, NodeId, StoreId, VolumeId};
 
 /// What is known of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeView {
     /// Which.
     pub node: NodeId,
-    /// When it was last heard of, milliseconds.
+    /// When it was last heard of, milliseconds by the clock of whoever looks.
     pub seen_at_ms: u64,
     /// Somebody wants it empty.
     pub draining: bool,
@@ -30,17 +34,23 @@ pub struct ControllerParams {
     pub silent_ms: u64,
     /// Replicas being filled at once, in the whole cluster.
     pub fills: usize,
-    /// Load moves when the fullest node has so many hundredths more in use than the emptiest.
+    /// Of those, the ones that are filled only to spread the load.
+    pub moves: usize,
+    /// Load moves when the fullest store is fuller than the emptiest by so many hundredths of what they have on average.
     pub spread_percent: u64,
+    /// A store gets nothing new beyond so many hundredths of its room: what is there grows, too.
+    pub full_percent: u64,
 }
 
 impl Default for ControllerParams {
     fn default() -> ControllerParams {
         ControllerParams {
             grace_ms: 600_000,
-            silent_ms: 15_000,
+            silent_ms: 20_000,
             fills: 4,
-            spread_percent: 5,
+            moves: 2,
+            spread_percent: 4,
+            full_percent: 90,
         }
     }
 }
@@ -54,29 +64,42 @@ pub struct StoreView {
     pub capacity_blocks: u64,
 }
 
-/// What is to be changed now, the most pressing first. Carry each out with [`super::membership::change`].
-pub fn wanted_changes(
-    params: &ControllerParams,
-    now_ms: u64,
-    nodes: &[NodeView],
-    stores: &[StoreView],
-    volumes: &[VolumeRecord],
-) -> Vec<(VolumeId, Change)> {
-    let view = Cluster {
-        params,
-        now_ms,
-        nodes,
-        stores,
-    };
-    let active = || volumes.iter().filter(|v| v.state == VolumeState::Active);
-    let mut changes = Vec::new();
-    let mut fills = active()
-        .flat_map(|volume| &volume.placement.sets)
-        .flat_map(|set| &set.replicas)
-        .filter(|replica| replica.state == ReplicaState::Joining)
-        .count();
+/// A cluster as the controller sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// Now, by the clock that the nodes were seen by.
+    pub now_ms: u64,
+    /// Those that belong to the cluster.
+    pub nodes: &'a [NodeView],
+    /// Their stores.
+    pub stores: &'a [StoreView],
+    /// Every volume.
+    pub volumes: &'a [VolumeRecord],
+    /// What stores have yet to give back.
+    pub leftovers: &'a [LeftoverRecord],
+    /// Sets that were moved to spread the load, and are not moved again for that: how much a set holds is an estimate,
+    /// and a wrong one must not have it go round for ever.
+    pub moved: &'a [(VolumeId, SetIndex)],
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Changes to be made now, the most pressing first. Carry each out with [`super::membership::change`].
+    pub changes: Vec<(VolumeId, Change)>,
+    /// Sets that lack a replica, or cannot be rid of one, for want of a node that could take another.
+    pub stuck: Vec<(VolumeId, SetIndex)>,
+    /// Active volumes with replicas whose head is not there, and whose node has been away for longer than the grace
+    /// time, or which never had one: nobody fills their replicas until one opens them.
+    pub unserved: Vec<VolumeId>,
+}
+
+/// What is to be changed now.
+pub fn wanted_changes(params: &ControllerParams, view: &View<'_>) -> Wanted {
+    let mut plan = Plan::new(params, *view);
     // Those with the fewest copies first.
-    let mut sets: Vec<(usize, &VolumeRecord, SetIndex, &ReplicaSet)> = active()
+    let mut sets: Vec<(usize, &VolumeRecord, SetIndex, &ReplicaSet)> = plan
+        .active()
         .flat_map(|volume| {
             (0..)
                 .zip(&volume.placement.sets)
@@ -85,177 +108,414 @@ pub fn wanted_changes(
         .collect();
     sets.sort_by_key(|(in_sync, ..)| *in_sync);
     for (_, volume, index, set) in &sets {
-        for change in view.heal(volume, *index, set) {
-            if matches!(change, Change::Add { .. }) {
-                if fills >= params.fills {
-                    continue;
-                }
-                fills += 1;
-            }
-            changes.push((volume.id, change));
-        }
+        plan.heal(volume, *index, set);
     }
-    // Load moves when there is nothing else to do, one replica at a time.
-    if changes.is_empty() && fills == 0 {
-        let sets: Vec<_> = sets
-            .iter()
-            .map(|(_, v, index, set)| (*v, *index, *set))
-            .collect();
-        changes.extend(view.move_one(&sets));
+    // Load moves when nothing else is to be done.
+    if plan.wanted.changes.is_empty() {
+        let sets: Vec<_> = sets.iter().map(|(_, v, at, set)| (*v, *at, *set)).collect();
+        while plan.fills < plan.params.moves && plan.move_one(&sets) {}
     }
-    changes
+    let unserved = plan.active().filter(|volume| plan.is_abandoned(volume));
+    plan.wanted.unserved = unserved.map(|volume| volume.id).collect();
+    plan.wanted
 }
 
-struct Cluster<'a> {
+/// What a replica of a volume may come to hold, for comparing it with others.
+fn weight(volume: &VolumeRecord) -> u64 {
+    let entries = volume.placement.sets.len().max(1) as u64;
+    (volume.size_bytes / BLOCK_BYTES as u64 / entries).max(1)
+}
+
+struct Plan<'a> {
     params: &'a ControllerParams,
-    now_ms: u64,
-    nodes: &'a [NodeView],
-    stores: &'a [StoreView],
+    view: View<'a>,
+    /// Blocks in use, as they will be when what is under way has come to its end.
+    used: HashMap<StoreId, u64>,
+    /// What the replicas of each store may come to hold.
+    weights: HashMap<StoreId, u64>,
+    /// Replicas being filled, or about to be.
+    fills: usize,
+    wanted: Wanted,
 }
 
-impl Cluster<'_> {
+impl<'a> Plan<'a> {
+    fn new(params: &'a ControllerParams, view: View<'a>) -> Plan<'a> {
+        let used = view.stores.iter().map(|store| {
+            let used = store.capacity_blocks.saturating_sub(store.at.free_blocks);
+            (store.at.store, used)
+        });
+        let mut plan = Plan {
+            params,
+            view,
+            used: used.collect(),
+            weights: HashMap::new(),
+            fills: 0,
+            wanted: Wanted::default(),
+        };
+        for volume in view.volumes {
+            for store in &volume.placement.stores {
+                let share = volume.size_bytes
+                    / BLOCK_BYTES as u64
+                    / volume.placement.stores.len().max(1) as u64;
+                *plan.weights.entry(*store).or_default() += share;
+            }
+            for replica in volume.placement.sets.iter().flat_map(|set| &set.replicas) {
+                if replica.state != ReplicaState::Joining {
+                    *plan.weights.entry(replica.store).or_default() += weight(volume);
+                }
+            }
+        }
+        for left in view.leftovers {
+            if let Some(volume) = plan.volume(left.volume) {
+                *plan.weights.entry(left.store).or_default() += weight(volume);
+            }
+        }
+        // What is under way counts as done, from the figures of before.
+        let now = plan.used.clone();
+        let mut arriving: Vec<(StoreId, u64)> = Vec::new();
+        let mut going: Vec<(StoreId, u64)> = Vec::new();
+        for volume in view.volumes {
+            for set in &volume.placement.sets {
+                for replica in &set.replicas {
+                    if replica.state == ReplicaState::Joining {
+                        arriving.push((replica.store, plan.estimate(&now, volume, set)));
+                        let counts = plan.is_led(volume) && !plan.is_silent(replica.node);
+                        plan.fills += usize::from(counts && volume.state == VolumeState::Active);
+                    } else if replica.leaving {
+                        going.push((replica.store, plan.share(&now, replica.store, volume)));
+                    }
+                }
+            }
+        }
+        for left in view.leftovers {
+            if let Some(volume) = plan.volume(left.volume) {
+                going.push((left.store, plan.share(&now, left.store, volume)));
+            }
+        }
+        for (store, blocks) in going {
+            let used = plan.used.entry(store).or_default();
+            *used = used.saturating_sub(blocks);
+        }
+        for (store, blocks) in arriving {
+            *plan.used.entry(store).or_default() += blocks;
+        }
+        plan
+    }
+
+    fn active(&self) -> impl Iterator<Item = &'a VolumeRecord> + use<'a> {
+        let all = self.view.volumes.iter();
+        all.filter(|volume| volume.state == VolumeState::Active && volume.placement.is_replicated())
+    }
+
+    fn volume(&self, id: VolumeId) -> Option<&'a VolumeRecord> {
+        self.view.volumes.iter().find(|volume| volume.id == id)
+    }
+
     fn silence_ms(&self, node: NodeId) -> u64 {
-        let seen = self.nodes.iter().find(|view| view.node == node);
-        seen.map_or(u64::MAX, |view| self.now_ms.saturating_sub(view.seen_at_ms))
+        let seen = self.view.nodes.iter().find(|view| view.node == node);
+        seen.map_or(u64::MAX, |seen| {
+            self.view.now_ms.saturating_sub(seen.seen_at_ms)
+        })
+    }
+
+    fn is_silent(&self, node: NodeId) -> bool {
+        self.silence_ms(node) >= self.params.silent_ms
     }
 
     fn is_draining(&self, node: NodeId) -> bool {
-        self.nodes
-            .iter()
-            .any(|view| view.node == node && view.draining)
+        let mut nodes = self.view.nodes.iter();
+        nodes.any(|view| view.node == node && view.draining)
     }
 
     fn is_gone(&self, replica: &Replica) -> bool {
         !replica.is_in_sync() && self.silence_ms(replica.node) >= self.params.grace_ms
     }
 
-    /// Stores that may take something new.
-    fn candidates(&self) -> Vec<Candidate> {
-        self.stores
-            .iter()
-            .filter(|store| store.at.free_blocks > 0)
-            .map(|store| store.at.clone())
-            .filter(|at| {
-                !self.is_draining(at.node) && self.silence_ms(at.node) < self.params.silent_ms
-            })
-            .collect()
+    /// Somebody is there to fill its replicas.
+    fn is_led(&self, volume: &VolumeRecord) -> bool {
+        volume.head.is_some_and(|head| !self.is_silent(head.node))
     }
 
-    fn heal(&self, volume: &VolumeRecord, set_index: SetIndex, set: &ReplicaSet) -> Vec<Change> {
-        let mut changes = Vec::new();
-        for replica in set.replicas.iter().filter(|replica| !replica.leaving) {
-            if self.is_draining(replica.node) {
-                changes.push(Change::Leave {
-                    set: set_index,
-                    store: replica.store,
-                    leaving: true,
-                });
+    fn is_abandoned(&self, volume: &VolumeRecord) -> bool {
+        volume
+            .head
+            .is_none_or(|head| self.silence_ms(head.node) >= self.params.grace_ms)
+    }
+
+    // -- room
+
+    fn store(&self, store: StoreId) -> Option<&'a StoreView> {
+        self.view
+            .stores
+            .iter()
+            .find(|known| known.at.store == store)
+    }
+
+    fn used(&self, store: StoreId) -> u64 {
+        self.used.get(&store).copied().unwrap_or(0)
+    }
+
+    /// Of what a store has in use, the share of one replica of a volume.
+    fn share(&self, used: &HashMap<StoreId, u64>, store: StoreId, volume: &VolumeRecord) -> u64 {
+        let used = used.get(&store).copied().unwrap_or(0);
+        let all = self.weights.get(&store).copied().unwrap_or(0).max(1);
+        (u128::from(used) * u128::from(weight(volume)) / u128::from(all)) as u64
+    }
+
+    /// Blocks that a new replica of a set will take.
+    fn estimate(
+        &self,
+        used: &HashMap<StoreId, u64>,
+        volume: &VolumeRecord,
+        set: &ReplicaSet,
+    ) -> u64 {
+        let shares = set.in_sync().map(|r| self.share(used, r.store, volume));
+        let (sum, count) = shares.fold((0, 0), |(sum, count), share| (sum + share, count + 1));
+        sum / std::cmp::max(count, 1)
+    }
+
+    /// How full a store would be with `more` blocks, in parts of a million million.
+    fn level(&self, store: &StoreView, more: u64) -> u128 {
+        let used = u128::from(self.used(store.at.store)) + u128::from(more);
+        used * 1_000_000_000_000 / u128::from(store.capacity_blocks.max(1))
+    }
+
+    /// Whether a store may get a replica of a set.
+    fn may_take(
+        &self,
+        store: &StoreView,
+        volume: &VolumeRecord,
+        index: SetIndex,
+        blocks: u64,
+    ) -> bool {
+        let at = &store.at;
+        let room = u128::from(store.capacity_blocks) * u128::from(self.params.full_percent) / 100;
+        let has_room =
+            at.free_blocks > 0 && u128::from(self.used(at.store)) + u128::from(blocks) <= room;
+        let is_clean =
+            !self.view.leftovers.iter().any(|left| {
+                left.store == at.store && left.volume == volume.id && left.set == index.0
+            });
+        // A daemon can lead a volume only when what it has of it is in one store.
+        let is_alone = volume
+            .placement
+            .sets
+            .iter()
+            .flat_map(|set| &set.replicas)
+            .all(|replica| replica.node != at.node || replica.store == at.store);
+        has_room && is_clean && is_alone && !self.is_draining(at.node) && !self.is_silent(at.node)
+    }
+
+    fn zone(&self, store: StoreId) -> &str {
+        self.store(store).map_or("", |known| known.at.zone.as_str())
+    }
+
+    /// Where one more replica of a set goes beside those that stay.
+    fn place(
+        &self,
+        volume: &VolumeRecord,
+        index: SetIndex,
+        set: &ReplicaSet,
+        staying: &[&Replica],
+        blocks: u64,
+    ) -> Option<&'a StoreView> {
+        let is_new_zone = |store: &StoreView| {
+            store.at.zone.is_empty()
+                || staying
+                    .iter()
+                    .all(|replica| self.zone(replica.store) != store.at.zone)
+        };
+        self.view
+            .stores
+            .iter()
+            .filter(|store| set.replicas.iter().all(|r| r.node != store.at.node))
+            .filter(|store| self.may_take(store, volume, index, blocks))
+            .min_by_key(|store| {
+                (
+                    !is_new_zone(store),
+                    self.level(store, blocks),
+                    store.at.store,
+                )
+            })
+    }
+
+    // -- changes
+
+    fn want(&mut self, volume: &VolumeRecord, change: Change) {
+        self.wanted.changes.push((volume.id, change));
+    }
+
+    fn heal(&mut self, volume: &VolumeRecord, index: SetIndex, set: &ReplicaSet) {
+        let leave = |store, leaving| Change::Leave {
+            set: index,
+            store,
+            leaving,
+        };
+        let remove = |store| Change::Remove { set: index, store };
+        for replica in &set.replicas {
+            let has_no_room = self
+                .store(replica.store)
+                .is_some_and(|store| store.at.free_blocks == 0);
+            if replica.state == ReplicaState::Joining && (self.is_gone(replica) || has_no_room) {
+                // It counts for nothing, and keeps others from being filled.
+                self.want(volume, remove(replica.store));
+            } else if self.is_draining(replica.node) && !replica.leaving {
+                self.want(volume, leave(replica.store, true));
             }
         }
-        let stays = |replica: &&Replica| {
-            !replica.leaving && !self.is_draining(replica.node) && !self.is_gone(replica)
-        };
-        let staying: Vec<&Replica> = set.replicas.iter().filter(stays).collect();
-        let whole = staying
+        let staying: Vec<&Replica> = set
+            .replicas
             .iter()
-            .filter(|replica| replica.is_in_sync())
-            .count();
-        if (staying.len() as u32) < volume.replicas {
-            let taken: Vec<Candidate> = set
-                .replicas
-                .iter()
-                .map(|replica| self.candidate_of(replica))
-                .collect();
-            let taken: Vec<&Candidate> = taken.iter().collect();
-            let candidates = self.candidates();
-            if let Some(at) = place_one(&candidates, &taken) {
-                changes.push(Change::Add {
-                    set: set_index,
-                    node: candidates[at].node,
-                    store: candidates[at].store,
-                });
+            .filter(|r| !r.leaving && !self.is_draining(r.node) && !self.is_gone(r))
+            .collect();
+        let replicas = volume.replicas as usize;
+        let whole = staying.iter().filter(|r| r.is_in_sync()).count();
+        if staying.len() < replicas {
+            // One that is wished away for a reason that is gone stays after all.
+            let may_stay =
+                |r: &&Replica| r.leaving && !self.is_draining(r.node) && !self.is_silent(r.node);
+            let back = set.replicas.iter().filter(may_stay);
+            let back = back.max_by_key(|replica| replica.is_in_sync());
+            if let Some(back) = back {
+                self.want(volume, leave(back.store, false));
+                return;
             }
-        } else if whole as u32 >= volume.replicas {
-            // Enough are whole: what has been gone for long, or is wanted away and out of sync, is forgotten.
-            for replica in &set.replicas {
-                if self.is_gone(replica) || (replica.leaving && !replica.is_in_sync()) {
-                    changes.push(Change::Remove {
-                        set: set_index,
-                        store: replica.store,
-                    });
+            let now = self.used.clone();
+            let blocks = self.estimate(&now, volume, set);
+            match self.place(volume, index, set, &staying, blocks) {
+                None => self.wanted.stuck.push((volume.id, index)),
+                // Nobody would fill it.
+                Some(_) if !self.is_led(volume) => {}
+                Some(_) if self.fills >= self.params.fills => {}
+                Some(to) => {
+                    self.fills += 1;
+                    *self.used.entry(to.at.store).or_default() += blocks;
+                    let add = Change::Add {
+                        set: index,
+                        node: to.at.node,
+                        store: to.at.store,
+                    };
+                    self.want(volume, add);
+                }
+            }
+            return;
+        }
+        if whole < replicas {
+            return;
+        }
+        // Enough are whole: what has been gone for long, or is wanted away and out of sync, is forgotten.
+        for replica in &set.replicas {
+            let is_joining = replica.state == ReplicaState::Joining;
+            if (self.is_gone(replica) && !is_joining) || (replica.leaving && !replica.is_in_sync())
+            {
+                self.want(volume, remove(replica.store));
+            }
+        }
+        // So is what is more than there should be: a node was replaced and came back. What is not whole yet goes first.
+        let is_leaving = set.replicas.iter().any(|replica| replica.leaving);
+        if staying.len() > replicas && !is_leaving {
+            let fullest = |r: &&&Replica| {
+                let level = self.store(r.store).map(|store| self.level(store, 0));
+                (!r.is_in_sync(), level, r.store)
+            };
+            match staying.iter().max_by_key(fullest) {
+                Some(extra) if extra.is_in_sync() => self.want(volume, leave(extra.store, true)),
+                Some(extra) => self.want(volume, remove(extra.store)),
+                None => {}
+            }
+        }
+    }
+
+    /// Moves one replica from a full store to an emptier one, if they are far enough apart and that brings them nearer.
+    fn move_one(&mut self, sets: &[(&VolumeRecord, SetIndex, &ReplicaSet)]) -> bool {
+        let mut stores: Vec<&StoreView> = self
+            .view
+            .stores
+            .iter()
+            .filter(|store| !self.is_draining(store.at.node) && !self.is_silent(store.at.node))
+            .collect();
+        stores.sort_by_key(|store| (self.level(store, 0), store.at.store));
+        let capacity: u128 = stores.iter().map(|s| u128::from(s.capacity_blocks)).sum();
+        let used: u128 = stores
+            .iter()
+            .map(|s| u128::from(self.used(s.at.store)))
+            .sum();
+        let mean = used * 1_000_000_000_000 / capacity.max(1);
+        let now = self.used.clone();
+        for fullest in stores.iter().rev() {
+            for emptiest in &stores {
+                let apart = self
+                    .level(fullest, 0)
+                    .saturating_sub(self.level(emptiest, 0));
+                if apart * 100 <= mean * u128::from(self.params.spread_percent) {
+                    break;
+                }
+                let best = sets
+                    .iter()
+                    .filter(|(volume, index, set)| {
+                        self.is_movable(volume, *index, set, fullest, emptiest)
+                    })
+                    .map(|(volume, index, _)| {
+                        let blocks = self.share(&now, fullest.at.store, volume);
+                        (blocks, *volume, *index)
+                    })
+                    .filter(|(blocks, volume, index)| {
+                        // It must not only change places with the one it leaves.
+                        let after = self.used(fullest.at.store).saturating_sub(*blocks);
+                        let after = u128::from(after) * 1_000_000_000_000
+                            / u128::from(fullest.capacity_blocks.max(1));
+                        *blocks > 0
+                            && self.level(emptiest, *blocks) <= after
+                            && self.may_take(emptiest, volume, *index, *blocks)
+                    })
+                    .max_by_key(|(blocks, volume, index)| (*blocks, volume.id, *index));
+                if let Some((blocks, volume, index)) = best {
+                    let from = self.used.entry(fullest.at.store).or_default();
+                    *from = from.saturating_sub(blocks);
+                    *self.used.entry(emptiest.at.store).or_default() += blocks;
+                    self.fills += 1;
+                    let change = Change::Move {
+                        set: index,
+                        from: fullest.at.store,
+                        node: emptiest.at.node,
+                        store: emptiest.at.store,
+                    };
+                    self.want(volume, change);
+                    return true;
                 }
             }
         }
-        changes
+        false
     }
 
-    fn candidate_of(&self, replica: &Replica) -> Candidate {
-        let known = self
-            .stores
-            .iter()
-            .find(|store| store.at.store == replica.store);
-        known.map_or_else(
-            || Candidate {
-                node: replica.node,
-                zone: String::new(),
-                store: replica.store,
-                free_blocks: 0,
-            },
-            |store| store.at.clone(),
-        )
-    }
-
-    /// Hundredths of a store that are in use.
-    fn used_percent(store: &StoreView) -> u64 {
-        let used = store.capacity_blocks.saturating_sub(store.at.free_blocks);
-        used * 100 / store.capacity_blocks.max(1)
-    }
-
-    /// From the fullest store to the emptiest, when they are far enough apart.
-    fn move_one(&self, sets: &[(&VolumeRecord, SetIndex, &ReplicaSet)]) -> Vec<(VolumeId, Change)> {
-        let usable = |store: &&StoreView| {
-            !self.is_draining(store.at.node)
-                && self.silence_ms(store.at.node) < self.params.silent_ms
-        };
-        let mut by_use: Vec<&StoreView> = self.stores.iter().filter(usable).collect();
-        by_use.sort_by_key(|store| Cluster::used_percent(store));
-        let (Some(emptiest), Some(fullest)) = (by_use.first(), by_use.last()) else {
-            return Vec::new();
-        };
-        let apart = Cluster::used_percent(fullest) - Cluster::used_percent(emptiest);
-        if apart <= self.params.spread_percent {
-            return Vec::new();
-        }
-        let movable = sets.iter().find(|(volume, _, set)| {
-            set.replicas.len() as u32 == volume.replicas
-                && set.replicas.iter().all(Replica::is_in_sync)
-                && set.replicas.iter().any(|r| r.store == fullest.at.store)
-                && set
-                    .replicas
-                    .iter()
-                    .all(|r| r.node != emptiest.at.node || r.node == fullest.at.node)
-        });
-        let Some((volume, set, _)) = movable else {
-            return Vec::new();
-        };
-        vec![
-            (
-                volume.id,
-                Change::Add {
-                    set: *set,
-                    node: emptiest.at.node,
-                    store: emptiest.at.store,
-                },
-            ),
-            (
-                volume.id,
-                Change::Leave {
-                    set: *set,
-                    store: fullest.at.store,
-                    leaving: true,
-                },
-            ),
-        ]
+    /// Whether a set is at rest, and may lie on `to` instead of `from`.
+    fn is_movable(
+        &self,
+        volume: &VolumeRecord,
+        index: SetIndex,
+        set: &ReplicaSet,
+        from: &StoreView,
+        to: &StoreView,
+    ) -> bool {
+        let this = (volume.id, index);
+        let is_planned =
+            self.wanted.changes.iter().any(
+                |(id, change)| matches!(change, Change::Move { set, .. } if (*id, *set) == this),
+            );
+        let is_at_rest = set.replicas.len() as u32 == volume.replicas
+            && set.replicas.iter().all(|r| r.is_in_sync() && !r.leaving);
+        let others = || set.replicas.iter().filter(|r| r.store != from.at.store);
+        // Two that may fail together are no better than before.
+        let keeps_zones = to.at.zone.is_empty()
+            || to.at.zone == from.at.zone
+            || others().all(|r| self.zone(r.store) != to.at.zone);
+        is_at_rest
+            && !is_planned
+            && !self.view.moved.contains(&this)
+            && self.is_led(volume)
+            && set.replicas.iter().any(|r| r.store == from.at.store)
+            && others().all(|r| r.node != to.at.node)
+            && keeps_zones
     }
 }
 

@@ -3,8 +3,8 @@
 //! a changed record.
 
 use crate::records::{
-    REPLICAS_MAX, Record, Replica, ReplicaState, SetIndex, Transaction, Versioned, VolumeRecord,
-    VolumeState, keys,
+    LeftoverRecord, REPLICAS_MAX, Record, Replica, ReplicaState, SetIndex, Transaction, Versioned,
+    VolumeRecord, VolumeState, keys,
 };
 use crate::units::{NodeId, StoreId};
 
@@ -18,6 +18,17 @@ pub enum Change {
         /// On which daemon.
         node: NodeId,
         /// In which store.
+        store: StoreId,
+    },
+    /// Fill a new replica and wish another away for it.
+    Move {
+        /// Of which set.
+        set: SetIndex,
+        /// From which store.
+        from: StoreId,
+        /// To which daemon.
+        node: NodeId,
+        /// To which of its stores.
         store: StoreId,
     },
     /// Wish a replica away, or no longer.
@@ -70,7 +81,13 @@ pub fn change(
         return Err(ChangeError::Deleting);
     }
     let mut record = current.record.clone();
-    let (Change::Add { set, .. } | Change::Leave { set, .. } | Change::Remove { set, .. }) = wanted;
+    let (Change::Add { set, .. }
+    | Change::Move { set, .. }
+    | Change::Leave { set, .. }
+    | Change::Remove { set, .. }) = wanted;
+    let before = &current.record;
+    let key = keys::volume(record.id);
+    let mut transaction = Transaction::new().when_unchanged(key.clone(), current.changed_at);
     let replicas = &mut record
         .placement
         .sets
@@ -79,14 +96,20 @@ pub fn change(
         .replicas;
     let place = |store: StoreId| replicas.iter().position(|replica| replica.store == store);
     match wanted {
-        Change::Add { node, store, .. } => {
+        Change::Add { node, store, .. } | Change::Move { node, store, .. } => {
             if place(store).is_some() {
                 return Err(ChangeError::AlreadyThere(store));
             }
             if replicas.len() >= REPLICAS_MAX {
                 return Err(ChangeError::TooMany);
             }
-            replicas.push(Replica::joining(node, store));
+            if let Change::Move { from, .. } = wanted {
+                let at = place(from).ok_or(ChangeError::NoSuchReplica(from))?;
+                replicas[at].leaving = true;
+            }
+            replicas.push(Replica::joining(node, store, current.changed_at));
+            // What it had of this set before must be gone: the store is about to give that back.
+            transaction = transaction.when_absent(keys::leftover(before.id, set, store));
         }
         Change::Leave { store, leaving, .. } => {
             let at = place(store).ok_or(ChangeError::NoSuchReplica(store))?;
@@ -97,12 +120,35 @@ pub fn change(
             if replicas[at].state == ReplicaState::InSync {
                 return Err(ChangeError::InSync);
             }
-            replicas.remove(at);
+            let gone = replicas.remove(at);
+            let left = LeftoverRecord::of(before, set, gone.node, store);
+            transaction = transaction.put(left.key(), left.encode());
         }
     }
-    let key = keys::volume(record.id);
-    let transaction = Transaction::new()
-        .when_unchanged(key.clone(), current.changed_at)
-        .put(key, record.encode());
+    let transaction = transaction.put(key, record.encode());
     Ok((record, transaction))
 }
+
+/// Decides several changes of one volume, as one transaction.
+pub fn change_all(
+    current: &Versioned<VolumeRecord>,
+    wanted: &[Change],
+) -> Result<(VolumeRecord, Transaction), ChangeError> {
+    let key = keys::volume(current.record.id);
+    let mut now = current.clone();
+    let mut all = Transaction::new().when_unchanged(key.clone(), current.changed_at);
+    for one in wanted {
+        let (record, transaction) = change(&now, *one)?;
+        now.record = record;
+        let (conditions, effects) = (transaction.conditions, transaction.effects);
+        let others = conditions.into_iter().filter(|what| what.key() != key);
+        all.conditions.extend(others);
+        all.effects
+            .extend(effects.into_iter().filter(|what| what.key() != key));
+    }
+    all = all.put(key, now.record.encode());
+    Ok((now.record, all))
+}
+
+#[cfg(test)]
+mod tests;

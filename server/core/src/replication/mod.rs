@@ -3,13 +3,13 @@
 //! Two machines decide. [`ReplicatedHead`] runs where the volume is served; it owns who has what. [`Acceptor`] runs
 //! beside each store; it owns whose operations are taken. Both are synchronous and closed: events and calls go in,
 //! actions come out, and the shell carries them over links, stores and the metadata store. docs/replication.md has the
-//! promises and the nine rules; [`Rules`] has their switches.
+//! promises and the ten rules; [`Rules`] has their switches.
 //!
 //! What each file is about:
 //! - `wire`: the bytes of a link
 //! - `acceptor`: the seal of one volume at one store
 //! - `head`: the head, a file a concern
-//! - `membership`, `placement`, `controller`: which replicas there should be, and where
+//! - `membership`, `placement`, `controller`: which replicas there should be, and where; `sightings`: who was heard of
 //! - `rules`: the switches
 
 mod acceptor;
@@ -18,6 +18,7 @@ mod head;
 pub mod membership;
 pub mod placement;
 mod rules;
+pub mod sightings;
 pub mod wire;
 
 pub use acceptor::{

@@ -79,10 +79,6 @@ pub fn choose_sets(
 
 /// Where one more replica goes beside `taken`: a node that has none, in a zone that has none if there is one, with the
 /// most room for what it was given already. `None`: every node has one.
-pub fn place_one(candidates: &[Candidate], taken: &[&Candidate]) -> Option<usize> {
-    best_for(candidates, taken, &vec![0; candidates.len()], 0)
-}
-
 fn best_for(
     candidates: &[Candidate],
     taken: &[&Candidate],

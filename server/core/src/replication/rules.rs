@@ -1,4 +1,4 @@
-//! The nine rules that carry replication, each with a switch. All are on; the simulator turns one off to see the
+//! The ten rules that carry replication, each with a switch. All are on; the simulator turns one off to see the
 //! damage it prevents. docs/replication.md says what each is for.
 
 /// Which rules are kept. Only a test that wants to see one fail changes this.
@@ -22,6 +22,8 @@ pub struct Rules {
     pub end_sessions: bool,
     /// A returning replica is flushed before it counts as in sync.
     pub flush_before_rejoin: bool,
+    /// Nothing is read from a replica once it is being taken out of its set.
+    pub departing_unread: bool,
 }
 
 impl Default for Rules {
@@ -36,6 +38,7 @@ impl Default for Rules {
             seal_before_resync: true,
             end_sessions: true,
             flush_before_rejoin: true,
+            departing_unread: true,
         }
     }
 }

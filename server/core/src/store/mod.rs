@@ -10,7 +10,7 @@
 //! - `versions`: what replicas compare
 //! - `segment`: which space is free; `machine`: the state and its entry points
 //! - `append`: closing frames, group commit, syncs; `apply`: moving written frames into leaves
-//! - `checkpoint`, `clean`, `drop_layer`, `scrub`: background work; `root`, `log`, `open`: making a store and recovery; `check`: offline
+//! - `checkpoint`, `clean`, `drop_layer`, `discard`, `scrub`: background work; `root`, `log`, `open`: making a store and recovery; `check`: offline
 
 mod append;
 mod apply;
@@ -19,6 +19,7 @@ mod check;
 mod checkpoint;
 mod clean;
 mod cold;
+mod discard;
 mod drop_layer;
 pub mod format;
 mod index;

@@ -117,7 +117,7 @@ impl Store {
     }
 
     /// The highest version in a leaf, wherever it is.
-    fn leaf_version(&self, row: RowId, leaf: u32) -> Version {
+    pub(super) fn leaf_version(&self, row: RowId, leaf: u32) -> Version {
         let mut highest = self.index.row(row).leaves[leaf as usize].version;
         if let Some(slot) = self.index.slot_of(row, leaf) {
             let entries = self.index.leaf(slot).entries.iter();

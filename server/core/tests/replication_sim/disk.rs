@@ -133,6 +133,29 @@ impl Disk {
         self.poisoned = false;
     }
 
+    /// Makes zeros of chunks that this store is not to hold any more, durably, as the store proper does.
+    pub(crate) fn give_back(&mut self, unwanted: impl Fn(ChunkIndex) -> bool) {
+        let leaf_of = |at: At| (at.0, at.1 / LEAF_BLOCKS);
+        let mut newest: BTreeMap<(u32, u32), Version> = BTreeMap::new();
+        for (at, cell) in &self.now {
+            let version = newest.entry(leaf_of(*at)).or_default();
+            *version = (*version).max(cell.version);
+        }
+        let left = self
+            .now
+            .iter_mut()
+            .filter(|(at, cell)| unwanted(ChunkIndex(at.0)) && cell.content != 0);
+        for (at, cell) in left {
+            *cell = Cell {
+                version: newest[&leaf_of(*at)],
+                content: 0,
+                rotten: false,
+            };
+            self.durable.insert(*at, *cell);
+            self.unsynced.remove(at);
+        }
+    }
+
     pub(crate) fn rot(&mut self, at: At) {
         if let Some(cell) = self.now.get_mut(&at) {
             cell.rotten = cell.content != 0;

@@ -20,6 +20,7 @@ pub(crate) struct Faults {
     pub(crate) rot: u64,
     pub(crate) failing_reads: u64,
     pub(crate) distrust: u64,
+    pub(crate) drain: u64,
     /// Of a hundred swaps, how many end with an unknown outcome.
     pub(crate) unknown_swaps: u64,
     /// Between one fault and the next, on average, microseconds.
@@ -51,6 +52,7 @@ impl Faults {
             rot: some(10),
             failing_reads: some(5),
             distrust: some(10),
+            drain: some(30),
             unknown_swaps: some(50),
             every_us: 0,
         };
@@ -84,6 +86,7 @@ impl Faults {
             (self.rot, Fault::Rot),
             (self.failing_reads, Fault::FailingReads),
             (self.distrust, Fault::Distrust),
+            (self.drain, Fault::Drain),
         ];
         let total: u64 = all.iter().map(|(weight, _)| weight).sum();
         if total == 0 {
@@ -124,4 +127,6 @@ pub(crate) enum Fault {
     FailingReads,
     /// Somebody has a copy put out of sync, to be filled as a whole.
     Distrust,
+    /// A node is to be emptied, or the one that was is not any more.
+    Drain,
 }

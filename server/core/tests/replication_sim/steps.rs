@@ -1,6 +1,6 @@
 //! What drives a run: the client's next request, the next fault, and the end in which everything has to heal.
 
-use ashlar_core::records::HeadClaim;
+use ashlar_core::records::{HeadClaim, Replica};
 use ashlar_core::replication::Rules;
 use ashlar_core::replication::wire::Status;
 use uuid::Uuid;
@@ -20,6 +20,8 @@ pub(crate) struct Ran {
     pub(crate) flushes: u64,
     pub(crate) heads: u64,
     pub(crate) sessions_ended: u64,
+    /// Changes that the controller made.
+    pub(crate) moved: u64,
 }
 
 /// Events before faults end.
@@ -48,6 +50,7 @@ pub(crate) fn run(seed: u64, rules: Rules, trace: bool) -> Result<Ran, Violation
             flushes: world.client.answered_flushes,
             heads: world.next_head - 1,
             sessions_ended: world.client.sessions_ended,
+            moved: world.steering.changes,
         }),
     }
 }
@@ -340,7 +343,7 @@ impl World {
             Fault::MetaAway => {
                 if !self.meta.is_away {
                     self.meta.is_away = true;
-                    let delay_us = self.rng.between(10_000, 500_000);
+                    let delay_us = self.rng.between(10_000, 1_500_000);
                     self.after(delay_us, Ev::MetaBack);
                 }
             }
@@ -353,6 +356,7 @@ impl World {
                     self.after(run_on_us, Ev::StopNode { node, run });
                 }
             }
+            Fault::Drain => self.drain_step(node),
             Fault::Full => {
                 self.nodes[node].disk.full = true;
                 let delay_us = self.rng.between(10_000, 300_000);
@@ -535,11 +539,10 @@ impl World {
 
     fn is_healed(&self) -> bool {
         let record = &self.meta.record.record;
-        let in_sync = record
-            .placement
-            .sets
-            .iter()
-            .all(|set| set.replicas.iter().all(|replica| replica.is_in_sync()));
+        let in_sync = record.placement.sets.iter().all(|set| {
+            let whole = |replica: &Replica| replica.is_in_sync() && !replica.leaving;
+            set.replicas.len() == record.replicas as usize && set.replicas.iter().all(whole)
+        });
         // Who runs on without its store is restarted yet.
         let restarted = self.nodes.iter().all(|n| !n.disk.poisoned);
         let heads: Vec<_> = self.nodes.iter().filter_map(|n| n.head.as_ref()).collect();

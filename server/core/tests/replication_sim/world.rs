@@ -162,6 +162,7 @@ pub(crate) enum Ev {
     },
     Client,
     Fault,
+    Steer,
 }
 
 impl Ev {
@@ -224,6 +225,7 @@ pub(crate) struct World {
     /// What waits for a cut to end.
     held: Vec<(usize, usize, Ev)>,
     pub(crate) meta: crate::meta::Meta,
+    pub(crate) steering: crate::steering::Steering,
     /// Swaps and reads that wait for the metadata store.
     pub(crate) meta_held: Vec<Ev>,
     pub(crate) client: Client,
@@ -327,8 +329,10 @@ impl World {
                     record,
                     changed_at: Revision(1),
                 },
+                leftovers: BTreeMap::new(),
                 is_away: false,
             },
+            steering: crate::steering::Steering::default(),
             meta_held: Vec::new(),
             client: Client::new(&blocks),
             next_head: 1,
@@ -346,6 +350,7 @@ impl World {
         world.after(0, Ev::StartHead { node: first });
         world.after(10_000, Ev::Client);
         world.after(30_000, Ev::Fault);
+        world.after(20_000, Ev::Steer);
         world
     }
 
@@ -535,7 +540,12 @@ impl World {
                 };
                 self.say(|| format!("swap {serial} of head {head}: {outcome:?}"));
                 if is_known {
-                    let delay_us = self.rng.between(200, 3_000);
+                    // Sometimes the answer takes long to reach the head, while everybody else knows.
+                    let delay_us = if !self.healing && self.rng.chance(5) {
+                        self.rng.between(50_000, 1_500_000)
+                    } else {
+                        self.rng.between(200, 3_000)
+                    };
                     self.after(
                         delay_us,
                         Ev::Swapped {
@@ -650,10 +660,11 @@ impl World {
             Ev::ReadsBack { node } => self.nodes[node].disk.failing_reads = false,
             Ev::Client => self.client_step(),
             Ev::Fault => self.fault_step(),
+            Ev::Steer => self.steer_step(),
         }
     }
 
-    fn tell_watchers(&mut self) {
+    pub(crate) fn tell_watchers(&mut self) {
         for node in 0..self.nodes.len() {
             let Some(head) = self.nodes[node].head.as_ref().map(|head| head.id) else {
                 continue;

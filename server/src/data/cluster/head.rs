@@ -146,13 +146,18 @@ impl DataThread {
         call: impl FnOnce(&mut ReplicatedHead, u64, &mut Vec<Action>) -> T,
     ) -> Option<T> {
         let mut actions = std::mem::take(&mut self.cluster.scratch);
-        let result = self
-            .replication(volume)
-            .map(|replication| call(&mut replication.head, now_us(), &mut actions));
+        let result = self.replication(volume).map(|replication| {
+            let result = call(&mut replication.head, now_us(), &mut actions);
+            (result, replication.head.fill_due_us())
+        });
         let named = actions.drain(..).map(|action| (volume, action));
         self.cluster.actions.extend(named);
         self.cluster.scratch = actions;
-        result
+        let (result, fill_due_us) = result?;
+        if let Some(at_us) = fill_due_us {
+            self.cluster.look_at(at_us);
+        }
+        Some(result)
     }
 
     /// Carries out what heads want done, until they want no more.

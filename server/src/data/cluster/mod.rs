@@ -7,12 +7,14 @@
 //! - `link`: the bytes of a connection to a peer; `links`: all of them, signs of life; `outgoing`: the end where heads
 //!   are; `incoming`: the end where the store is
 //! - `replica`: acceptors, and work at this thread's stores
-//! - `head`: what the heads ask for; `copies`: blocks that a head has copied
+//! - `head`: what the heads ask for; `copies`: blocks that a head has copied; `leftovers`: what is given back of sets
+//!   that went elsewhere
 //! - `requests`: what clients ask of a replicated volume; `reads`: the reads among it
 
 mod copies;
 mod head;
 mod incoming;
+mod leftovers;
 mod link;
 mod links;
 mod opening;
@@ -37,7 +39,7 @@ pub(super) use opening::ClusterCommand;
 pub use opening::ReplicatedSpec;
 pub(super) use replica::{Replica, ReplicaOperation};
 pub(super) use requests::Replicated;
-pub use tells::{ClusterTell, LinkWish, ReplicaStatus, ReplicationStatus};
+pub use tells::{ClusterTell, FillStatus, LinkWish, ReplicaStatus, ReplicationStatus};
 
 use super::pool::Buffer;
 
@@ -141,6 +143,8 @@ pub(super) struct Cluster {
     pub(super) next_look_us: Option<u64>,
     pub(super) tell: tokio::sync::mpsc::UnboundedSender<ClusterTell>,
     pub(super) lease_us: u64,
+    /// See [`super::config::DataConfig::fill_bytes_per_second`].
+    pub(super) fill_bytes_per_second: u64,
 }
 
 impl Cluster {
@@ -149,6 +153,7 @@ impl Cluster {
         seals: HashMap<(VolumeId, StoreId), Seal>,
         tell: tokio::sync::mpsc::UnboundedSender<ClusterTell>,
         lease_us: u64,
+        fill_bytes_per_second: u64,
     ) -> Cluster {
         Cluster {
             boot,
@@ -165,6 +170,7 @@ impl Cluster {
             next_look_us: None,
             tell,
             lease_us,
+            fill_bytes_per_second,
         }
     }
 
@@ -186,8 +192,12 @@ impl Cluster {
 
     /// Something is to be looked at in a lease's eighth at the latest.
     pub(super) fn look_soon(&mut self, now_us: u64) {
-        let at = now_us + self.lease_us / 8;
-        self.next_look_us = Some(self.next_look_us.map_or(at, |next| next.min(at)));
+        self.look_at(now_us + self.lease_us / 8);
+    }
+
+    /// Something is to be looked at then.
+    pub(super) fn look_at(&mut self, at_us: u64) {
+        self.next_look_us = Some(self.next_look_us.map_or(at_us, |next| next.min(at_us)));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Opening and closing replicated volumes, and what the control plane answers.
 
 use ashlar_core::nbd::session::Admitted;
-use ashlar_core::records::{HeadClaim, Versioned, VolumeRecord};
+use ashlar_core::records::{HeadClaim, LeftoverRecord, Versioned, VolumeRecord};
 use ashlar_core::replication::{
     AcceptorEvent, Event, HeadParams, ReplicatedHead, StopReason, SwapOutcome,
 };
@@ -49,6 +49,11 @@ pub(in super::super) enum ClusterCommand {
         volume: VolumeId,
         answer: oneshot::Sender<()>,
     },
+    /// Gives some of what a set has left here back; answered with whether that was all.
+    GiveBack {
+        left: LeftoverRecord,
+        answer: oneshot::Sender<Result<bool, DataError>>,
+    },
     LinkUp(Box<super::LinkEnds>),
     LinkAccepted(Box<super::LinkEnds>),
 }
@@ -95,6 +100,9 @@ impl DataThread {
                 self.cluster.replica_keys.retain(|(of, _), _| *of != volume);
                 self.cluster.seals.retain(|(of, _), _| *of != volume);
                 let _ = answer.send(());
+            }
+            ClusterCommand::GiveBack { left, answer } => {
+                let _ = answer.send(self.give_leftover_back(&left));
             }
             ClusterCommand::LinkUp(ends) => {
                 if self.drain.is_none() {
@@ -150,6 +158,7 @@ impl DataThread {
         params.lease_us = self.cluster.lease_us;
         params.write_timeout_us = self.cluster.lease_us / 2;
         params.written = spec.written;
+        params.fill_bytes_per_second = self.cluster.fill_bytes_per_second;
         let mut actions = Vec::new();
         let head = ReplicatedHead::new(params, spec.record, now_us(), &mut actions);
         let metrics = self.registry.add_volume(volume_spec.id, &volume_spec.name);

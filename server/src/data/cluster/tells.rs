@@ -91,6 +91,21 @@ pub struct ReplicationStatus {
     pub replicas: Vec<ReplicaStatus>,
     /// What the head says of itself.
     pub head: HeadStatus,
+    /// Those that are being filled, or brought up to date.
+    pub fills: Vec<FillStatus>,
+}
+
+/// How far a replica is that is being filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FillStatus {
+    /// Of which set.
+    pub set: SetIndex,
+    /// In which store.
+    pub store: StoreId,
+    /// Copied so far.
+    pub copied_bytes: u64,
+    /// Yet to be compared; what differs of it is copied.
+    pub left_bytes: u64,
 }
 
 /// One replica of one set.

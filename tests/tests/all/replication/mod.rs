@@ -5,6 +5,7 @@ mod doctor;
 mod explained;
 mod fencing;
 mod followers;
+mod moving;
 mod outage;
 mod partition;
 mod power;

@@ -3,7 +3,8 @@
 use super::opening::Opening;
 use super::{Action, Phase, ReplicatedHead, StopReason, SwapOutcome};
 use crate::records::{
-    self, ClaimError, Record, Revision, Transaction, Versioned, VolumeRecord, VolumeState, keys,
+    self, ClaimError, LeftoverRecord, Record, Revision, Transaction, Versioned, VolumeRecord,
+    VolumeState, keys,
 };
 use crate::units::Epoch;
 
@@ -55,7 +56,18 @@ impl ReplicatedHead {
     pub(super) fn propose(
         &mut self,
         reason: SwapFor,
+        record: VolumeRecord,
+        actions: &mut Vec<Action>,
+    ) {
+        self.propose_leaving(reason, record, &[], actions);
+    }
+
+    /// The same, with notes of what stores are left with.
+    pub(super) fn propose_leaving(
+        &mut self,
+        reason: SwapFor,
         mut record: VolumeRecord,
+        leftovers: &[LeftoverRecord],
         actions: &mut Vec<Action>,
     ) {
         if record.epoch >= Epoch::MAX {
@@ -64,9 +76,12 @@ impl ReplicatedHead {
         }
         record.epoch = Epoch(record.epoch.0 + 1);
         let key = keys::volume(record.id);
-        let transaction = Transaction::new()
+        let mut transaction = Transaction::new()
             .when_unchanged(key.clone(), self.record.changed_at)
             .put(key, record.encode());
+        for leftover in leftovers {
+            transaction = transaction.put(leftover.key(), leftover.encode());
+        }
         self.swap_in(reason, record, transaction, actions);
     }
 
@@ -137,6 +152,7 @@ impl ReplicatedHead {
         self.adopt_sets(actions);
         self.tell_changes(&before.record, actions);
         self.resolve_adding(actions);
+        self.resyncs_follow_record(actions);
         if self.phase == Phase::Claiming && swap.reason != SwapFor::Claim {
             // It was decided meanwhile to begin anew.
             self.propose_claim(actions);
@@ -201,6 +217,7 @@ impl ReplicatedHead {
         // It did not happen, or has yet to: then the next one meets a conflict. What it was for is decided afresh.
         let reason = swap.reason;
         self.swap = None;
+        self.note_changed_by_others(read.changed_at);
         self.record = read;
         self.adopt_sets(actions);
         if self.phase == Phase::Claiming {
@@ -216,6 +233,10 @@ impl ReplicatedHead {
             SwapFor::Drop => {}
             SwapFor::Rejoin(member) => self.rejoin_undone(member),
             SwapFor::Renew => self.renew_epoch(actions),
+        }
+        self.resyncs_follow_record(actions);
+        if self.phase == Phase::Serving {
+            self.dropped(actions);
         }
     }
 
@@ -236,15 +257,30 @@ impl ReplicatedHead {
             self.record = read;
             self.adopt_sets(actions);
             self.resolve_adding(actions);
+            self.resyncs_follow_record(actions);
             if self.phase == Phase::Serving {
                 self.dropped(actions);
             } else if matches!(self.phase, Phase::Reconciling | Phase::Mending) {
                 self.seal_again(actions);
             }
         } else {
+            self.note_changed_by_others(read.changed_at);
             self.record = read;
             self.adopt_sets(actions);
-            self.forget_resyncs_of_gone(actions);
+            self.resyncs_follow_record(actions);
+            if self.phase == Phase::Serving {
+                // What waited for a replica that is gone waits no more.
+                self.dropped(actions);
+            }
+        }
+    }
+
+    /// A record that others have changed meanwhile fails every swap proposed before: what was to depart has not.
+    fn note_changed_by_others(&mut self, changed_at: Revision) {
+        if changed_at > self.record.changed_at {
+            for set in &mut self.sets {
+                set.departing = 0;
+            }
         }
     }
 

@@ -3,8 +3,11 @@
 use super::super::wire::Status;
 use super::claim::SwapFor;
 use super::{Action, MemberId, News, Phase, ReplicaMask, ReplicatedHead};
-use crate::records::{ReplicaState, VolumeRecord};
+use crate::records::{LeftoverRecord, ReplicaState, VolumeRecord};
 use crate::units::{StoreId, Version};
+
+/// Replicas taken out of their sets by one swap: each is an effect of its transaction, which has room for some.
+const LEAVING_AT_ONCE: usize = 32;
 
 impl ReplicatedHead {
     /// The copies of a store were found to differ from the others in what they should have: they count for nothing until
@@ -57,7 +60,7 @@ impl ReplicatedHead {
         if failed {
             actions.push(Action::News(News::Failed { member, status }));
         }
-        if self.sets.iter().any(|set| set.usable() == 0) {
+        if self.sets.iter().any(|set| set.readable() == 0) {
             self.recover(actions);
             return;
         }
@@ -95,15 +98,30 @@ impl ReplicatedHead {
                 self.put_out(&mut record, set, member, floor);
             }
         }
+        let mut leftovers = Vec::new();
         for (set, member) in leaving {
-            let store = self.at(member).place.store;
+            let place = self.at(member).place;
             record.placement.sets[usize::from(set.0)]
                 .replicas
-                .retain(|replica| replica.store != store);
+                .retain(|replica| replica.store != place.store);
+            leftovers.push(LeftoverRecord::of(&record, set, place.node, place.store));
+            // Once the record has changed, its store may give the blocks back at any moment.
+            if !self.params.rules.departing_unread {
+                continue;
+            }
+            let state = self.set_mut(set);
+            state.departing |= state.bit_of(member) & state.in_sync;
+            if self
+                .resyncs
+                .iter()
+                .any(|r| r.set == set && r.source == member)
+            {
+                self.jobs_lost(member, actions);
+            }
         }
         record.settled = record.settled.max(floor);
         self.settled = self.settled.max(floor);
-        self.propose(SwapFor::Drop, record, actions);
+        self.propose_leaving(SwapFor::Drop, record, &leftovers, actions);
     }
 
     /// Replicas that are wanted away from sets which have as many others in sync as they should.
@@ -124,7 +142,9 @@ impl ReplicatedHead {
                     .members()
                     .find(|(_, place)| place.store == replica.store)
                     .map(|(member, _)| member);
-                if let Some(member) = member {
+                if let Some(member) = member
+                    && leaving.len() < LEAVING_AT_ONCE
+                {
                     leaving.push((set, member));
                 }
             }
@@ -145,7 +165,7 @@ impl ReplicatedHead {
                 self.jobs_lost(source, actions);
             }
         }
-        if self.sets.iter().any(|set| set.usable() == 0) {
+        if self.sets.iter().any(|set| set.readable() == 0) {
             self.recover(actions);
             return;
         }

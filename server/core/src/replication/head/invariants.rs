@@ -22,12 +22,16 @@ impl ReplicatedHead {
                 0,
                 "what is filled is not in sync"
             );
+            assert_eq!(set.departing & !set.in_sync, 0, "what departs is in sync");
             assert!(set.in_sync != 0, "something is in sync");
             for place in super::ReplicaMask(set.in_sync | set.mirrored).places() {
                 assert!(set.places[place].is_some(), "a place in a mask is taken");
             }
             if self.phase == Phase::Serving {
-                assert!(set.usable() != 0, "a served set has a sound replica");
+                assert!(
+                    set.readable() != 0,
+                    "a served set has a sound replica that stays"
+                );
                 for member in set.members(set.usable() | set.mirrored) {
                     assert!(
                         self.at(member).is_open(),

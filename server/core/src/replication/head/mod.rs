@@ -78,6 +78,9 @@ pub struct HeadParams {
     pub resync_backoff_us: u64,
     /// Leaves compared and copied at the same time, for one replica that returns.
     pub resync_leaves: usize,
+    /// Bytes a second that are copied to replicas that are being filled, so that clients keep the disks and the network
+    /// for the most part; 0: as fast as it goes.
+    pub fill_bytes_per_second: u64,
 }
 
 impl HeadParams {
@@ -93,6 +96,7 @@ impl HeadParams {
             resync_backoff_us: 500_000,
             // Deep enough to keep a disk and a link busy, few enough that a client's request finds them short queues.
             resync_leaves: 4,
+            fill_bytes_per_second: 0,
         }
     }
 
@@ -151,6 +155,10 @@ pub struct ReplicatedHead {
     /// From the claim to serving.
     opening: Opening,
     resyncs: Vec<Resync>,
+    /// What was copied to replicas being filled takes until then at the pace that was set.
+    filled_until_us: u64,
+    /// A fill waits for its pace until then.
+    fill_due_us: Option<u64>,
     /// Somebody was told to wait.
     told_to_wait: bool,
     /// Versions below this were said to be settled; a change that was offered with one gets another.
@@ -204,6 +212,8 @@ impl ReplicatedHead {
             copy_serial: 0,
             opening: Opening::default(),
             resyncs: Vec::new(),
+            filled_until_us: 0,
+            fill_due_us: None,
             told_to_wait: false,
             settled: crate::units::Version::NONE,
             now_us,
@@ -267,7 +277,14 @@ impl ReplicatedHead {
     /// When [`ReplicatedHead::on_tick`] is due though nothing else happened, microseconds.
     pub fn next_deadline_us(&self) -> u64 {
         // Every limit is a good part of the lease; an eighth of it late is early enough for all of them.
-        self.now_us + self.params.lease_us / 8
+        let look = self.now_us + self.params.lease_us / 8;
+        self.fill_due_us.map_or(look, |due| look.min(due))
+    }
+
+    /// When a fill that waits for its pace goes on, microseconds.
+    #[inline]
+    pub fn fill_due_us(&self) -> Option<u64> {
+        self.fill_due_us
     }
 
     fn note_time(&mut self, now_us: u64) {
@@ -280,6 +297,7 @@ impl ReplicatedHead {
 
     /// Does what may be done now; every event and tick ends here.
     fn advance(&mut self, actions: &mut Vec<Action>) {
+        self.fill_due_us = None;
         self.open_sessions(actions);
         match self.phase {
             Phase::Claiming | Phase::Recording | Phase::Stopped => {}

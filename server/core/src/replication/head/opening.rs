@@ -56,6 +56,10 @@ impl ReplicatedHead {
             ..Opening::default()
         };
         self.phase = Phase::Sealing;
+        // With the claim recorded, no swap of before can come to pass.
+        for set in &mut self.sets {
+            set.departing = 0;
+        }
         for member in &mut self.members {
             member.retry_at_us = 0;
             member.lost = false;
@@ -185,14 +189,17 @@ impl ReplicatedHead {
         }
     }
 
-    /// The record says what was found. A member may have been lost meanwhile.
+    /// The record says what was found. A member may have been lost meanwhile, or come back from a loss of power: then
+    /// what was found is not so any more.
     pub(super) fn recorded_opening(&mut self, is_last: bool, actions: &mut Vec<Action>) {
         let all_open = is_last
             && self.set_indices().all(|set| {
+                let may_be_lost = self.opening.all_lost.contains(&set);
                 let set = self.set(set);
-                set.members(set.in_sync)
-                    .iter()
-                    .all(|member| self.at(*member).is_open())
+                set.members(set.in_sync).iter().all(|member| {
+                    let member = self.at(*member);
+                    member.is_open() && (may_be_lost || !member.lost)
+                })
             });
         if all_open {
             self.begin_reconcile(actions);

@@ -2,8 +2,18 @@
 
 use super::{Phase, ReadAdmission, ReplicaMask, ReplicatedHead};
 use crate::records::SetIndex;
+use crate::units::StoreId;
 
 impl ReplicatedHead {
+    /// Whether what a store has of a set may be looked at in place of a read.
+    pub fn may_read_from(&self, set: SetIndex, store: StoreId) -> bool {
+        let state = self.set(set);
+        let readable = state.members(state.readable());
+        readable
+            .iter()
+            .any(|member| self.at(*member).place.store == store)
+    }
+
     /// Where a read of blocks of a set goes; the blocks are held by the caller. `tried`: replicas that could not read
     /// them. `now_us` must have been taken after the request had come in: it is what shows that no other head had
     /// answered a write before the client asked.
@@ -28,7 +38,9 @@ impl ReplicatedHead {
                 return ReadAdmission::Wait;
             }
             let bit = 1u8 << place;
-            if (state.failed | tried.0) & bit == 0 && (from.is_none() || known.place.is_local) {
+            if (state.failed | state.departing | tried.0) & bit == 0
+                && (from.is_none() || known.place.is_local)
+            {
                 from = Some(ReadAdmission::From {
                     member,
                     place: place as u8,
@@ -37,7 +49,7 @@ impl ReplicatedHead {
         }
         match from {
             Some(from) => from,
-            None if state.usable() & !tried.0 == 0 && state.usable() != 0 => {
+            None if state.readable() & !tried.0 == 0 && state.readable() != 0 => {
                 ReadAdmission::Exhausted
             }
             None => {

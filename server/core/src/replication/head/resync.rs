@@ -8,7 +8,10 @@ use super::members::Purpose;
 use super::rows::{RowsOf, RowsWalk};
 use super::{Action, MemberId, News, Phase, ReplicatedHead};
 use crate::records::{ReplicaState, SetIndex};
-use crate::units::Version;
+use crate::units::{BLOCK_BYTES, Version};
+
+/// So much of what fills may copy in a while they may copy at once: a leaf costs more than one turn of a clock.
+const FILL_AHEAD_US: u64 = 50_000;
 
 /// How far a member is with one set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +41,8 @@ pub(super) struct Resync {
     pub(super) walk: Option<RowsWalk>,
     pub(super) copied_blocks: u64,
     pub(super) leaves_done: u64,
+    /// Which of the replicas that its store may have been of this set, by [`crate::records::Replica::added_at`].
+    added_at: u64,
 }
 
 impl ReplicatedHead {
@@ -77,7 +82,7 @@ impl ReplicatedHead {
                 let stays = head
                     .recorded(set, member)
                     .is_some_and(|replica| !replica.leaving);
-                bit != 0 && state.in_sync & bit == 0 && stays && state.usable() != 0
+                bit != 0 && state.in_sync & bit == 0 && stays && state.readable() != 0
             };
             let next = self
                 .set_indices()
@@ -103,6 +108,7 @@ impl ReplicatedHead {
             walk: None,
             copied_blocks: 0,
             leaves_done: 0,
+            added_at: self.recorded(set, member).map_or(0, |r| r.added_at),
         });
         actions.push(Action::News(News::ResyncStarted { set, member }));
         // Changes that wait for enough replicas may be sent now, and those that are held have to be sent again.
@@ -112,7 +118,7 @@ impl ReplicatedHead {
 
     /// A sound replica in sync, the local one first.
     pub(super) fn source_in(&self, set: SetIndex) -> Option<MemberId> {
-        let members = self.set(set).members(self.set(set).usable());
+        let members = self.set(set).members(self.set(set).readable());
         members
             .iter()
             .copied()
@@ -148,7 +154,7 @@ impl ReplicatedHead {
             }
             Stage::Copying => {
                 let limit = self.params.resync_leaves;
-                while self.jobs_of(JobFor::Resync(member)) < limit {
+                while self.jobs_of(JobFor::Resync(member)) < limit && self.may_fill() {
                     let found = self
                         .resync_of(member)
                         .and_then(|resync| resync.walk.as_mut())
@@ -176,6 +182,23 @@ impl ReplicatedHead {
             }
             Stage::Adding => self.propose_rejoin(member, actions),
             Stage::Flushing | Stage::Whole | Stage::Swapping => {}
+        }
+    }
+
+    /// Whether another leaf may be begun at the pace of fills. If not, it says when to ask again.
+    fn may_fill(&mut self) -> bool {
+        let due_us = self.filled_until_us.saturating_sub(FILL_AHEAD_US);
+        let may = due_us <= self.now_us;
+        self.fill_due_us = (!may).then_some(due_us);
+        may
+    }
+
+    /// Blocks were copied to a replica that is being filled.
+    pub(super) fn note_filled(&mut self, blocks: u32) {
+        let rate = self.params.fill_bytes_per_second;
+        if rate != 0 {
+            let cost_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000 / rate;
+            self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
         }
     }
 
@@ -230,6 +253,10 @@ impl ReplicatedHead {
         for replica in &mut record.placement.sets[usize::from(set.0)].replicas {
             if replica.store == store {
                 replica.state = ReplicaState::InSync;
+                replica.synced_below = Version::NONE;
+            } else if replica.state != ReplicaState::InSync {
+                // What was filled lacks the versions of zeros that it had no block for. Another that is still out may
+                // have old data there, and would not be seen to differ from this one: it is compared whole.
                 replica.synced_below = Version::NONE;
             }
         }
@@ -331,16 +358,34 @@ impl ReplicatedHead {
         }
     }
 
-    /// Replicas that the record does not name any more are not brought up to date.
-    pub(super) fn forget_resyncs_of_gone(&mut self, actions: &mut Vec<Action>) {
-        let gone: Vec<MemberId> = self
+    /// Replicas that the record does not name any more are not brought up to date. One that it has got again meanwhile
+    /// may have given back what it was given: it is filled from the beginning.
+    pub(super) fn resyncs_follow_record(&mut self, actions: &mut Vec<Action>) {
+        let all: Vec<(MemberId, SetIndex, u64)> = self
             .resyncs
             .iter()
-            .filter(|resync| self.set(resync.set).bit_of(resync.member) == 0)
-            .map(|resync| resync.member)
+            .map(|resync| (resync.member, resync.set, resync.added_at))
             .collect();
-        for member in gone {
-            self.abort_resync(member, actions);
+        for (member, set, added_at) in all {
+            match self.recorded(set, member).map(|replica| replica.added_at) {
+                None => self.abort_resync(member, actions),
+                Some(now) if now != added_at => self.fill_anew(member, now, actions),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn fill_anew(&mut self, member: MemberId, added_at: u64, actions: &mut Vec<Action>) {
+        self.drop_jobs(JobFor::Resync(member), actions);
+        self.queries.retain(|_, query| {
+            query.purpose != Purpose::Rows(RowsOf::Resync(member))
+                && (query.purpose != Purpose::Rejoin || query.member != member)
+        });
+        let before = self.op_serial;
+        if let Some(resync) = self.resync_of(member) {
+            resync.stage = Stage::Barrier { before };
+            resync.walk = None;
+            resync.added_at = added_at;
         }
     }
 

@@ -19,6 +19,9 @@ pub(super) struct Set {
     /// Of those mirrored, the ones being swapped into the record; whether they are in sync is not known until that is
     /// answered.
     pub(super) adding: u8,
+    /// In sync by the record, wanted away, and proposed to be taken out: its store may have given its blocks back by the
+    /// time that is heard of, so nothing is read from it any more.
+    pub(super) departing: u8,
 }
 
 impl Set {
@@ -26,6 +29,12 @@ impl Set {
     #[inline]
     pub(super) fn usable(&self) -> u8 {
         self.in_sync & !self.failed
+    }
+
+    /// Sound, and believed whatever a swap under way has come to.
+    #[inline]
+    pub(super) fn readable(&self) -> u8 {
+        self.usable() & !self.departing
     }
 
     /// Replicas that count as in sync for what may be answered.
@@ -90,6 +99,7 @@ impl ReplicatedHead {
                 }
             }
             set.failed &= set.in_sync;
+            set.departing &= set.in_sync;
             set.mirrored &= !set.in_sync;
             let bound = set.binding();
             let left = before & !set.in_sync | gone;
@@ -97,8 +107,9 @@ impl ReplicatedHead {
             for (_, op) in &mut self.ops {
                 if usize::from(op.set.0) == index {
                     op.missed &= bound;
-                    op.waiting &= !gone;
+                    op.waiting &= !left;
                     op.applied &= !left;
+                    op.refused &= !left;
                     op.targets &= !left;
                 }
             }
@@ -114,6 +125,8 @@ impl ReplicatedHead {
             if wanted {
                 actions.push(Action::Connect { member });
             } else {
+                // Nobody waits for what it would have answered.
+                self.miss_flushes_of(member);
                 if self.members[id].session != super::members::Session::None {
                     self.members[id].session = super::members::Session::None;
                     self.queries.retain(|_, query| query.member != member);

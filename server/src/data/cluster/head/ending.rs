@@ -3,12 +3,13 @@
 use ashlar_core::records::SetIndex;
 use ashlar_core::replication::{CopyId, MemberId, StopReason};
 use ashlar_core::store::ExtentKey;
+use ashlar_core::units::{BLOCK_BYTES, LEAF_BLOCKS};
 use smallvec::SmallVec;
 
 use super::super::super::operation::Operation;
 use super::super::super::thread::{DataThread, VolumeHead};
 use super::super::VolumeRef;
-use super::super::tells::{ClusterTell, ReplicaStatus, ReplicationStatus};
+use super::super::tells::{ClusterTell, FillStatus, ReplicaStatus, ReplicationStatus};
 
 impl DataThread {
     /// The head will answer nothing more: what is under way fails, its clients go.
@@ -74,7 +75,15 @@ impl DataThread {
                     || self.is_linked(replica.node, replica.store),
             })
         });
+        let fills = replication.head.status().resyncs.into_iter();
+        let fills = fills.map(|fill| FillStatus {
+            set: fill.set,
+            store: replication.head.member(fill.member).store,
+            copied_bytes: fill.copied_blocks * BLOCK_BYTES as u64,
+            left_bytes: fill.leaves_left * u64::from(LEAF_BLOCKS) * BLOCK_BYTES as u64,
+        });
         Some(ReplicationStatus {
+            fills: fills.collect(),
             epoch: record.epoch,
             is_serving: replication.head.is_serving(),
             replicas: replicas.collect(),
@@ -95,6 +104,7 @@ impl DataThread {
         let replicas = &replication.head.record().placement.sets[usize::from(set.0)];
         replicas
             .in_sync()
+            .filter(|replica| replication.head.may_read_from(set, replica.store))
             .find_map(|replica| self.store_here(replica.store))
     }
 

@@ -190,7 +190,7 @@ impl ReplicatedHead {
         if let (JobFor::Resync(joiner), set) = (job.what, job.set) {
             // Another replica in sync is the source from now on, if there is one that was not tried.
             let bad: SmallVec<[MemberId; 3]> = job.bad.iter().map(|(m, _)| *m).collect();
-            let members = self.set(set).members(self.set(set).usable());
+            let members = self.set(set).members(self.set(set).readable());
             match members.iter().find(|m| !bad.contains(m)).copied() {
                 Some(next) => {
                     if let Some(resync) = self.resync_of(joiner) {
@@ -265,6 +265,7 @@ impl ReplicatedHead {
             && let Some(resync) = self.resync_of(member)
         {
             resync.copied_blocks += u64::from(copy.planned.blocks.1);
+            self.note_filled(copy.planned.blocks.1);
         }
         self.go_on_copying(copy.job, actions);
     }
@@ -380,7 +381,7 @@ impl ReplicatedHead {
         job.stage = Stage::Copying;
         let (set, window, extent) = (job.set, job.window, job.extent);
         let bad: SmallVec<[MemberId; 3]> = job.bad.iter().map(|(m, _)| *m).collect();
-        let members = self.set(set).members(self.set(set).usable());
+        let members = self.set(set).members(self.set(set).readable());
         let from = members.iter().find(|m| !bad.contains(m)).copied();
         let enough = self.set(set).usable().count_ones() >= self.min_in_sync();
         let Some(job) = self.job(key) else { return };

@@ -1,0 +1,142 @@
+//! The controller of the run: the real one decides, from what a daemon would see, while nodes are drained, come and go.
+//! What is taken out of a set is given back by its store, which is the danger that is tried here.
+
+use std::collections::BTreeMap;
+
+use ashlar_core::records::{SetIndex, keys};
+use ashlar_core::replication::controller::{
+    ControllerParams, NodeView, StoreView, View, wanted_changes,
+};
+use ashlar_core::replication::membership::change;
+use ashlar_core::replication::placement::Candidate;
+use ashlar_core::units::NodeId;
+
+use crate::world::{Ev, LEASE_US, World};
+
+/// What the controller and the stores remember.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Steering {
+    pub(crate) draining: Option<NodeId>,
+    seen_us: BTreeMap<NodeId, u64>,
+    /// Since when a node has known what it is to give back, by key: the run of its process, and the time.
+    known: BTreeMap<String, (u64, u64)>,
+    pub(crate) changes: u64,
+}
+
+impl World {
+    /// Somebody wants another node empty, or none any more.
+    pub(crate) fn drain_step(&mut self, node: usize) {
+        let id = self.nodes[node].id;
+        self.steering.draining = match self.steering.draining {
+            Some(_) => None,
+            None => Some(id),
+        };
+    }
+
+    pub(crate) fn steer_step(&mut self) {
+        let next_us = self.rng.between(10_000, 60_000);
+        self.after(next_us, Ev::Steer);
+        for n in &self.nodes {
+            if n.is_up && !n.frozen {
+                self.steering.seen_us.insert(n.id, self.now_us);
+            }
+        }
+        if self.healing {
+            self.steering.draining = None;
+        }
+        self.give_back();
+        if self.meta.is_away {
+            return;
+        }
+        // A watch may be late and leave something out, but it is begun anew in the end.
+        if self.healing {
+            self.tell_watchers();
+        }
+        let nodes: Vec<NodeView> = self
+            .nodes
+            .iter()
+            .map(|n| NodeView {
+                node: n.id,
+                seen_at_ms: self.steering.seen_us.get(&n.id).copied().unwrap_or(0) / 1000,
+                draining: self.steering.draining == Some(n.id),
+            })
+            .collect();
+        let stores: Vec<StoreView> = self
+            .nodes
+            .iter()
+            .map(|n| StoreView {
+                at: Candidate {
+                    node: n.id,
+                    zone: String::new(),
+                    store: n.store,
+                    free_blocks: 5_000,
+                },
+                capacity_blocks: 10_000,
+            })
+            .collect();
+        let params = ControllerParams {
+            grace_ms: 2 * LEASE_US / 1000,
+            silent_ms: LEASE_US / 2000,
+            ..ControllerParams::default()
+        };
+        let leftovers: Vec<_> = self.meta.leftovers.values().cloned().collect();
+        let volume = self.meta.record.record.clone();
+        let view = View {
+            now_ms: self.now_us / 1000,
+            nodes: &nodes,
+            stores: &stores,
+            volumes: std::slice::from_ref(&volume),
+            leftovers: &leftovers,
+            moved: &[],
+        };
+        let wanted = wanted_changes(&params, &view);
+        for (_, wanted) in wanted.changes {
+            // Decided from what was read a moment ago, and refused if that has changed.
+            let Ok((_, transaction)) = change(&self.meta.record, wanted) else {
+                continue;
+            };
+            if self.meta.commit(&transaction).is_some() {
+                self.steering.changes += 1;
+                self.say(|| format!("the controller: {wanted:?}"));
+                self.tell_watchers();
+            }
+        }
+    }
+
+    /// Stores give back what they have left, when nothing of before can be on its way to them any more.
+    fn give_back(&mut self) {
+        let leftovers: Vec<_> = self.meta.leftovers.values().cloned().collect();
+        self.steering
+            .known
+            .retain(|key, _| self.meta.leftovers.contains_key(key));
+        for left in leftovers {
+            let Some(node) = self.nodes.iter().position(|n| n.store == left.store) else {
+                continue;
+            };
+            let n = &mut self.nodes[node];
+            if !n.is_up || n.frozen || n.disk.poisoned {
+                continue;
+            }
+            let key = keys::leftover(left.volume, SetIndex(left.set), left.store);
+            let since = match self.steering.known.get(&key) {
+                Some((run, since_us)) if *run == n.run => *since_us,
+                // A store that reaches the metadata store when the head does not may give back what the head believes
+                // to be there; but first it has to hear of it.
+                _ if self.meta.is_away => continue,
+                _ => {
+                    self.steering.known.insert(key, (n.run, self.now_us));
+                    continue;
+                }
+            };
+            if self.now_us < since + 2 * LEASE_US {
+                continue;
+            }
+            n.disk.give_back(|chunk| left.has(chunk));
+            if self.meta.is_away {
+                continue;
+            }
+            self.meta.leftovers.remove(&key);
+            self.say(|| format!("node {node} gives set {} back", left.set));
+        }
+    }
+}
