@@ -251,7 +251,7 @@ impl World {
         let nodes: Vec<Node> = (0..nodes_count)
             .map(|n| Node {
                 id: NodeId(Uuid::from_u128(100 + n as u128)),
-                store: store_of(n as usize),
+                store: store_of(n),
                 disk: Disk::default(),
                 seal: None,
                 boot: 1,
