@@ -187,7 +187,8 @@ fn nothing_is_left(plugins: &[Plugin]) {
 #[test]
 fn a_forced_move_under_writes_loses_and_tears_nothing() {
     let seed = seed::of_run("csi-nodes");
-    let trio = Trio::start("csi-nodes");
+    let mut trio = Trio::start("csi-nodes");
+    trio.expect_losses();
     let plugins = plugins(&trio);
     let (block, files, work) = used(&plugins, 0, seed);
     for claim in [&block, &files] {
@@ -228,6 +229,7 @@ fn a_forced_move_under_writes_loses_and_tears_nothing() {
 fn a_node_that_slept_through_a_forced_move_writes_nothing() {
     let seed = seed::of_run("csi-zombie");
     let mut trio = Trio::start("csi-zombie");
+    trio.expect_losses();
     let plugins = plugins(&trio);
     let (block, files, work) = used(&plugins, 0, seed);
     trio.nodes[0].daemon.process().signal(Signal::STOP);
@@ -251,7 +253,8 @@ fn a_node_that_slept_through_a_forced_move_writes_nothing() {
 /// A volume that somebody has another daemon serve comes back to where it is published.
 #[test]
 fn a_volume_follows_its_publication_and_classes_are_kept() {
-    let trio = Trio::start("csi-follow");
+    let mut trio = Trio::start("csi-follow");
+    trio.expect_losses();
     let plugins = plugins(&trio);
     let controller = &plugins[2];
     let capability = mounted("ext4", Mode::SingleNodeWriter);

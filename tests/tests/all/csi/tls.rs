@@ -74,6 +74,7 @@ fn a_cluster_is_asked_over_tcp_with_a_certificate() {
 #[test]
 fn a_controller_goes_on_to_another_daemon_of_the_cluster() {
     let mut trio = Trio::start("csi-doors");
+    trio.expect_losses();
     let admin = trio.nodes[0].client("driver", &["--role", "admin"]);
     let mut controller = Plugin::beside(&trio.nodes[2].daemon, "unused");
     controller.ask(&[0, 1].map(|at| over_tcp(&trio, at)).join(","));

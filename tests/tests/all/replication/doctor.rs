@@ -58,6 +58,7 @@ fn store_file(daemon: &Daemon) -> PathBuf {
 #[test]
 fn a_disk_that_went_back_in_time_is_found_and_mended() {
     let mut trio = Trio::start("doctor-old");
+    trio.expect_losses();
     let said = "a copy that differs from the others was put out of sync";
     trio.nodes[0].daemon.log.expect(said);
     trio.create("disk", &(BLOCKS * BLOCK).to_string());
@@ -121,6 +122,7 @@ fn a_disk_that_went_back_in_time_is_found_and_mended() {
 #[test]
 fn layers_that_no_record_names_are_found_and_dropped_when_asked() {
     let mut trio = Trio::start("doctor-orphan");
+    trio.expect_losses();
     for node in &mut trio.nodes {
         node.daemon
             .log
@@ -209,6 +211,7 @@ fn a_busy_volume_is_compared_and_nothing_false_is_said() {
 #[test]
 fn what_cannot_be_compared_is_said() {
     let mut trio = Trio::start("doctor-away");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     write_one(&trio);
     trio.nodes[2].daemon.kill();

@@ -49,6 +49,7 @@ fn told(said: &Value, code: &str) -> String {
 #[test]
 fn a_volume_says_why_it_is_as_it_is() {
     let mut trio = Trio::start("explained");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let ids: Vec<String> = trio.nodes.iter().map(|node| node.id()).collect();
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
@@ -123,6 +124,7 @@ fn a_volume_says_why_it_is_as_it_is() {
 #[test]
 fn a_volume_whose_last_copies_are_away_names_them() {
     let mut trio = Trio::start("explained-last");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     let first = trio.nodes[0].id();
     for at in [1, 2] {
@@ -151,6 +153,7 @@ fn a_volume_whose_last_copies_are_away_names_them() {
 #[test]
 fn what_happened_is_told_and_followed() {
     let mut trio = Trio::start("events");
+    trio.expect_losses();
     trio.create("disk", "64MiB");
     trio.create("other", "64MiB");
     let second = trio.nodes[2].id();

@@ -96,6 +96,7 @@ fn wait_answered(client: &Client, what: &str) {
 fn a_rolling_restart_costs_connections_and_nothing_else() {
     let seed = seed::of_run("rolling");
     let mut trio = Trio::start("rolling");
+    trio.expect_losses();
     // Each node serves one volume and has a copy of each: whichever is stopped, a head and two copies go.
     for number in 0..3 {
         trio.create(&name(number), &((BLOCKS + FILLED) * 4096).to_string());
@@ -267,7 +268,8 @@ fn a_head_that_is_stopped_in_order_answers_no_request_with_an_error() {
         kill_starts_percent: 0,
         ..Campaign::new(seed)
     };
-    let trio = Trio::start("rolling-head");
+    let mut trio = Trio::start("rolling-head");
+    trio.expect_losses();
     trio.create("disk", &campaign.volume_bytes().to_string());
     let mut head = Head {
         trio,
