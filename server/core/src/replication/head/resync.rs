@@ -195,9 +195,9 @@ impl ReplicatedHead {
 
     /// Blocks were copied to a replica that is being filled.
     pub(super) fn note_filled(&mut self, blocks: u32) {
-        let rate = self.params.fill_bytes_per_second;
-        if rate != 0 {
-            let cost_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000 / rate;
+        let cost = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000;
+        // Without a rate it costs nothing.
+        if let Some(cost_us) = cost.checked_div(self.params.fill_bytes_per_second) {
             self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
         }
     }
