@@ -435,7 +435,7 @@ impl Probe for State {
             scrape.stores = stores.collect();
             scrape.scrubs = services.scrubs.all();
             scrape.threads = metrics.threads();
-            scrape.cluster = cluster_scrape(&services).await;
+            scrape.cluster = cluster_scrape(services).await;
         }
         scrape
     }

@@ -52,6 +52,10 @@ pub(super) struct StoreDriver {
 }
 
 /// Who decides for a volume.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "the path of an unreplicated volume follows no pointer"
+)]
 pub(super) enum VolumeHead {
     /// All of it is on stores of this thread, one copy each.
     Single(Head),

@@ -121,7 +121,7 @@ impl DataThread {
 
     /// Also one that is being closed, which is not found by name any more.
     fn replicated_by_id(&self, id: VolumeId) -> Option<VolumeRef> {
-        let found = self.volumes.iter().find_map(|(key, volume)| {
+        self.volumes.iter().find_map(|(key, volume)| {
             let VolumeHead::Replicated(replication) = &volume.head else {
                 return None;
             };
@@ -129,8 +129,7 @@ impl DataThread {
                 key,
                 serial: replication.serial,
             })
-        });
-        found
+        })
     }
 
     fn open_replicated(&mut self, spec: ReplicatedSpec) -> Result<(), DataError> {

@@ -42,6 +42,10 @@ struct AskedOfPeer {
 }
 
 impl DataThread {
+    #[allow(
+        clippy::wrong_self_convention,
+        reason = "the message is from there; nothing is made of it"
+    )]
     pub(super) fn from_store(
         &mut self,
         key: usize,
