@@ -521,7 +521,6 @@ impl Driver {
                         self.send(world, node, member, For::Flush { op }, What::Flush);
                     }
                 }
-                FlushAdmission::Done => self.finish(world, node, id, Ok(Vec::new())),
                 FlushAdmission::Wait => self.parked.push(id),
                 FlushAdmission::Stopped => {}
             },

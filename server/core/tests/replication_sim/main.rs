@@ -102,6 +102,13 @@ fn replay(seed: u64) -> String {
     )
 }
 
+/// Seeds that once broke a promise, which is too rare among the ten thousand: they are run first. What each found has a
+/// test of the machine besides, for a seed tells another story once the machine takes other steps.
+const FOUND: [u64; 1] = [
+    // A flush through an old head with nothing to flush, answered while a newer head served.
+    25_823,
+];
+
 /// `ASHLAR_SEEDS` of them from `ASHLAR_SEED` on; without these the ten thousand that no change may break: half a minute.
 #[test]
 fn every_promise_holds() {
@@ -113,6 +120,12 @@ fn every_promise_holds() {
         println!("{result:?}");
         assert!(result.is_ok());
         return;
+    }
+    if number("ASHLAR_SEED").is_none() {
+        for seed in FOUND {
+            let result = run(seed, Rules::default(), false);
+            assert!(result.is_ok(), "seed {seed}: {result:?}");
+        }
     }
     match run_seeds(first, count, Rules::default(), |_| true) {
         Ok(ran) => {

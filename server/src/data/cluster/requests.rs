@@ -575,7 +575,6 @@ impl DataThread {
                     self.ask(volume, member, asked, ReplicaWork::Flush);
                 }
             }
-            Some(FlushAdmission::Done) => self.end_replicated(key, None),
             Some(FlushAdmission::Wait) => self.wait_piece(volume, key, 0),
             Some(FlushAdmission::Stopped) | None => {
                 self.end_replicated(key, Some(RequestError::Fenced));

@@ -469,8 +469,6 @@ pub enum FlushAdmission {
         /// To whom.
         members: SmallVec<[MemberId; 8]>,
     },
-    /// Nothing is to be made durable: answer the client.
-    Done,
     /// Not now: ask again after [`Action::Retry`].
     Wait,
     /// Never: the head is at its end.

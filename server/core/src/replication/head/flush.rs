@@ -1,8 +1,13 @@
 //! Flushes of clients: what was answered before them is durable on every replica in sync, and on those being filled.
+//!
+//! That is also said of what a newer head has answered, of which this one may not have heard. So a flush is never
+//! answered from memory, not even when nothing was written here: it goes to all in sync of one set at least. A newer head
+//! has sealed one of them before it served anybody, and that one refuses.
 
 use smallvec::SmallVec;
 
 use super::super::wire::Status;
+use super::sets::Set;
 use super::write::{op_key, op_place};
 use super::{Action, FlushAdmission, MemberId, OpKey, Outcome, Phase, ReplicatedHead};
 
@@ -18,7 +23,7 @@ pub(super) struct FlushOp {
 }
 
 impl ReplicatedHead {
-    /// Where a flush goes: to the members that answered changes since they were last flushed.
+    /// Where a flush goes: to the members that answered changes since they were last flushed, and to the whole of a set.
     pub fn begin_flush(&mut self, tag: u64, now_us: u64) -> FlushAdmission {
         if self.phase == Phase::Stopped {
             return FlushAdmission::Stopped;
@@ -37,9 +42,7 @@ impl ReplicatedHead {
                 }
             }
         }
-        if asked.is_empty() && self.nothing_failed() {
-            return FlushAdmission::Done;
-        }
+        self.add_witnesses(&mut asked);
         self.op_serial += 1;
         let flush = FlushOp {
             serial: self.op_serial,
@@ -55,6 +58,19 @@ impl ReplicatedHead {
             op: op_key(place, serial),
             members,
         }
+    }
+
+    /// Sees to it that everybody in sync of some set is asked; of the set that costs the fewest questions more. After a
+    /// change that is the set it went to, and costs none.
+    fn add_witnesses(&self, asked: &mut SmallVec<[(MemberId, u64); 8]>) {
+        let missing = |set: &Set| {
+            let mut members = set.members(set.witnesses());
+            members.retain(|member| !asked.iter().any(|(known, _)| known == member));
+            members
+        };
+        let fewest = self.sets.iter().map(missing).min_by_key(SmallVec::len);
+        let more = fewest.into_iter().flatten();
+        asked.extend(more.map(|member| (member, self.at(member).answered)));
     }
 
     /// A replica that failed, or that may or may not be in sync, might come to be relied on without what was flushed.

@@ -27,6 +27,8 @@ mod resync;
 mod rows;
 mod sets;
 mod status;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use event::{

@@ -29,18 +29,17 @@ impl ReplicatedHead {
         }
         let state = self.set(set);
         let mut from = None;
-        for place in ReplicaMask(state.in_sync).places() {
+        for place in ReplicaMask(state.binding()).places() {
             let member = state.member(place);
             let known = self.at(member);
-            // Failed or not, as long as the record has it in sync, a new head may start with it alone.
+            // Failed or not, as long as the record has it in sync, or may have it by now, a new head may start with it
+            // alone.
             if now_us >= known.fresh_until_us {
                 self.told_to_wait = true;
                 return ReadAdmission::Wait;
             }
             let bit = 1u8 << place;
-            if (state.failed | state.departing | tried.0) & bit == 0
-                && (from.is_none() || known.place.is_local)
-            {
+            if state.readable() & !tried.0 & bit != 0 && (from.is_none() || known.place.is_local) {
                 from = Some(ReadAdmission::From {
                     member,
                     place: place as u8,

@@ -43,6 +43,13 @@ impl Set {
         self.in_sync | self.adding
     }
 
+    /// Sound, and in sync by the record as it is known or as it may be by now. A newer head starts with one of these, which
+    /// it has sealed, or with one that failed and is not yet recorded as out.
+    #[inline]
+    pub(super) fn witnesses(&self) -> u8 {
+        self.usable() | self.adding & self.mirrored
+    }
+
     #[inline]
     pub(super) fn member(&self, place: usize) -> MemberId {
         self.places[place].expect("a place in a mask is taken")

@@ -1,0 +1,323 @@
+//! What a head answers while a newer one may serve that it has not heard of: single steps that the simulator meets too
+//! rarely to be relied on.
+
+use super::super::wire::{Rows, Status};
+use super::*;
+use crate::records::{
+    HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName, VolumeState,
+};
+use crate::store::ExtentKey;
+use crate::units::{LayerId, StoreId, Version, VolumeId};
+use uuid::Uuid;
+
+/// A head and members that do what they are asked at once, as long as they can be reached. What is asked of the metadata
+/// store waits for the test.
+struct Bench {
+    head: ReplicatedHead,
+    now_us: u64,
+    revision: u64,
+    away: Vec<MemberId>,
+    swap: Option<u64>,
+    opened: Vec<MemberId>,
+    flushed: Vec<u64>,
+    stopped: bool,
+}
+
+fn node(n: u8) -> NodeId {
+    NodeId(Uuid::from_u128(u128::from(n)))
+}
+
+fn store(n: u8) -> StoreId {
+    StoreId(Uuid::from_u128(100 + u128::from(n)))
+}
+
+impl Bench {
+    /// A volume with these sets of replicas, some of them out; the head is on the node of the first.
+    fn new(sets: &[&[u8]], out: &[u8]) -> Bench {
+        let replica = |n: &u8| {
+            let mut replica = Replica::in_sync(node(*n), store(*n));
+            if out.contains(n) {
+                replica.state = ReplicaState::Out;
+            }
+            replica
+        };
+        let set = |of: &&[u8]| ReplicaSet {
+            replicas: of.iter().map(replica).collect(),
+        };
+        let record = VolumeRecord {
+            id: VolumeId(Uuid::from_u128(1)),
+            name: VolumeName::parse("v").expect("a name"),
+            size_bytes: 4 * (64 << 20),
+            layers: vec![LayerId(1)],
+            replicas: sets[0].len() as u32,
+            min_in_sync: 1,
+            client_generation: 0,
+            settled: Version::NONE,
+            read_only: false,
+            write_through: false,
+            epoch: Epoch(1),
+            head: None,
+            created_at_unix_ms: 0,
+            never_written: false,
+            filesystem: None,
+            limits: Default::default(),
+            publications: Vec::new(),
+            state: VolumeState::Active,
+            placement: Placement {
+                stores: vec![],
+                sets: sets.iter().map(set).collect(),
+            },
+        };
+        let claim = HeadClaim {
+            node: node(sets[0][0]),
+            incarnation: Uuid::from_u128(5),
+        };
+        let params = HeadParams::new(claim.node, claim);
+        let read = Versioned {
+            record,
+            changed_at: Revision(1),
+        };
+        let mut actions = Vec::new();
+        let head = ReplicatedHead::new(params, read, 0, &mut actions);
+        let mut bench = Bench {
+            head,
+            now_us: 0,
+            revision: 1,
+            away: Vec::new(),
+            swap: None,
+            opened: Vec::new(),
+            flushed: Vec::new(),
+            stopped: false,
+        };
+        bench.carry_out(actions);
+        bench.swapped();
+        assert!(bench.head.is_serving());
+        bench
+    }
+
+    fn member(&self, n: u8) -> MemberId {
+        let found = self.head.members().find(|(_, at)| at.store == store(n));
+        found.expect("a member").0
+    }
+
+    fn event(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.head.on_event(self.now_us, event, &mut actions);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            let empty = Rows {
+                rows: vec![],
+                more: false,
+            };
+            let done = match action {
+                Action::Connect { member } => (member, Event::LinkUp { member }),
+                Action::Open {
+                    member, opening, ..
+                } => {
+                    self.opened.push(member);
+                    let event = Event::Opened {
+                        member,
+                        opening,
+                        sent_at_us: self.now_us,
+                        lost_power: false,
+                    };
+                    (member, event)
+                }
+                Action::ReadRows { query, member, .. } => {
+                    let result = Ok(empty);
+                    (member, Event::Rows { query, result })
+                }
+                Action::Flush { query, member } | Action::Whole { query, member } => {
+                    let status = Status::Ok;
+                    (member, Event::Done { query, status })
+                }
+                Action::Swap { serial, .. } => {
+                    self.swap = Some(serial);
+                    continue;
+                }
+                Action::Flushed { tag } => {
+                    self.flushed.push(tag);
+                    continue;
+                }
+                Action::Stopped(_) => {
+                    self.stopped = true;
+                    continue;
+                }
+                _ => continue,
+            };
+            if !self.away.contains(&done.0) {
+                self.event(done.1);
+            }
+        }
+    }
+
+    /// The swap under way is heard to have happened.
+    fn swapped(&mut self) {
+        let serial = self.swap.take().expect("a swap under way");
+        self.revision += 1;
+        let outcome = SwapOutcome::Done(Revision(self.revision));
+        self.event(Event::Swapped { serial, outcome });
+    }
+
+    fn lose(&mut self, n: u8) {
+        let member = self.member(n);
+        self.away.push(member);
+        self.event(Event::LinkDown { member });
+    }
+
+    /// Begins a flush: what names it, and the nodes of those it goes to.
+    fn begin_flush(&mut self, tag: u64) -> (OpKey, Vec<u8>) {
+        match self.head.begin_flush(tag, self.now_us) {
+            FlushAdmission::Send { op, members } => {
+                let is_asked = |n: &u8| {
+                    let mut asked = members.iter().map(|member| self.head.member(*member).store);
+                    asked.any(|at| at == store(*n))
+                };
+                (op, (1..=9).filter(is_asked).collect())
+            }
+            other => panic!("a flush was answered without asking anybody: {other:?}"),
+        }
+    }
+
+    fn answer_flush(&mut self, op: OpKey, n: u8, status: Status) -> Outcome {
+        let mut actions = Vec::new();
+        let member = self.member(n);
+        let outcome = self
+            .head
+            .flush_answered(op, member, status, self.now_us, &mut actions);
+        self.carry_out(actions);
+        outcome
+    }
+
+    /// One that is answered.
+    fn flush(&mut self, tag: u64) -> Vec<u8> {
+        let (op, asked) = self.begin_flush(tag);
+        for (n, left) in asked.iter().zip((0..asked.len()).rev()) {
+            let expected = if left == 0 {
+                Outcome::Acknowledge(tag)
+            } else {
+                Outcome::Pending
+            };
+            assert_eq!(self.answer_flush(op, *n, Status::Ok), expected);
+        }
+        asked
+    }
+
+    /// A change of a block of a set, taken by everybody.
+    fn write(&mut self, set: u16) {
+        let chunk = ChunkIndex(u32::from(set));
+        let extent = ExtentKey {
+            layer: LayerId(1),
+            chunk,
+        };
+        let version = self.head.admission.next_version().expect("a version");
+        let admission =
+            self.head
+                .admit_write(SetIndex(set), extent, 0, 1, 77, version, self.now_us);
+        let WriteAdmission::Send { op, targets, .. } = admission else {
+            panic!("not sent: {admission:?}");
+        };
+        for place in targets.places() {
+            let mut actions = Vec::new();
+            self.head
+                .answered(op, place as u8, Status::Ok, self.now_us, &mut actions);
+            self.carry_out(actions);
+        }
+    }
+
+    fn read(&mut self, set: u16) -> ReadAdmission {
+        self.head
+            .admit_read(SetIndex(set), ReplicaMask(0), self.now_us)
+    }
+}
+
+#[test]
+fn a_flush_asks_all_of_one_set_though_nothing_was_written() {
+    let mut bench = Bench::new(&[&[1, 2], &[3, 4]], &[]);
+    // What the head before wrote may be durable nowhere.
+    assert_eq!(bench.flush(1), [1, 2, 3, 4]);
+    // Nothing is to be made durable; that nobody else serves is to be shown.
+    assert_eq!(bench.flush(2), [1, 2]);
+    // Those that a change went to are a whole set already.
+    bench.write(1);
+    assert_eq!(bench.flush(3), [3, 4]);
+    assert_eq!(bench.flush(4), [1, 2]);
+}
+
+#[test]
+fn a_flush_through_an_old_head_is_not_answered() {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[]);
+    bench.flush(1);
+    // A newer head sealed only the second: the word of it has not come here, and the others answer.
+    let (op, asked) = bench.begin_flush(2);
+    assert_eq!(asked, [1, 2, 3]);
+    assert_eq!(bench.answer_flush(op, 1, Status::Ok), Outcome::Pending);
+    assert_eq!(bench.answer_flush(op, 3, Status::Ok), Outcome::Pending);
+    assert_eq!(bench.answer_flush(op, 2, Status::Fenced), Outcome::Pending);
+    assert!(bench.flushed.is_empty());
+    // What would drop it meets the newer claim.
+    let serial = bench.swap.take().expect("it is to be recorded as out");
+    let outcome = SwapOutcome::Conflict;
+    bench.event(Event::Swapped { serial, outcome });
+    let mut record = bench.head.record().clone();
+    record.epoch = Epoch(record.epoch.0 + 1);
+    record.head = Some(HeadClaim {
+        node: node(2),
+        incarnation: Uuid::from_u128(6),
+    });
+    let record = Some(Box::new(Versioned {
+        record,
+        changed_at: Revision(99),
+    }));
+    bench.event(Event::Record {
+        asked: true,
+        record,
+    });
+    assert!(bench.stopped);
+    assert!(bench.flushed.is_empty());
+}
+
+#[test]
+fn a_flush_begun_after_a_slow_swap_had_happened_waits_for_another() {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[]);
+    bench.flush(1);
+    bench.lose(3);
+    // The record says that the third is out, which the head has not heard; a newer head may have claimed since.
+    let (op, asked) = bench.begin_flush(2);
+    assert_eq!(asked, [1, 2], "those it may have begun with");
+    assert_eq!(bench.answer_flush(op, 1, Status::Ok), Outcome::Pending);
+    bench.lose(2);
+    bench.swapped();
+    assert!(
+        bench.flushed.is_empty(),
+        "the second is yet to be recorded as out"
+    );
+    bench.swapped();
+    assert_eq!(bench.flushed, [2]);
+}
+
+#[test]
+fn nothing_is_read_while_one_that_may_be_in_sync_is_silent() {
+    let mut bench = Bench::new(&[&[1, 2]], &[2]);
+    assert!(matches!(bench.read(0), ReadAdmission::From { .. }));
+    // Filled at once, for there is nothing; the swap that has it in sync is under way.
+    assert!(bench.swap.is_some() && bench.opened.len() == 2);
+    assert!(matches!(bench.read(0), ReadAdmission::From { .. }));
+    // It may have happened, and a newer head may have begun with the second alone.
+    bench.lose(2);
+    assert_eq!(bench.read(0), ReadAdmission::Wait);
+    let (op, _) = bench.begin_flush(1);
+    assert_eq!(bench.answer_flush(op, 1, Status::Ok), Outcome::Pending);
+    bench.swapped();
+    assert_eq!(
+        bench.read(0),
+        ReadAdmission::Wait,
+        "in sync, and yet to be recorded as out"
+    );
+    bench.swapped();
+    assert!(matches!(bench.read(0), ReadAdmission::From { .. }));
+    assert_eq!(bench.flushed, [1]);
+}
