@@ -104,11 +104,13 @@ fn replay(seed: u64) -> String {
 
 /// Seeds that once broke a promise, which is too rare among the ten thousand: they are run first. What each found has a
 /// test of the machine besides, for a seed tells another story once the machine takes other steps.
-const FOUND: [u64; 2] = [
+const FOUND: [u64; 3] = [
     // A flush through an old head with nothing to flush, answered while a newer head served.
     25_823,
     // A read through an old head that had not heard that its swap had one more in sync, with which a newer head began.
     33_968,
+    // A replica that was forgotten and added again while a swap's answer was slow, added without being filled.
+    77_230,
 ];
 
 /// `ASHLAR_SEEDS` of them from `ASHLAR_SEED` on; without these the ten thousand that no change may break: half a minute.

@@ -45,6 +45,15 @@ pub(super) struct Resync {
     added_at: u64,
 }
 
+impl Resync {
+    /// The swap that was to add it did not. What is being filled anew since has to be filled first.
+    fn add_again(&mut self) {
+        if self.stage == Stage::Swapping {
+            self.stage = Stage::Adding;
+        }
+    }
+}
+
 impl ReplicatedHead {
     pub(super) fn resync_of(&mut self, member: MemberId) -> Option<&mut Resync> {
         self.resyncs
@@ -291,7 +300,7 @@ impl ReplicatedHead {
                         self.set_mut(set).failed |= bit;
                     }
                     (true, None) => {}
-                    (false, Some(at)) => self.resyncs[at].stage = Stage::Adding,
+                    (false, Some(at)) => self.resyncs[at].add_again(),
                     (false, None) => self.miss_ops_of(member),
                 }
             }
@@ -308,7 +317,7 @@ impl ReplicatedHead {
     /// counts as if it had.
     pub(super) fn rejoin_undone(&mut self, member: MemberId) {
         if let Some(resync) = self.resync_of(member) {
-            resync.stage = Stage::Adding;
+            resync.add_again();
         }
     }
 

@@ -19,6 +19,8 @@ struct Bench {
     away: Vec<MemberId>,
     swap: Option<u64>,
     opened: Vec<MemberId>,
+    /// Whose rows were asked for.
+    compared: Vec<MemberId>,
     flushed: Vec<u64>,
     stopped: bool,
 }
@@ -86,6 +88,7 @@ impl Bench {
             away: Vec::new(),
             swap: None,
             opened: Vec::new(),
+            compared: Vec::new(),
             flushed: Vec::new(),
             stopped: false,
         };
@@ -127,6 +130,7 @@ impl Bench {
                     (member, event)
                 }
                 Action::ReadRows { query, member, .. } => {
+                    self.compared.push(member);
                     let result = Ok(empty);
                     (member, Event::Rows { query, result })
                 }
@@ -160,6 +164,20 @@ impl Bench {
         self.revision += 1;
         let outcome = SwapOutcome::Done(Revision(self.revision));
         self.event(Event::Swapped { serial, outcome });
+    }
+
+    /// The swap under way met this record.
+    fn conflict(&mut self, record: VolumeRecord) {
+        let serial = self.swap.take().expect("a swap under way");
+        let outcome = SwapOutcome::Conflict;
+        self.event(Event::Swapped { serial, outcome });
+        self.revision += 10;
+        let changed_at = Revision(self.revision);
+        let record = Some(Box::new(Versioned { record, changed_at }));
+        self.event(Event::Record {
+            asked: true,
+            record,
+        });
     }
 
     fn lose(&mut self, n: u8) {
@@ -208,6 +226,11 @@ impl Bench {
 
     /// A change of a block of a set, taken by everybody.
     fn write(&mut self, set: u16) {
+        let (op, targets) = self.begin_write(set);
+        self.answer_write(op, targets);
+    }
+
+    fn begin_write(&mut self, set: u16) -> (OpKey, ReplicaMask) {
         let chunk = ChunkIndex(u32::from(set));
         let extent = ExtentKey {
             layer: LayerId(1),
@@ -220,6 +243,10 @@ impl Bench {
         let WriteAdmission::Send { op, targets, .. } = admission else {
             panic!("not sent: {admission:?}");
         };
+        (op, targets)
+    }
+
+    fn answer_write(&mut self, op: OpKey, targets: ReplicaMask) {
         for place in targets.places() {
             let mut actions = Vec::new();
             self.head
@@ -259,23 +286,13 @@ fn a_flush_through_an_old_head_is_not_answered() {
     assert_eq!(bench.answer_flush(op, 2, Status::Fenced), Outcome::Pending);
     assert!(bench.flushed.is_empty());
     // What would drop it meets the newer claim.
-    let serial = bench.swap.take().expect("it is to be recorded as out");
-    let outcome = SwapOutcome::Conflict;
-    bench.event(Event::Swapped { serial, outcome });
     let mut record = bench.head.record().clone();
     record.epoch = Epoch(record.epoch.0 + 1);
     record.head = Some(HeadClaim {
         node: node(2),
         incarnation: Uuid::from_u128(6),
     });
-    let record = Some(Box::new(Versioned {
-        record,
-        changed_at: Revision(99),
-    }));
-    bench.event(Event::Record {
-        asked: true,
-        record,
-    });
+    bench.conflict(record);
     assert!(bench.stopped);
     assert!(bench.flushed.is_empty());
 }
@@ -320,4 +337,31 @@ fn nothing_is_read_while_one_that_may_be_in_sync_is_silent() {
     bench.swapped();
     assert!(matches!(bench.read(0), ReadAdmission::From { .. }));
     assert_eq!(bench.flushed, [1]);
+}
+
+#[test]
+fn what_was_forgotten_and_added_again_is_filled_before_it_is_in_sync() {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);
+    let third = bench.member(3);
+    let times = |bench: &Bench| bench.compared.iter().filter(|m| **m == third).count();
+    assert_eq!(times(&bench), 1);
+    assert!(bench.swap.is_some(), "filled, and being added");
+    let (op, targets) = bench.begin_write(0);
+    assert_eq!(targets, ReplicaMask(0b111));
+    bench.lose(2);
+    // While the answer of the swap is on its way, others forget the replica, its store gives its blocks back, and it is
+    // added again.
+    let mut record = bench.head.record().clone();
+    for replica in &mut record.placement.sets[0].replicas {
+        if replica.store == store(3) {
+            *replica = Replica::joining(node(3), store(3), Revision(7));
+        }
+    }
+    bench.conflict(record);
+    // Now the second is recorded as out. The third has yet to be compared, behind the change that is under way.
+    bench.swapped();
+    assert!(bench.swap.is_none() && times(&bench) == 1);
+    bench.answer_write(op, targets);
+    assert_eq!(times(&bench), 2);
+    assert!(bench.swap.is_some(), "filled anew, and being added");
 }
