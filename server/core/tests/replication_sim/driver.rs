@@ -127,6 +127,11 @@ impl Driver {
         self.head.stopped().is_some()
     }
 
+    /// No request is waiting or under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+    }
+
     pub(crate) fn close_links(&mut self, world: &mut World) {
         for conn in self.links.values().copied().filter(|conn| *conn != 0) {
             world.break_connection(conn);

@@ -452,11 +452,12 @@ impl World {
         }
         self.quiet = true;
         self.settle();
-        // What had been on its way for long may have shaken it once more.
+        // What had been on its way for long may have shaken it once more. And what the client has given up waiting for is
+        // done nevertheless: requests that had queued behind a long outage take their time, one after another.
         let end_us = self.now_us + HEAL_US;
-        while self.now_us < end_us && !self.is_healed() && self.violation.is_none() && self.step() {
-        }
-        let healed = self.is_healed();
+        let is_over = |world: &World| world.is_healed() && world.is_idle();
+        while self.now_us < end_us && !is_over(self) && self.violation.is_none() && self.step() {}
+        let healed = is_over(self);
         let result = check::everything_heals::check(healed, || self.describe());
         self.violated(result);
         self.last_reads.clear();
@@ -555,6 +556,12 @@ impl World {
             && heads[0].head.status().away.is_empty()
             && heads[0].head.status().writes_in_flight == 0
             && !heads[0].head.status().is_swapping
+    }
+
+    /// Every request has ended.
+    fn is_idle(&self) -> bool {
+        let mut heads = self.nodes.iter().filter_map(|n| n.head.as_ref());
+        heads.all(|head| head.is_idle())
     }
 
     fn describe(&self) -> String {
