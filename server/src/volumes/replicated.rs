@@ -9,7 +9,8 @@ use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
     ClientNodeId, HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet,
-    SpaceRecord, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
+    SpaceRecord, Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, finish_delete,
+    keys,
 };
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
@@ -17,7 +18,7 @@ use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
 use super::diagnosis::{remembered, stopped};
 use super::{Change, HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
 use crate::data::{ReplicatedSpec, ReplicationStatus};
-use crate::meta::{Batch, Change as RecordChange, Outcome, WatchEnd};
+use crate::meta::{self, Batch, Change as RecordChange, Outcome, WatchEnd};
 use crate::replication::ReplicationEvent;
 
 /// Copies of a new volume, where there are as many nodes and nobody said otherwise.
@@ -172,6 +173,7 @@ impl Volumes {
     ) -> Result<VolumeView, VolumeError> {
         let reference = reference.to_owned();
         self.to_the_end(|service| async move {
+            service.hear_of(&reference).await?;
             let (known, _guard) = service.lock_volume(&reference).await?;
             let id = known.record.id;
             // The catalog may be behind: a node that was fenced must not take the volume from the one that has it now.
@@ -195,6 +197,25 @@ impl Volumes {
             service.get(&id.0.to_string())
         })
         .await
+    }
+
+    /// Looks a volume up that another daemon may have made a moment ago.
+    async fn hear_of(self: &Arc<Self>, reference: &str) -> Result<(), VolumeError> {
+        if self.catalog().find(reference).is_some() {
+            return Ok(());
+        }
+        let id = match VolumeName::parse(reference) {
+            Ok(name) => self.name_holder(&name).await?.map(|held| held.volume),
+            Err(_) => None,
+        };
+        let id = id.or_else(|| reference.parse().ok().map(VolumeId));
+        if let Some(id) = id
+            && let Some(current) =
+                meta::read::<VolumeRecord>(&*self.store, &keys::volume(id)).await?
+        {
+            self.record_seen(current).await;
+        }
+        Ok(())
     }
 
     /// Serves a volume with replicas here; one that is stays as it is. Its lock is held.
