@@ -23,9 +23,9 @@ pub struct Finished {
     pub line: String,
     /// Its exit code, or 128 and the signal that ended it.
     pub code: i32,
-    /// At most [`OUTPUT_MAX`] bytes.
+    /// At most 64 KiB of it.
     pub stdout: String,
-    /// At most [`OUTPUT_MAX`] bytes.
+    /// At most 64 KiB of it.
     pub stderr: String,
 }
 
