@@ -119,6 +119,16 @@ impl Node {
         Ok(())
     }
 
+    /// Whether this node still has a volume. Refused all the same, it is being served elsewhere for a moment, and what was
+    /// not written yet is not lost for that: [`keep_connected`](super::keep_connected) has it opened here again.
+    async fn is_published(&self, volume: Uuid) -> bool {
+        let known = self.daemon.volume(volume).await;
+        known.is_ok_and(|known| {
+            let mut publications = known.publications.iter();
+            publications.any(|publication| publication.node_id == self.settings.node_id)
+        })
+    }
+
     /// Whether the server behind a device is gone for good, as far as anybody can wait: fenced at once, silent for as long
     /// as the patience lasts. A device that is slow is not dead: only an error that it returned counts.
     pub(super) async fn is_dead(&self, export: Option<&Export>, device: &Device) -> bool {
@@ -139,7 +149,8 @@ impl Node {
                     Err(_) => {}
                 }
             }
-            if refused == servers.len() || begun.elapsed() >= self.settings.patience {
+            let is_fenced = refused == servers.len() && !self.is_published(export.volume).await;
+            if is_fenced || begun.elapsed() >= self.settings.patience {
                 return true;
             }
             tokio::time::sleep(RETRY).await;
