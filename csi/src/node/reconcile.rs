@@ -1,9 +1,11 @@
 //! After a restart, and for as long as the plugin runs: what is known is compared with what is, and devices whose server
 //! went away get new connections.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::Node;
@@ -62,74 +64,70 @@ impl Node {
         Ok(())
     }
 
-    /// Gives the kernel's NBD devices as many new connections as they lack. The daemon's count of connections tells, not
+    /// Gives a kernel's NBD device as many new connections as it lacks. The daemon's count of connections tells, not
     /// the kernel's: the kernel says "connected" of a device whose sockets are all dead.
-    async fn heal(&self, connections: u32) -> Result<(), Refusal> {
-        for state in self.states.all()? {
-            let volume = state.export.volume;
-            if state.boot_id != self.boot_id {
-                continue;
+    async fn heal(&self, state: &VolumeState, connections: u32) -> Result<(), Refusal> {
+        let volume = state.export.volume;
+        if state.boot_id != self.boot_id {
+            return Ok(());
+        }
+        let Some(device) = self.device_of(volume).await? else {
+            return Ok(());
+        };
+        if device.kind != DeviceKind::KernelNbd {
+            return Ok(());
+        }
+        let Ok(known) = self.daemon.volume(volume).await else {
+            return Ok(());
+        };
+        let open = known
+            .publications
+            .iter()
+            .find(|publication| publication.node_id == self.settings.node_id)
+            .map(|publication| publication.connections);
+        // Not published here: fenced on purpose.
+        let Some(missing) = open.and_then(|open| connections.checked_sub(open)) else {
+            return Ok(());
+        };
+        if missing == 0 {
+            return Ok(());
+        }
+        // Somebody had another daemon serve it; but it is published to this node, and nobody else can use it.
+        if known.is_replicated
+            && known.not_served.is_some()
+            && let Err(refusal) = self.daemon.open(volume, &self.settings.node_id).await
+        {
+            tracing::debug!(volume = %volume, %refusal, "the daemon cannot serve the volume yet");
+            return Ok(());
+        }
+        // Asked of the daemon that the connections are to: a daemon that lost power after this was read ends them itself.
+        let may = async {
+            let known = self.daemon.volume(volume).await;
+            let known = known.map_err(|refusal| AttachError::Failed(refusal.message))?;
+            if known.client_generation == state.client_generation {
+                Ok(())
+            } else {
+                Err(AttachError::AnswersLost)
             }
-            let Some(device) = self.device_of(volume).await? else {
-                continue;
-            };
-            if device.kind != DeviceKind::KernelNbd {
-                continue;
+        };
+        // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
+        // refuses connections for a device that carries another volume by now, and for one that is let go.
+        match self
+            .attacher(device.kind)?
+            .reconnect(&device, &state.export, missing, Box::pin(may))
+            .await
+        {
+            Err(AttachError::AnswersLost) => self.give_up(volume, &device).await,
+            Ok(given) => {
+                tracing::info!(volume = %volume, device = device.name, given, "gave a device new connections");
             }
-            let Ok(known) = self.daemon.volume(volume).await else {
-                continue;
-            };
-            let open = known
-                .publications
-                .iter()
-                .find(|publication| publication.node_id == self.settings.node_id)
-                .map(|publication| publication.connections);
-            // Not published here: fenced on purpose.
-            let Some(missing) = open.and_then(|open| connections.checked_sub(open)) else {
-                continue;
-            };
-            if missing == 0 {
-                continue;
-            }
-            // Somebody had another daemon serve it; but it is published to this node, and nobody else can use it.
-            if known.is_replicated
-                && known.not_served.is_some()
-                && let Err(refusal) = self.daemon.open(volume, &self.settings.node_id).await
-            {
-                tracing::debug!(volume = %volume, %refusal, "the daemon cannot serve the volume yet");
-                continue;
-            }
-            // Asked of the daemon that the connections are to: a daemon that lost power after this was read ends them itself.
-            let may = async {
-                let known = self.daemon.volume(volume).await;
-                let known = known.map_err(|refusal| AttachError::Failed(refusal.message))?;
-                if known.client_generation == state.client_generation {
-                    Ok(())
-                } else {
-                    Err(AttachError::AnswersLost)
-                }
-            };
-            // Not under the volume's turn: an operation that has it may be waiting for this very device. The kernel
-            // refuses connections for a device that carries another volume by now, and for one that is let go.
-            match self
-                .attacher(device.kind)?
-                .reconnect(&device, &state.export, missing, Box::pin(may))
-                .await
-            {
-                Err(AttachError::AnswersLost) => self.give_up(volume, &device).await,
-                Ok(given) => {
-                    tracing::info!(volume = %volume, device = device.name, given, "gave a device new connections");
-                }
-                Err(error) => {
-                    tracing::debug!(volume = %volume, device = device.name, %error, "no new connections yet");
-                }
+            Err(error) => {
+                tracing::debug!(volume = %volume, device = device.name, %error, "no new connections yet");
             }
         }
         Ok(())
     }
-}
 
-impl Node {
     /// Fails a device whose volume lost answered writes: with a new connection its users would go on as if they were there.
     async fn give_up(&self, volume: Uuid, device: &Device) {
         let problem = ("AnswersLost", AttachError::AnswersLost.to_string());
@@ -148,14 +146,43 @@ impl Node {
     }
 }
 
-/// Looks after the connections of this node's devices until the task is dropped. `connections` is how many each has.
+/// Looks after the connections of this node's devices until the task is dropped. `connections` is how many each has. A volume
+/// that cannot be opened for long keeps no other one waiting.
 pub async fn keep_connected(node: Arc<Node>, connections: u32) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut healing: JoinSet<Uuid> = JoinSet::new();
+    let mut busy: HashSet<Uuid> = HashSet::new();
     loop {
         ticks.tick().await;
-        if let Err(error) = node.heal(connections).await {
-            tracing::warn!(%error, "looking after connections failed");
+        while let Some(ended) = healing.try_join_next() {
+            match ended {
+                Ok(volume) => {
+                    busy.remove(&volume);
+                }
+                // Which one it was is not known; all that still run are waited for by nobody.
+                Err(_) => busy.clear(),
+            }
+        }
+        let states = match node.states.all() {
+            Ok(states) => states,
+            Err(error) => {
+                tracing::warn!(%error, "looking after connections failed");
+                continue;
+            }
+        };
+        for state in states {
+            let volume = state.export.volume;
+            if !busy.insert(volume) {
+                continue;
+            }
+            let node = node.clone();
+            healing.spawn(async move {
+                if let Err(error) = node.heal(&state, connections).await {
+                    tracing::warn!(volume = %volume, %error, "looking after connections failed");
+                }
+                volume
+            });
         }
     }
 }
