@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ashlar_core::records::{LeftoverRecord, Record, Transaction, Versioned, keys};
+use ashlar_core::units::ChunkIndex;
 use tokio::sync::watch;
 
 use super::Controller;
-use crate::meta::MetadataError;
+use crate::data::DataConfig;
+use crate::meta::{MetadataError, Outcome};
 use crate::replication::space_records;
 
 /// Between two looks.
@@ -16,7 +18,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Nothing is given back before this daemon has known of it for so long, twice the lease of a head: the head that took
 /// the replica out of its set asks it for nothing new from before that is recorded, and what it had asked for then is
 /// answered by now, or was given up with the session.
-const SETTLED_AFTER: Duration = Duration::from_secs(8);
+const SETTLED_AFTER: Duration = DataConfig::LEASE.saturating_mul(2);
+/// One set is given back for so long at a time: then it is looked whether that is still right, and others have a turn.
+const TURN: Duration = Duration::from_secs(2);
+/// Notes that go by one transaction: a condition and two effects each.
+const NOTES_AT_ONCE: usize = 16;
 /// Between two pieces, so that clients hardly notice.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -75,7 +81,8 @@ async fn look_once(
     }
     // With the room as it is now, so that nobody plans with what was.
     let spaces = space_records(controller.node, &controller.plane).await;
-    for some in given.chunks(16) {
+    let mut sets = 0;
+    for some in given.chunks(NOTES_AT_ONCE) {
         let mut transaction = Transaction::new();
         for left in some {
             let key = left.record.key();
@@ -86,10 +93,13 @@ async fn look_once(
         for space in spaces.iter().filter(|space| stores.contains(&space.store)) {
             transaction = transaction.put(keys::space(space.store), space.encode());
         }
-        controller.records.commit(transaction).await?;
+        // Somebody changed a note: it is looked at again.
+        if let Outcome::Committed(_) = controller.records.commit(transaction).await? {
+            sets += some.len();
+        }
     }
     tracing::info!(
-        sets = given.len(),
+        sets,
         "what was left of copies that went elsewhere was given back"
     );
     Ok(())
@@ -120,14 +130,24 @@ async fn give_one_back(
         }
         return Ok(true);
     }
-    loop {
-        match controller.plane.give_back(left).await {
-            Ok(true) => return Ok(true),
-            Ok(false) => tokio::time::sleep(PAUSE).await,
-            Err(error) => {
-                tracing::warn!(store = %left.store.0, %error, "a store cannot give back what it is left with");
+    let begun = Instant::now();
+    for layer in &left.layers {
+        let mut from = Some(ChunkIndex(0));
+        while let Some(chunk) = from {
+            if begun.elapsed() >= TURN {
                 return Ok(false);
+            }
+            match controller.plane.give_back(left, *layer, chunk).await {
+                Ok(next) => from = next,
+                Err(error) => {
+                    tracing::warn!(store = %left.store.0, %error, "a store cannot give back what it is left with");
+                    return Ok(false);
+                }
+            }
+            if from.is_some() {
+                tokio::time::sleep(PAUSE).await;
             }
         }
     }
+    Ok(true)
 }

@@ -8,7 +8,7 @@ use ashlar_core::nbd::session::Admitted;
 use ashlar_core::records::{LeftoverRecord, Versioned, VolumeLimits, VolumeRecord};
 use ashlar_core::replication::{BootId, SwapOutcome};
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
+use ashlar_core::units::{ChunkIndex, Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
@@ -263,12 +263,22 @@ impl DataPlane {
         }
     }
 
-    /// Gives some of what a store has of a set that went elsewhere back. True: nothing is left of it; durable at the
-    /// store's next checkpoint.
-    pub async fn give_back(&self, left: &LeftoverRecord) -> Result<bool, DataError> {
+    /// Gives some of what a store has of a set that went elsewhere back: of one layer, from a chunk on. Answers where to go
+    /// on; `None`: nothing is left of it. Durable at the store's next checkpoint.
+    pub async fn give_back(
+        &self,
+        left: &LeftoverRecord,
+        layer: LayerId,
+        from: ChunkIndex,
+    ) -> Result<Option<ChunkIndex>, DataError> {
         let command = |answer| {
             let left = left.clone();
-            Command::Cluster(ClusterCommand::GiveBack { left, answer })
+            Command::Cluster(ClusterCommand::GiveBack {
+                left,
+                layer,
+                from,
+                answer,
+            })
         };
         self.thread_of_store(left.store)?.ask(command).await?
     }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -78,6 +78,8 @@ struct Watch {
     generation: u32,
     /// A one-shot writability poll is armed.
     writable_armed: bool,
+    /// Its last poll ended with an error.
+    poll_failed: bool,
 }
 
 /// See the module text. Flags are probed when opened: single issuer with deferred task work where the kernel has it
@@ -406,21 +408,32 @@ impl UringEngine {
         match data >> 60 {
             KIND_DISK => self.on_disk(slot as usize, entry.result(), out),
             KIND_READABLE => {
-                let Some(watch) = self.watches.get(slot as usize) else {
+                let Some(watch) = self.watches.get_mut(slot as usize) else {
                     return;
                 };
                 if watch.generation != generation {
                     return;
                 }
-                let hang_up = entry.result()
-                    & i32::from(libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR)
-                    != 0;
+                let result = entry.result();
+                let failed_again = result < 0 && watch.poll_failed;
+                watch.poll_failed = result < 0;
+                if result < 0 {
+                    let error = io::Error::from_raw_os_error(-result);
+                    tracing::warn!(%error, again = failed_again, "the poll of a socket ended");
+                }
+                if failed_again {
+                    // Nobody would hear of this socket any more: it ends, and whoever reads it sees that.
+                    // SAFETY: the descriptor is open as long as it is watched.
+                    let socket = unsafe { BorrowedFd::borrow_raw(watch.fd) };
+                    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+                }
+                let hangs_up = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
                 out.push(Event::Readable {
                     token: watch.token,
-                    hang_up: hang_up || entry.result() < 0,
+                    hang_up: failed_again || (result >= 0 && result & i32::from(hangs_up) != 0),
                 });
                 // A multishot poll ends by itself when completions overflowed; arming anew reports the present state.
-                if !cqueue::more(entry.flags()) && entry.result() >= 0 {
+                if !cqueue::more(entry.flags()) && !failed_again {
                     self.arm_readable(slot);
                 }
             }
@@ -616,6 +629,7 @@ impl Engine for UringEngine {
             generation,
             token,
             writable_armed: false,
+            poll_failed: false,
         }) as u32;
         self.arm_readable(slot);
         Ok(WatchId { slot, generation })

@@ -8,20 +8,23 @@ use super::{Store, WriteError};
 use crate::units::{CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId};
 
 impl Store {
-    /// Makes zeros of at most `limit` leaves of the chunks of a layer that are `unwanted`. True: nothing is left of
-    /// them. Not durable before the next flush or checkpoint.
+    /// Makes zeros of at most `limit` leaves of the chunks of a layer that are `unwanted`, from chunk `from` on. Answers
+    /// the chunk to go on with; `None`: nothing is left of them. Not durable before the next flush or checkpoint.
     pub fn give_back(
         &mut self,
         layer: LayerId,
+        from: ChunkIndex,
         unwanted: impl Fn(ChunkIndex) -> bool,
         limit: usize,
-    ) -> Result<bool, WriteError> {
-        let rows: Vec<(RowId, ExtentKey)> = self
+    ) -> Result<Option<ChunkIndex>, WriteError> {
+        let mut rows: Vec<(RowId, ExtentKey)> = self
             .index
             .rows()
-            .filter(|(_, row)| row.key.layer == layer && !row.dropped && unwanted(row.key.chunk))
+            .filter(|(_, row)| row.key.layer == layer && row.key.chunk >= from && !row.dropped)
+            .filter(|(_, row)| unwanted(row.key.chunk))
             .map(|(id, row)| (id, row.key))
             .collect();
+        rows.sort_unstable_by_key(|(_, key)| key.chunk);
         let mut done = 0;
         for (row, key) in rows {
             for leaf in 0..CHUNK_LEAVES {
@@ -29,7 +32,7 @@ impl Store {
                     continue;
                 }
                 if done == limit {
-                    return Ok(false);
+                    return Ok(Some(key.chunk));
                 }
                 // Not newer than what is there: versions are the heads' to give.
                 let version = self.leaf_version(row, leaf);
@@ -37,7 +40,7 @@ impl Store {
                 done += 1;
             }
         }
-        Ok(done == 0)
+        Ok(None)
     }
 
     /// Whether a block of a leaf is anything but zeros, or may be.

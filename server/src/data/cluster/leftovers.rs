@@ -2,6 +2,7 @@
 
 use ashlar_core::records::LeftoverRecord;
 use ashlar_core::store::WriteError;
+use ashlar_core::units::{ChunkIndex, LayerId};
 
 use super::super::config::DataError;
 use super::super::thread::DataThread;
@@ -10,25 +11,27 @@ use super::super::thread::DataThread;
 const LEAVES_AT_ONCE: usize = 32;
 
 impl DataThread {
-    /// True: all of it is given back.
-    pub(super) fn give_leftover_back(&mut self, left: &LeftoverRecord) -> Result<bool, DataError> {
+    /// Gives some of one layer back, from a chunk on. Answers where to go on; `None`: all of it is given back.
+    pub(super) fn give_leftover_back(
+        &mut self,
+        left: &LeftoverRecord,
+        layer: LayerId,
+        from: ChunkIndex,
+    ) -> Result<Option<ChunkIndex>, DataError> {
         let at = self
             .store_here(left.store)
             .ok_or(DataError::NoSuchStore(left.store))?;
         let driver = &mut self.stores[at];
         // Clients that wait for room go first.
         if !driver.parked.is_empty() {
-            return Ok(false);
+            return Ok(Some(from));
         }
-        for layer in &left.layers {
-            let has = |chunk| left.has(chunk);
-            match driver.store.give_back(*layer, has, LEAVES_AT_ONCE) {
-                Ok(true) => {}
-                Ok(false) | Err(WriteError::Busy { .. }) => return Ok(false),
-                Err(WriteError::NoSpace) => return Ok(false),
-                Err(WriteError::Failed(error)) => return Err(DataError::Store(error)),
-            }
+        let has = |chunk| left.has(chunk);
+        match driver.store.give_back(layer, from, has, LEAVES_AT_ONCE) {
+            Ok(next) => Ok(next),
+            // What was done stays done; the rest of the piece is found again.
+            Err(WriteError::Busy { .. } | WriteError::NoSpace) => Ok(Some(from)),
+            Err(WriteError::Failed(error)) => Err(DataError::Store(error)),
         }
-        Ok(true)
     }
 }

@@ -5,7 +5,7 @@ use ashlar_core::records::{HeadClaim, LeftoverRecord, Versioned, VolumeRecord};
 use ashlar_core::replication::{
     AcceptorEvent, Event, HeadParams, ReplicatedHead, StopReason, SwapOutcome,
 };
-use ashlar_core::units::{Epoch, StoreId, VolumeId};
+use ashlar_core::units::{ChunkIndex, Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::oneshot;
 
 use super::super::config::{DataError, VolumeSpec};
@@ -49,10 +49,12 @@ pub(in super::super) enum ClusterCommand {
         volume: VolumeId,
         answer: oneshot::Sender<()>,
     },
-    /// Gives some of what a set has left here back; answered with whether that was all.
+    /// Gives some of what a set has left here back; answered with where to go on.
     GiveBack {
         left: LeftoverRecord,
-        answer: oneshot::Sender<Result<bool, DataError>>,
+        layer: LayerId,
+        from: ChunkIndex,
+        answer: oneshot::Sender<Result<Option<ChunkIndex>, DataError>>,
     },
     LinkUp(Box<super::LinkEnds>),
     LinkAccepted(Box<super::LinkEnds>),
@@ -101,8 +103,13 @@ impl DataThread {
                 self.cluster.seals.retain(|(of, _), _| *of != volume);
                 let _ = answer.send(());
             }
-            ClusterCommand::GiveBack { left, answer } => {
-                let _ = answer.send(self.give_leftover_back(&left));
+            ClusterCommand::GiveBack {
+                left,
+                layer,
+                from,
+                answer,
+            } => {
+                let _ = answer.send(self.give_leftover_back(&left, layer, from));
             }
             ClusterCommand::LinkUp(ends) => {
                 if self.drain.is_none() {
