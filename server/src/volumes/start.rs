@@ -121,8 +121,12 @@ impl Volumes {
             {
                 continue;
             }
-            let told = self.change(&Change::LoseAnswers { id: record.id }).await?;
-            let told = told.ok_or(VolumeError::Contended)?;
+            let told = match self.change(&Change::LoseAnswers { id: record.id }).await {
+                Ok(told) => told.ok_or(VolumeError::Contended)?,
+                // Deleted since it was read: nobody relies on it.
+                Err(VolumeError::NotFound { .. }) => continue,
+                Err(error) => return Err(error),
+            };
             tracing::warn!(
                 volume = %record.name,
                 client_generation = told.record.client_generation,

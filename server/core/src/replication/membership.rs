@@ -3,8 +3,8 @@
 //! a changed record.
 
 use crate::records::{
-    LeftoverRecord, REPLICAS_MAX, Record, Replica, ReplicaState, SetIndex, Transaction, Versioned,
-    VolumeRecord, VolumeState, keys,
+    Condition, Effect, LeftoverRecord, REPLICAS_MAX, Record, Replica, ReplicaState, SetIndex,
+    Transaction, Versioned, VolumeRecord, VolumeState, keys,
 };
 use crate::units::{NodeId, StoreId};
 
@@ -67,6 +67,9 @@ pub enum ChangeError {
     /// The set has as many replicas as it can.
     #[error("a replica set has at most eight replicas, those being filled included")]
     TooMany,
+    /// It was taken out by the same changes, and what it had has to be given back before it is filled again.
+    #[error("a store that is taken out of a replica set cannot be put into it at the same time")]
+    LeavesFirst,
     /// It holds acknowledged writes; only the head takes it out, when others suffice.
     #[error("the replica is in sync; wish it away, and it goes when others suffice")]
     InSync,
@@ -139,6 +142,18 @@ pub fn change_all(
     let mut all = Transaction::new().when_unchanged(key.clone(), current.changed_at);
     for one in wanted {
         let (record, transaction) = change(&now, *one)?;
+        let is_put = |what: &str| {
+            let mut effects = all.effects.iter();
+            effects.any(|effect| matches!(effect, Effect::Put { key, .. } if key == what))
+        };
+        // Conditions are looked at before anything is changed: this one would not see the note of the same transaction.
+        let meets_its_note = transaction
+            .conditions
+            .iter()
+            .any(|what| matches!(what, Condition::Absent { key } if is_put(key)));
+        if meets_its_note {
+            return Err(ChangeError::LeavesFirst);
+        }
         now.record = record;
         let (conditions, effects) = (transaction.conditions, transaction.effects);
         let others = conditions.into_iter().filter(|what| what.key() != key);

@@ -120,3 +120,15 @@ fn several_changes_are_one_transaction() {
         Err(ChangeError::AlreadyThere(store(4)))
     );
 }
+
+#[test]
+fn a_store_does_not_leave_a_set_and_join_it_at_once() {
+    let mut current = volume();
+    current.record.placement.sets[1].replicas[2].state = ReplicaState::Out;
+    let (set, store, node) = (SetIndex(1), store(3), node(3));
+    let both = [
+        Change::Remove { set, store },
+        Change::Add { set, node, store },
+    ];
+    assert_eq!(change_all(&current, &both), Err(ChangeError::LeavesFirst));
+}
