@@ -145,6 +145,7 @@ const NO_LONGER_SERVED: &str = "a volume is no longer served here";
 pub struct Trio {
     pub nodes: Vec<Node>,
     pub etcd: Etcd,
+    expects_losses: bool,
     _scratch: Scratch,
 }
 
@@ -178,6 +179,9 @@ impl Trio {
         let setup = on_host(network, number, setup);
         let mut node = self.nodes[0].joined(&format!("{test}-{number}"), &self.etcd, setup);
         node.daemon.log.expect(NO_LONGER_SERVED);
+        if self.expects_losses {
+            node.expect_losses();
+        }
         self.nodes.push(node);
         number
     }
@@ -195,12 +199,14 @@ impl Trio {
         Trio {
             nodes,
             etcd,
+            expects_losses: false,
             _scratch: scratch,
         }
     }
 
     /// Nodes will be away, by the test's doing: what the others say of it, and they of the others, is expected.
     pub fn expect_losses(&mut self) {
+        self.expects_losses = true;
         for node in &mut self.nodes {
             node.expect_losses();
         }

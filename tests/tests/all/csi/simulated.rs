@@ -140,4 +140,5 @@ fn every_pod_gets_its_data_and_nothing_is_left() {
     }
     // It was worth something.
     assert!(world.happened("pods") > 50, "{}", world.tally());
+    assert!(killed > 0 && fallen > 0, "{killed} killed, {fallen} fallen");
 }

@@ -13,7 +13,7 @@ use ashlar_tests::nbd::Wishes;
 use ashlar_tests::wait;
 use serde_json::Value;
 
-use super::{LEASE, verifying};
+use super::{LEASE, verifying, wait_written};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 512;
@@ -193,9 +193,13 @@ fn a_busy_volume_is_compared_and_nothing_false_is_said() {
             Err(String::new())
         }
     });
-    wait::pass(Duration::from_secs(3));
+    wait_written(&trio, 8e6);
     let (said, code) = doctor(&trio, 1, &["disk"]);
     assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said["compared"][0]["compared_bytes"].as_u64() > Some(0),
+        "{said}"
+    );
     let codes = codes(&said);
     assert!(codes.iter().all(|code| code == "partly-compared"), "{said}");
     println!("under load: {said}");

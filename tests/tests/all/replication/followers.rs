@@ -9,7 +9,7 @@ use ashlar_tests::nbd::Wishes;
 use ashlar_tests::wait;
 use rustix::process::Signal;
 
-use super::{LEASE, PAUSE_LIMIT, longest_pause, verifying};
+use super::{LEASE, PAUSE_LIMIT, longest_pause, verifying, written};
 
 /// Bytes that are filled beside what fio writes: much more than is written while a node is away, so that it shows when
 /// all is copied.
@@ -23,14 +23,6 @@ fn filled(trio: &Trio) {
         client.write(at as u64, &piece).expect("written");
     }
     client.flush().expect("flushed");
-}
-
-/// Bytes that clients of the head have written.
-fn written(trio: &Trio) -> f64 {
-    let metrics = trio.nodes[0].daemon.metrics();
-    let labels = [("volume", "disk"), ("command", "write")];
-    let sum = metrics.sum("ashlar_volume_bytes_total", &labels);
-    sum.unwrap_or_else(|| panic!("{metrics:?}"))
 }
 
 /// Lets `leave` happen to node 2 under load, then `come`; the copy must be in sync again, by no more than a bit more than

@@ -20,6 +20,7 @@ use ashlar_server::data::DataConfig;
 use ashlar_tests::cluster::Trio;
 use ashlar_tests::fio::Fio;
 use ashlar_tests::tool::{Finished, Running};
+use ashlar_tests::wait;
 use serde_json::Value;
 
 /// How long a head relies on what it heard.
@@ -35,6 +36,27 @@ fn verifying(trio: &Trio, at: usize, volume: &str, seconds: u32, rate: &str) -> 
         .arg(format!("--runtime={seconds}"))
         .arg(format!("--rate={rate}"))
         .start()
+}
+
+/// Bytes that clients of the first node have written to "disk".
+fn written(trio: &Trio) -> f64 {
+    let metrics = trio.nodes[0].daemon.metrics();
+    let labels = [("volume", "disk"), ("command", "write")];
+    let sum = metrics.sum("ashlar_volume_bytes_total", &labels);
+    sum.unwrap_or_else(|| panic!("{metrics:?}"))
+}
+
+/// Waits until they have written so many more.
+fn wait_written(trio: &Trio, more: f64) {
+    let before = written(trio);
+    wait::until(LEASE * 4, "clients write", || {
+        let bytes = written(trio) - before;
+        if bytes > more {
+            Ok(())
+        } else {
+            Err(format!("{bytes}"))
+        }
+    });
 }
 
 /// Demands that fio saw no error; the longest it waited for an answer.

@@ -17,6 +17,8 @@ use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::wait;
 use serde_json::Value;
 
+use super::wait_written;
+
 const VOLUME: u64 = 21;
 /// Blocks of a chunk.
 const CHUNK: u64 = 16_384;
@@ -235,7 +237,7 @@ fn a_node_that_is_lost_for_good_is_replaced() {
     trio.join("replaced", &network, setup());
     let lost = trio.nodes[2].id();
     let load = Load::start(&trio, 0, known);
-    wait::pass(Duration::from_secs(2));
+    wait_written(&trio, 1e6);
     let start = Instant::now();
     trio.nodes[2].daemon.kill();
     wait::until(LONG, "every set has three copies again", || {
