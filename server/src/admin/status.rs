@@ -15,6 +15,7 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::FilesystemType(_)
         | VolumeError::Annotations(_)
         | VolumeError::Limits(_)
+        | VolumeError::TooManyCopies { .. }
         | VolumeError::ClientNode(_) => Code::InvalidArgument,
         VolumeError::Publish(PublishError::UnknownNode { .. }) => Code::NotFound,
         VolumeError::Publish(PublishError::OtherTerms { .. }) => Code::AlreadyExists,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ashlar_core::records::COPIES_MAX;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -275,7 +276,7 @@ pub(super) enum VolumeCommand {
         #[arg(long)]
         read_only: bool,
         /// Copies of each chunk, on as many nodes [default: 3, or as many as a smaller cluster has nodes]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
         replicas: Option<u32>,
         /// Requests a second that clients may ask of it at most, 10 or more
         #[arg(long, value_name = "N")]

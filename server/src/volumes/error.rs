@@ -2,9 +2,9 @@
 
 use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
-    AnnotationsError, AnnotationsMoved, ClaimError, ClientNodeError, ClientNodeId, ConfigureError,
-    CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError, NameError,
-    PublishError, RenameError, ResizeError, SizeError,
+    AnnotationsError, AnnotationsMoved, COPIES_MAX, ClaimError, ClientNodeError, ClientNodeId,
+    ConfigureError, CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError,
+    NameError, PublishError, RenameError, ResizeError, SizeError,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
@@ -129,6 +129,12 @@ pub enum VolumeError {
         reference: String,
         /// Where it is served.
         node: NodeId,
+    },
+    /// More than a set has places for, one being kept for the copy that replaces another.
+    #[error("{asked} copies were asked for, and a volume has at most {COPIES_MAX}")]
+    TooManyCopies {
+        /// How many.
+        asked: u32,
     },
     /// Asked for in the name of a client node that does not have it.
     #[error("volume {reference} is not published to node {node}, or not any more")]

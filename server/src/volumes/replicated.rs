@@ -8,7 +8,7 @@ use std::time::Duration;
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::placement::{ClusterStore, spread};
 use ashlar_core::records::{
-    ClientNodeId, HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet,
+    COPIES_MAX, ClientNodeId, HeadClaim, MemberRecord, MemberState, Placement, Replica, ReplicaSet,
     SpaceRecord, Transaction, Versioned, VolumeName, VolumeRecord, VolumeState, finish_delete,
     keys,
 };
@@ -68,6 +68,7 @@ impl Volumes {
         nodes.dedup();
         let replicas = match replicas {
             0 => nodes.len().clamp(1, REPLICAS_BY_DEFAULT) as u32,
+            asked if asked > COPIES_MAX => return Err(VolumeError::TooManyCopies { asked }),
             asked => asked,
         };
         let sets = spread(&stores, replicas as usize, chunks, self.head.node)?;

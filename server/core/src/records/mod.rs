@@ -57,6 +57,8 @@ pub use record::{
     DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, PLACEMENT_ENTRIES_MAX, Placement,
     Record, ScrubRecord, StoreRecord, VolumeRecord, VolumeState, keys,
 };
-pub use replica::{REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, default_min_in_sync};
+pub use replica::{
+    COPIES_MAX, REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, default_min_in_sync,
+};
 pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
 pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};

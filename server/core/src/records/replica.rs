@@ -8,6 +8,8 @@ use crate::units::{NodeId, StoreId, Version};
 /// Most replicas of one set, those that are being filled or have fallen behind included: a head keeps them in a byte
 /// of bits.
 pub const REPLICAS_MAX: usize = 8;
+/// Most copies that anybody may ask for: one place is for the copy that replaces another.
+pub const COPIES_MAX: u32 = REPLICAS_MAX as u32 - 1;
 
 /// A replica set, by its place in the placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

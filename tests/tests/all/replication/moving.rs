@@ -26,10 +26,18 @@ const CHUNK: u64 = 16_384;
 const CHUNKS: u64 = 32;
 /// Blocks in use at the beginning of each chunk (4 MiB).
 const USED: u64 = 1_024;
+/// Blocks that are filled and read at a time.
+const PIECE: u64 = 256;
 /// Much longer than anything takes here.
 const LONG: Duration = Duration::from_secs(240);
 /// How long a node is away before it is replaced, seconds.
 const REPLACE_AFTER: u64 = 10;
+
+/// The first block of each piece in use.
+fn pieces() -> impl Iterator<Item = u64> {
+    let in_chunk = || (0..USED).step_by(PIECE as usize);
+    (0..CHUNKS).flat_map(move |chunk| in_chunk().map(move |first| chunk * CHUNK + first))
+}
 
 fn setup() -> Setup {
     Setup::default().args(["--replace-after", &REPLACE_AFTER.to_string()])
@@ -42,13 +50,10 @@ fn filled(trio: &Trio) -> HashMap<u64, u64> {
     assert_eq!(sets as u64, CHUNKS, "a set for each chunk");
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
     let mut known = HashMap::new();
-    for chunk in 0..CHUNKS {
-        for first in (0..USED).step_by(256) {
-            let first = chunk * CHUNK + first;
-            let bytes = pattern::blocks(VOLUME, first, 256, 1);
-            client.write(first * BLOCK as u64, &bytes).expect("written");
-            known.extend((first..first + 256).map(|block| (block, 1)));
-        }
+    for first in pieces() {
+        let bytes = pattern::blocks(VOLUME, first, PIECE, 1);
+        client.write(first * BLOCK as u64, &bytes).expect("written");
+        known.extend((first..first + PIECE).map(|block| (block, 1)));
     }
     client.flush().expect("flushed");
     known
@@ -121,16 +126,13 @@ impl Load {
 fn verify_at(trio: &Trio, at: usize, known: &HashMap<u64, u64>) {
     trio.open_at(at, "disk");
     let mut client = trio.nodes[at].daemon.open("disk", Wishes::SIMPLE);
-    for chunk in 0..CHUNKS {
-        for first in (0..USED).step_by(256) {
-            let first = chunk * CHUNK + first;
-            let data = client.read(first * BLOCK as u64, 256 * BLOCK as u64);
-            let data = data.expect("read");
-            for (block, bytes) in (first..).zip(data.chunks_exact(BLOCK)) {
-                let content = pattern::identify(bytes, VOLUME, block);
-                let expected = Content::Version(known[&block]);
-                assert_eq!(content, Ok(expected), "block {block} at node {at}");
-            }
+    for first in pieces() {
+        let data = client.read(first * BLOCK as u64, PIECE * BLOCK as u64);
+        let data = data.expect("read");
+        for (block, bytes) in (first..).zip(data.chunks_exact(BLOCK)) {
+            let content = pattern::identify(bytes, VOLUME, block);
+            let expected = Content::Version(known[&block]);
+            assert_eq!(content, Ok(expected), "block {block} at node {at}");
         }
     }
 }
@@ -227,6 +229,17 @@ fn a_node_is_drained_under_load_and_removed() {
     }
 }
 
+fn wait_whole_without(trio: &Trio, lost: &str) {
+    wait::until(LONG, "every set has three copies again", || {
+        let (on, is_whole) = copies(trio);
+        if is_whole && !on.contains_key(lost) {
+            Ok(())
+        } else {
+            Err(format!("{on:?}\n{}", logs(trio)))
+        }
+    });
+}
+
 #[test]
 fn a_node_that_is_lost_for_good_is_replaced() {
     network::demand();
@@ -240,14 +253,7 @@ fn a_node_that_is_lost_for_good_is_replaced() {
     wait_written(&trio, 1e6);
     let start = Instant::now();
     trio.nodes[2].daemon.kill();
-    wait::until(LONG, "every set has three copies again", || {
-        let (on, is_whole) = copies(&trio);
-        if is_whole && !on.contains_key(&lost) {
-            Ok(())
-        } else {
-            Err(format!("{on:?}\n{}", logs(&trio)))
-        }
-    });
+    wait_whole_without(&trio, &lost);
     let took = start.elapsed();
     println!("in full health {took:?} after a node was lost");
     assert!(took >= Duration::from_secs(REPLACE_AFTER));
@@ -271,14 +277,7 @@ fn a_volume_whose_node_is_lost_is_looked_after() {
     trio.open_at(2, "disk");
     let lost = trio.nodes[2].id();
     trio.nodes[2].daemon.kill();
-    wait::until(LONG, "every set has three copies again", || {
-        let (on, is_whole) = copies(&trio);
-        if is_whole && !on.contains_key(&lost) {
-            Ok(())
-        } else {
-            Err(format!("{on:?}\n{}", logs(&trio)))
-        }
-    });
+    wait_whole_without(&trio, &lost);
     for at in [3, 0] {
         verify_at(&trio, at, &known);
     }
