@@ -1,8 +1,8 @@
 //! The ways to daemons: over a Unix socket, over TCP on one machine, over TCP with mutual TLS in a cluster.
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use ashlar_proto::admin::admin_client::AdminClient;
 use tonic::Status;
@@ -17,15 +17,13 @@ const CERTIFICATE_FILE: &str = "client-cert.pem";
 const KEY_FILE: &str = "client-key.pem";
 /// Bound on connecting and on the handshake.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Calls under way at once may all fail when a daemon goes: they are one reason to try the next one, not many.
-const STAY: Duration = Duration::from_secs(1);
 
 /// Daemons of one cluster in the order in which they are tried, or a single one. Each is asked until it does not answer.
 #[derive(Debug)]
 pub(super) struct Doors {
     doors: Vec<(Address, AdminClient<Channel>)>,
-    /// Which is asked, and since when.
-    present: Mutex<(usize, Instant)>,
+    /// Which is asked.
+    present: AtomicUsize,
     has_certificates: bool,
 }
 
@@ -46,36 +44,36 @@ impl Doors {
         }
         Ok(Doors {
             doors,
-            present: Mutex::new((0, Instant::now())),
+            present: AtomicUsize::new(0),
             has_certificates: tls.is_some(),
         })
     }
 
-    fn present(&self) -> &(Address, AdminClient<Channel>) {
-        let present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        &self.doors[present.0]
-    }
-
     /// Where the daemon is that is asked now.
     pub(super) fn address(&self) -> Address {
-        self.present().0.clone()
+        self.doors[self.present.load(Ordering::Relaxed)].0.clone()
     }
 
-    pub(super) fn client(&self) -> AdminClient<Channel> {
-        self.present().1.clone()
+    /// The daemon that is asked now, and which that is.
+    pub(super) fn present(&self) -> (usize, AdminClient<Channel>) {
+        let door = self.present.load(Ordering::Relaxed);
+        (door, self.doors[door].1.clone())
     }
 
-    /// The daemon that was asked did not answer: the next call goes to the next one.
-    pub(super) fn go_on(&self) {
-        let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.doors.len() > 1 && present.1.elapsed() >= STAY {
-            *present = ((present.0 + 1) % self.doors.len(), Instant::now());
-            tracing::warn!(daemon = %self.doors[present.0].0, "a daemon does not answer; asking another");
+    /// That daemon did not answer: the next call goes to the next one, unless somebody has gone on already. So calls that
+    /// were under way at once are one reason to try the next, and one that fails late is none.
+    pub(super) fn go_on(&self, door: usize) {
+        let next = (door + 1) % self.doors.len();
+        let moved = self
+            .present
+            .compare_exchange(door, next, Ordering::Relaxed, Ordering::Relaxed);
+        if next != door && moved.is_ok() {
+            tracing::warn!(daemon = %self.doors[next].0, "a daemon does not answer; asking another");
         }
     }
 
     /// What a daemon or the way to it said, with the cause that the gRPC library keeps behind its words.
-    pub(super) fn words(&self, status: &Status) -> String {
+    pub(super) fn words(&self, door: usize, status: &Status) -> String {
         let mut words = status.message().to_owned();
         let mut cause = std::error::Error::source(status);
         while let Some(error) = cause {
@@ -86,7 +84,7 @@ impl Doors {
             }
             cause = error.source();
         }
-        let is_tcp = matches!(self.present().0, Address::Tcp(_));
+        let is_tcp = matches!(self.doors[door].0, Address::Tcp(_));
         if is_tcp && !self.has_certificates && std::error::Error::source(status).is_some() {
             words.push_str(" (a daemon of a cluster wants a certificate: --daemon-certificates)");
         }
@@ -125,4 +123,25 @@ fn endpoint(address: &Address, tls: Option<&ClientTlsConfig>) -> Result<Endpoint
         endpoint = endpoint.tls_config(tls.clone()).map_err(wrong)?;
     }
     Ok(endpoint.connect_timeout(CONNECT_LIMIT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failure_moves_on_from_the_daemon_that_failed_and_no_other() {
+        let addresses = ["unix:/a", "unix:/b"].map(|text| text.parse().expect("an address"));
+        let doors = Doors::new(&addresses, None).expect("doors");
+        let (first, _) = doors.present();
+        doors.go_on(first);
+        let (second, _) = doors.present();
+        assert_ne!(second, first);
+        // Calls to the first that fail later.
+        doors.go_on(first);
+        doors.go_on(first);
+        assert_eq!(doors.present().0, second);
+        doors.go_on(second);
+        assert_eq!(doors.present().0, first);
+    }
 }

@@ -9,8 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_proto::admin;
-use ashlar_proto::admin::admin_client::AdminClient;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
@@ -26,6 +24,17 @@ pub use volume::{Limits, NewVolume, NodeInfo, Publication, Space, Summary, Volum
 const CALL_LIMIT: Duration = Duration::from_secs(15);
 /// Deleting waits until the blocks are durably dropped, publishing until older connections are ended.
 const LONG_CALL_LIMIT: Duration = Duration::from_secs(100);
+
+/// Asks whichever daemon is asked now. One that does not answer is left for the next.
+macro_rules! ask {
+    ($self:ident, $limit:expr, $method:ident, $message:expr) => {{
+        let (door, mut client) = $self.doors.present();
+        let answer = client.$method(asking($message, $limit)).await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| $self.refusal(door, &status))
+    }};
+}
 
 /// One daemon, or the daemons of a cluster of which one is asked; cheap to clone. Connects when it is first asked, and again
 /// after every break.
@@ -48,103 +57,59 @@ impl Daemon {
         self.doors.address()
     }
 
-    fn client(&self) -> AdminClient<Channel> {
-        self.doors.client()
-    }
-
     /// What the daemon is and how it does.
     pub async fn status(&self) -> Result<Summary, Refusal> {
-        let request = asking(admin::GetStatusRequest {}, CALL_LIMIT);
-        let answer = self.client().get_status(request).await;
-        Ok(Summary::from(
-            answer.map_err(|status| self.refusal(status))?.into_inner(),
-        ))
+        let answer = ask!(self, CALL_LIMIT, get_status, admin::GetStatusRequest {});
+        answer.map(Summary::from)
     }
 
     /// One volume.
     pub async fn volume(&self, id: Uuid) -> Result<Volume, Refusal> {
-        let request = asking(
-            admin::GetVolumeRequest {
-                volume: id.to_string(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self
-            .client()
-            .get_volume(request)
-            .await
-            .map_err(|status| self.refusal(status))?;
-        one(answer.into_inner().volume)
+        one(self.get(id.to_string()).await?.volume)
+    }
+
+    async fn get(&self, reference: String) -> Result<admin::GetVolumeResponse, Refusal> {
+        let request = admin::GetVolumeRequest { volume: reference };
+        ask!(self, CALL_LIMIT, get_volume, request)
     }
 
     /// Has this daemon serve a volume with copies, wherever it is served now, and answers it and where this daemon's
     /// exports are reached. [`Class::FailedPrecondition`] when it is not published to `node` any more.
     pub async fn open(&self, id: Uuid, node: &str) -> Result<(Volume, Vec<Address>), Refusal> {
-        let request = asking(
-            admin::OpenVolumeRequest {
-                volume: id.to_string(),
-                client_node_id: node.to_owned(),
-            },
-            LONG_CALL_LIMIT,
-        );
-        self.client()
-            .open_volume(request)
-            .await
-            .map_err(|status| self.refusal(status))?;
-        let request = asking(
-            admin::GetVolumeRequest {
-                volume: id.to_string(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self
-            .client()
-            .get_volume(request)
-            .await
-            .map_err(|status| self.refusal(status))?;
-        let answer = answer.into_inner();
+        let request = admin::OpenVolumeRequest {
+            volume: id.to_string(),
+            client_node_id: node.to_owned(),
+        };
+        ask!(self, LONG_CALL_LIMIT, open_volume, request)?;
+        let answer = self.get(id.to_string()).await?;
         Ok((one(answer.volume)?, addresses(&answer.nbd_listeners)))
     }
 
     /// Has this daemon serve a volume with copies that nobody has.
     pub async fn take_over(&self, id: Uuid) -> Result<(), Refusal> {
-        let request = asking(
-            admin::OpenVolumeRequest {
-                volume: id.to_string(),
-                client_node_id: String::new(),
-            },
-            LONG_CALL_LIMIT,
-        );
-        let answer = self.client().open_volume(request).await;
-        answer.map(drop).map_err(|status| self.refusal(status))
+        let request = admin::OpenVolumeRequest {
+            volume: id.to_string(),
+            client_node_id: String::new(),
+        };
+        ask!(self, LONG_CALL_LIMIT, open_volume, request).map(drop)
     }
 
     /// One volume by its name; `None` when there is none.
     pub async fn volume_named(&self, name: &str) -> Result<Option<Volume>, Refusal> {
-        let request = asking(
-            admin::GetVolumeRequest {
-                volume: name.to_owned(),
-            },
-            CALL_LIMIT,
-        );
-        match self.client().get_volume(request).await {
-            Ok(answer) => one(answer.into_inner().volume).map(Some),
-            Err(status) if status.code() == Code::NotFound => Ok(None),
-            Err(status) => Err(self.refusal(status)),
+        match self.get(name.to_owned()).await {
+            Ok(answer) => one(answer.volume).map(Some),
+            Err(refusal) if refusal.class == Class::NotFound => Ok(None),
+            Err(refusal) => Err(refusal),
         }
     }
 
     /// A page of volumes and where to go on; an empty token begins, and an empty one is answered at the end.
     pub async fn volumes(&self, most: u32, token: &str) -> Result<(Vec<Volume>, String), Refusal> {
-        let request = asking(
-            admin::ListVolumesRequest {
-                max_volumes: most,
-                page_token: token.to_owned(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().list_volumes(request).await;
-        let answer = answer.map_err(|status| self.refusal(status))?.into_inner();
+        let request = admin::ListVolumesRequest {
+            max_volumes: most,
+            page_token: token.to_owned(),
+        };
+        let answer = ask!(self, CALL_LIMIT, list_volumes, request)?;
         let volumes = answer.volumes.into_iter().map(Volume::try_from);
         Ok((volumes.collect::<Result<_, _>>()?, answer.next_page_token))
     }
@@ -152,43 +117,28 @@ impl Daemon {
     /// Creates a volume. [`Class::AlreadyExists`] when the name is taken.
     pub async fn create(&self, new: NewVolume) -> Result<Volume, Refusal> {
         // One with copies is served by the end of the call, and that has to wait for daemons that are away.
-        let request = asking(admin::CreateVolumeRequest::from(new), LONG_CALL_LIMIT);
-        let answer = self.client().create_volume(request).await;
-        one(answer
-            .map_err(|status| self.refusal(status))?
-            .into_inner()
-            .volume)
+        let request = admin::CreateVolumeRequest::from(new);
+        one(ask!(self, LONG_CALL_LIMIT, create_volume, request)?.volume)
     }
 
     /// Deletes a volume; one that is not there is fine.
     pub async fn delete(&self, id: Uuid) -> Result<(), Refusal> {
-        let request = asking(
-            admin::DeleteVolumeRequest {
-                volume: id.to_string(),
-            },
-            LONG_CALL_LIMIT,
-        );
-        match self.client().delete_volume(request).await {
-            Ok(_) => Ok(()),
-            Err(status) if status.code() == Code::NotFound => Ok(()),
-            Err(status) => Err(self.refusal(status)),
+        let request = admin::DeleteVolumeRequest {
+            volume: id.to_string(),
+        };
+        match ask!(self, LONG_CALL_LIMIT, delete_volume, request) {
+            Err(refusal) if refusal.class != Class::NotFound => Err(refusal),
+            _ => Ok(()),
         }
     }
 
     /// Makes a volume larger.
     pub async fn resize(&self, id: Uuid, size_bytes: u64) -> Result<Volume, Refusal> {
-        let request = asking(
-            admin::ResizeVolumeRequest {
-                volume: id.to_string(),
-                size_bytes,
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().resize_volume(request).await;
-        one(answer
-            .map_err(|status| self.refusal(status))?
-            .into_inner()
-            .volume)
+        let request = admin::ResizeVolumeRequest {
+            volume: id.to_string(),
+            size_bytes,
+        };
+        one(ask!(self, CALL_LIMIT, resize_volume, request)?.volume)
     }
 
     /// Changes the limits of a volume; what is `None` stays.
@@ -198,20 +148,13 @@ impl Daemon {
         iops: Option<u64>,
         bytes_per_second: Option<u64>,
     ) -> Result<Volume, Refusal> {
-        let request = asking(
-            admin::SetVolumeRequest {
-                volume: id.to_string(),
-                iops,
-                bytes_per_second,
-                ..admin::SetVolumeRequest::default()
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().set_volume(request).await;
-        one(answer
-            .map_err(|status| self.refusal(status))?
-            .into_inner()
-            .volume)
+        let request = admin::SetVolumeRequest {
+            volume: id.to_string(),
+            iops,
+            bytes_per_second,
+            ..admin::SetVolumeRequest::default()
+        };
+        one(ask!(self, CALL_LIMIT, set_volume, request)?.volume)
     }
 
     /// Gives a volume to a node. The same node on the same terms gets the same export again.
@@ -222,17 +165,13 @@ impl Daemon {
         mode: AccessMode,
         read_only: bool,
     ) -> Result<Export, Refusal> {
-        let request = asking(
-            admin::PublishVolumeRequest {
-                volume: id.to_string(),
-                node_id: node.to_owned(),
-                read_only: read_only || mode.is_reader_only(),
-                access_mode: volume::access_mode(mode).into(),
-            },
-            LONG_CALL_LIMIT,
-        );
-        let answer = self.client().publish_volume(request).await;
-        let answer = answer.map_err(|status| self.refusal(status))?.into_inner();
+        let request = admin::PublishVolumeRequest {
+            volume: id.to_string(),
+            node_id: node.to_owned(),
+            read_only: read_only || mode.is_reader_only(),
+            access_mode: volume::access_mode(mode).into(),
+        };
+        let answer = ask!(self, LONG_CALL_LIMIT, publish_volume, request)?;
         let servers = addresses(&answer.nbd_listeners);
         Ok(Export {
             volume: id,
@@ -245,15 +184,11 @@ impl Daemon {
 
     /// Takes a volume back from a node, or from all of them, and fences it. What is not published is fine.
     pub async fn unpublish(&self, id: Uuid, node: Option<&str>) -> Result<(), Refusal> {
-        let request = asking(
-            admin::UnpublishVolumeRequest {
-                volume: id.to_string(),
-                node_id: node.unwrap_or_default().to_owned(),
-            },
-            LONG_CALL_LIMIT,
-        );
-        let answer = self.client().unpublish_volume(request).await;
-        answer.map(drop).map_err(|status| self.refusal(status))
+        let request = admin::UnpublishVolumeRequest {
+            volume: id.to_string(),
+            node_id: node.unwrap_or_default().to_owned(),
+        };
+        ask!(self, LONG_CALL_LIMIT, unpublish_volume, request).map(drop)
     }
 
     /// Announces a filesystem. Refused unless nothing of a user's can be on the volume.
@@ -263,29 +198,21 @@ impl Daemon {
         filesystem: Filesystem,
         uuid: Uuid,
     ) -> Result<(), Refusal> {
-        let request = asking(
-            admin::BeginFormatRequest {
-                volume: id.to_string(),
-                filesystem: filesystem.name().to_owned(),
-                uuid: uuid.to_string(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().begin_format(request).await;
-        answer.map(drop).map_err(|status| self.refusal(status))
+        let request = admin::BeginFormatRequest {
+            volume: id.to_string(),
+            filesystem: filesystem.name().to_owned(),
+            uuid: uuid.to_string(),
+        };
+        ask!(self, CALL_LIMIT, begin_format, request).map(drop)
     }
 
     /// Records that the announced filesystem is made and durable.
     pub async fn end_format(&self, id: Uuid, uuid: Uuid) -> Result<(), Refusal> {
-        let request = asking(
-            admin::EndFormatRequest {
-                volume: id.to_string(),
-                uuid: uuid.to_string(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().end_format(request).await;
-        answer.map(drop).map_err(|status| self.refusal(status))
+        let request = admin::EndFormatRequest {
+            volume: id.to_string(),
+            uuid: uuid.to_string(),
+        };
+        ask!(self, CALL_LIMIT, end_format, request).map(drop)
     }
 
     /// Makes a node known, or moves it.
@@ -294,46 +221,34 @@ impl Daemon {
         node: &str,
         topology: &BTreeMap<String, String>,
     ) -> Result<(), Refusal> {
-        let request = asking(
-            admin::RegisterNodeRequest {
-                node_id: node.to_owned(),
-                topology: topology.clone().into_iter().collect(),
-            },
-            CALL_LIMIT,
-        );
-        let answer = self.client().register_node(request).await;
-        answer.map(drop).map_err(|status| self.refusal(status))
+        let request = admin::RegisterNodeRequest {
+            node_id: node.to_owned(),
+            topology: topology.clone().into_iter().collect(),
+        };
+        ask!(self, CALL_LIMIT, register_node, request).map(drop)
     }
 
     /// Every node that volumes can be published to.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>, Refusal> {
-        let request = asking(admin::ListNodesRequest {}, CALL_LIMIT);
-        let answer = self.client().list_nodes(request).await;
-        let nodes = answer
-            .map_err(|status| self.refusal(status))?
-            .into_inner()
-            .nodes;
-        Ok(nodes.into_iter().map(NodeInfo::from).collect())
+        let answer = ask!(self, CALL_LIMIT, list_nodes, admin::ListNodesRequest {})?;
+        Ok(answer.nodes.into_iter().map(NodeInfo::from).collect())
     }
 
     /// What new volumes may take.
     pub async fn space(&self) -> Result<Space, Refusal> {
-        let request = asking(admin::GetCapacityRequest {}, CALL_LIMIT);
-        let answer = self.client().get_capacity(request).await;
-        Ok(Space::from(
-            answer.map_err(|status| self.refusal(status))?.into_inner(),
-        ))
+        let answer = ask!(self, CALL_LIMIT, get_capacity, admin::GetCapacityRequest {});
+        answer.map(Space::from)
     }
 
-    fn refusal(&self, status: Status) -> Refusal {
+    fn refusal(&self, door: usize, status: &Status) -> Refusal {
         // What has a cause did not come from the daemon but broke on the way, whatever its code: it may have been done.
-        let class = match std::error::Error::source(&status) {
+        let class = match std::error::Error::source(status) {
             Some(_) => Class::Unavailable,
             None => class_of(status.code()),
         };
-        let words = self.doors.words(&status);
+        let words = self.doors.words(door, status);
         if matches!(class, Class::Unavailable | Class::DeadlineExceeded) {
-            self.doors.go_on();
+            self.doors.go_on(door);
         }
         Refusal::new(class, format!("the daemon: {words}"))
     }
