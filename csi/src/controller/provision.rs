@@ -13,6 +13,8 @@ use crate::refusal::{Class, Refusal};
 const NAME_KEY: &str = "csi.ashlar.io/name";
 /// Its parameters, one key each.
 const PARAMETER_PREFIX: &str = "csi.ashlar.io/parameter/";
+/// There when it shall be used on several nodes at once. One that turns out to have copies was never answered then.
+const MULTI_NODE_KEY: &str = "csi.ashlar.io/multi-node";
 /// For people: whose claim it is.
 const CLAIM_PREFIX: &str = "csi.ashlar.io/claim/";
 
@@ -69,7 +71,7 @@ impl Controller {
     ) -> Result<Volume, Refusal> {
         let name = naming::volume_name(&request.name);
         if let Some(volume) = self.daemon().volume_named(&name).await? {
-            return found(volume, &request);
+            return self.found(volume, &request).await;
         }
         is_reachable(&request, places)?;
         let space = self.daemon().space().await?;
@@ -96,33 +98,44 @@ impl Controller {
             replicas: request.parameters.replicas.unwrap_or(0),
         };
         match self.daemon().create(new).await {
-            // Whether it has copies is known only now.
-            Ok(volume) => match mismatch(&volume, &request) {
-                None => Ok(volume),
-                Some(mismatch) => {
-                    self.daemon().delete(volume.id).await?;
-                    Err(Refusal::invalid(mismatch))
-                }
-            },
+            Ok(volume) => self.found(volume, &request).await,
             // Somebody was faster: another replica of the controller, or the caller's own attempt before.
             Err(refusal) if refusal.class == Class::AlreadyExists => {
                 match self.daemon().volume_named(&name).await? {
-                    Some(volume) => found(volume, &request),
+                    Some(volume) => self.found(volume, &request).await,
                     None => Err(Refusal::busy(&format!("volume {}", request.name))),
                 }
             }
-            // How many copies there can be is for the daemon to know; the class is what has to change.
             Err(refusal)
                 if refusal.class == Class::FailedPrecondition
                     && request.parameters.replicas.is_some_and(|copies| copies > 1) =>
             {
-                Err(Refusal::invalid(format!(
-                    "{}: {refusal}",
-                    parameters::REPLICAS
-                )))
+                match self.daemon().volume_named(&name).await? {
+                    // Recorded, and not served yet: whoever uses it has it opened.
+                    Some(volume) => self.found(volume, &request).await,
+                    // How many copies there can be is for the daemon to know; the class is what has to change.
+                    None => Err(Refusal::invalid(format!(
+                        "{}: {refusal}",
+                        parameters::REPLICAS
+                    ))),
+                }
             }
             Err(refusal) => Err(refusal),
         }
+    }
+
+    /// A volume of the wanted name, just made or found. Whether it has copies is known only now: one with copies that was
+    /// made to be used on several nodes cannot be, was answered to nobody, and goes again, however often that was begun.
+    async fn found(&self, volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
+        let is_mistaken = volume.is_replicated
+            && volume.annotations.contains_key(MULTI_NODE_KEY)
+            && volume.annotations.get(NAME_KEY) == Some(&request.name)
+            && !volume.is_deleting;
+        if is_mistaken && let Some(mismatch) = mismatch(&volume, request) {
+            self.delete(volume.id).await?;
+            return Err(Refusal::invalid(mismatch));
+        }
+        same(volume, request)
     }
 
     /// The places of the nodes that are known, each once. Every one of them reaches every volume of the daemon's; a node
@@ -176,6 +189,9 @@ fn smallest(request: &CreateRequest) -> u64 {
 
 fn annotations(request: &CreateRequest) -> BTreeMap<String, String> {
     let mut annotations = BTreeMap::from([(NAME_KEY.to_owned(), request.name.clone())]);
+    if request.capabilities.iter().any(|each| each.mode.is_multi_node()) {
+        annotations.insert(MULTI_NODE_KEY.to_owned(), "true".to_owned());
+    }
     for (key, value) in &request.given {
         let prefix = if request.parameters.metadata.contains_key(key) {
             CLAIM_PREFIX
@@ -188,7 +204,7 @@ fn annotations(request: &CreateRequest) -> BTreeMap<String, String> {
 }
 
 /// A volume of the wanted name: is it the one?
-fn found(volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
+fn same(volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
     if volume.is_deleting {
         return Err(Refusal::busy(&format!("volume {}", request.name)));
     }

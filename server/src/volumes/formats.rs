@@ -98,9 +98,11 @@ async fn record(service: Weak<Volumes>, id: VolumeId) {
         let recorded = volumes
             .to_the_end(|service| async move { service.record_first_change(id).await })
             .await;
+        let is_served = volumes.host.runtime(id).is_some();
         drop(volumes);
         match recorded {
-            Ok(()) | Err(VolumeError::NotFound { .. } | VolumeError::ShuttingDown) => return,
+            Ok(()) | Err(VolumeError::ShuttingDown) => return,
+            Err(VolumeError::NotFound { .. }) if !is_served => return,
             Err(error) => {
                 tracing::warn!(id = %id.0, %error, "that a volume is written to could not be recorded; its first write waits, trying again");
             }

@@ -1,7 +1,7 @@
 //! Volumes with replicas on several daemons: opened by a head that claims them itself, followed by what it tells, and by
 //! what the records of the cluster say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -429,9 +429,19 @@ impl Volumes {
     async fn follow_once(self: &Arc<Self>) -> Result<(), VolumeError> {
         let listing = self.store.list(keys::VOLUMES).await?;
         let revision = listing.revision;
+        let mut listed = BTreeSet::new();
         for entry in listing.entries {
             let current = entry.read::<VolumeRecord>()?;
+            listed.insert(current.record.id);
             self.record_seen(current).await;
+        }
+        // Deleted while nothing was watched. What was made here since the listing is newer than it.
+        for known in self.records() {
+            let id = known.record.id;
+            let was_there = known.changed_at <= revision && known.record.placement.is_replicated();
+            if was_there && !listed.contains(&id) {
+                self.gone(id);
+            }
         }
         let mut watch = self.store.watch(keys::VOLUMES, revision).await?;
         loop {
@@ -458,15 +468,19 @@ impl Volumes {
                 RecordChange::Deleted { key } => {
                     let id = key.strip_prefix(keys::VOLUMES).unwrap_or("");
                     if let Ok(id) = uuid::Uuid::try_parse(id) {
-                        let id = VolumeId(id);
-                        self.host.record_seen(id, None);
-                        self.catalog().remove(id);
-                        self.served.send_replace(());
+                        self.gone(VolumeId(id));
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// The record of a volume is not there any more.
+    fn gone(&self, id: VolumeId) {
+        self.host.record_seen(id, None);
+        self.catalog().remove(id);
+        self.served.send_replace(());
     }
 
     /// A record as it is now: the head, if it is here, and the catalog get to know.
