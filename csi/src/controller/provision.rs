@@ -189,7 +189,11 @@ fn smallest(request: &CreateRequest) -> u64 {
 
 fn annotations(request: &CreateRequest) -> BTreeMap<String, String> {
     let mut annotations = BTreeMap::from([(NAME_KEY.to_owned(), request.name.clone())]);
-    if request.capabilities.iter().any(|each| each.mode.is_multi_node()) {
+    if request
+        .capabilities
+        .iter()
+        .any(|each| each.mode.is_multi_node())
+    {
         annotations.insert(MULTI_NODE_KEY.to_owned(), "true".to_owned());
     }
     for (key, value) in &request.given {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use ashlar_core::placement::ClusterStore;
 use ashlar_core::records::{
     LeaderRecord, LeftoverRecord, MemberRecord, MemberState, SetIndex, SpaceRecord, Versioned,
     VolumeRecord, keys,
@@ -10,7 +11,6 @@ use ashlar_core::records::{
 use ashlar_core::replication::controller::{
     ControllerParams, NodeView, StoreView, View, Wanted, wanted_changes,
 };
-use ashlar_core::replication::placement::Candidate;
 use ashlar_core::replication::sightings::Sightings;
 use ashlar_core::units::{NodeId, StoreId, VolumeId};
 
@@ -140,10 +140,10 @@ impl Looks {
             .filter_map(|space| {
                 let member = read.active().find(|member| member.id == space.node)?;
                 Some(StoreView {
-                    at: Candidate {
+                    at: ClusterStore {
+                        id: space.store,
                         node: space.node,
-                        zone: member.labels.get("zone").cloned().unwrap_or_default(),
-                        store: space.store,
+                        zone: member.labels.get("zone").cloned(),
                         free_blocks: space.free_blocks,
                     },
                     capacity_blocks: space.capacity_blocks,

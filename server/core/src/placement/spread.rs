@@ -3,6 +3,7 @@
 //! Each replica set gets stores of different nodes, of different zones while there are unused ones, the emptiest first.
 //! Its first copy lies on the node that will serve the volume, where that has a store: reads need no network then.
 
+use crate::records::PLACEMENT_ENTRIES_MAX;
 use crate::units::{NodeId, StoreId};
 
 /// Sets of a volume that is spread over more nodes than it has copies: fine enough that nodes fill evenly to about a
@@ -12,6 +13,7 @@ const SETS_MAX: usize = 64;
 /// Sets of a volume that has a copy on every node. The number of sets never changes in its life, so this is what can be
 /// moved when nodes join.
 const SETS_OF_ALL: usize = 32;
+const _: () = assert!(SETS_MAX <= PLACEMENT_ENTRIES_MAX && SETS_OF_ALL <= SETS_MAX);
 
 /// A store of a cluster, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

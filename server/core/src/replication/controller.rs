@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 use super::membership::Change;
-use super::placement::Candidate;
+use crate::placement::ClusterStore;
 use crate::records::{
     LeftoverRecord, Replica, ReplicaSet, ReplicaState, SetIndex, VolumeRecord, VolumeState,
 };
@@ -59,7 +59,7 @@ impl Default for ControllerParams {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreView {
     /// Where it is, and its room.
-    pub at: Candidate,
+    pub at: ClusterStore,
     /// Blocks that clients may fill altogether.
     pub capacity_blocks: u64,
 }
@@ -142,7 +142,7 @@ impl<'a> Plan<'a> {
     fn new(params: &'a ControllerParams, view: View<'a>) -> Plan<'a> {
         let used = view.stores.iter().map(|store| {
             let used = store.capacity_blocks.saturating_sub(store.at.free_blocks);
-            (store.at.store, used)
+            (store.at.id, used)
         });
         let mut plan = Plan {
             params,
@@ -245,10 +245,7 @@ impl<'a> Plan<'a> {
     // -- room
 
     fn store(&self, store: StoreId) -> Option<&'a StoreView> {
-        self.view
-            .stores
-            .iter()
-            .find(|known| known.at.store == store)
+        self.view.stores.iter().find(|known| known.at.id == store)
     }
 
     fn used(&self, store: StoreId) -> u64 {
@@ -276,7 +273,7 @@ impl<'a> Plan<'a> {
 
     /// How full a store would be with `more` blocks, in parts of a million million.
     fn level(&self, store: &StoreView, more: u64) -> u128 {
-        let used = u128::from(self.used(store.at.store)) + u128::from(more);
+        let used = u128::from(self.used(store.at.id)) + u128::from(more);
         used * 1_000_000_000_000 / u128::from(store.capacity_blocks.max(1))
     }
 
@@ -291,23 +288,24 @@ impl<'a> Plan<'a> {
         let at = &store.at;
         let room = u128::from(store.capacity_blocks) * u128::from(self.params.full_percent) / 100;
         let has_room =
-            at.free_blocks > 0 && u128::from(self.used(at.store)) + u128::from(blocks) <= room;
-        let is_clean =
-            !self.view.leftovers.iter().any(|left| {
-                left.store == at.store && left.volume == volume.id && left.set == index.0
-            });
+            at.free_blocks > 0 && u128::from(self.used(at.id)) + u128::from(blocks) <= room;
+        let is_clean = !self
+            .view
+            .leftovers
+            .iter()
+            .any(|left| left.store == at.id && left.volume == volume.id && left.set == index.0);
         // A daemon can lead a volume only when what it has of it is in one store.
         let is_alone = volume
             .placement
             .sets
             .iter()
             .flat_map(|set| &set.replicas)
-            .all(|replica| replica.node != at.node || replica.store == at.store);
+            .all(|replica| replica.node != at.node || replica.store == at.id);
         has_room && is_clean && is_alone && !self.is_draining(at.node) && !self.is_silent(at.node)
     }
 
-    fn zone(&self, store: StoreId) -> &str {
-        self.store(store).map_or("", |known| known.at.zone.as_str())
+    fn zone(&self, store: StoreId) -> Option<&str> {
+        self.store(store)?.at.zone.as_deref()
     }
 
     /// Where one more replica of a set goes beside those that stay.
@@ -320,23 +318,17 @@ impl<'a> Plan<'a> {
         blocks: u64,
     ) -> Option<&'a StoreView> {
         let is_new_zone = |store: &StoreView| {
-            store.at.zone.is_empty()
+            store.at.zone.is_none()
                 || staying
                     .iter()
-                    .all(|replica| self.zone(replica.store) != store.at.zone)
+                    .all(|replica| self.zone(replica.store) != store.at.zone.as_deref())
         };
         self.view
             .stores
             .iter()
             .filter(|store| set.replicas.iter().all(|r| r.node != store.at.node))
             .filter(|store| self.may_take(store, volume, index, blocks))
-            .min_by_key(|store| {
-                (
-                    !is_new_zone(store),
-                    self.level(store, blocks),
-                    store.at.store,
-                )
-            })
+            .min_by_key(|store| (!is_new_zone(store), self.level(store, blocks), store.at.id))
     }
 
     // -- changes
@@ -389,11 +381,11 @@ impl<'a> Plan<'a> {
                 Some(_) if self.fills >= self.params.fills => {}
                 Some(to) => {
                     self.fills += 1;
-                    *self.used.entry(to.at.store).or_default() += blocks;
+                    *self.used.entry(to.at.id).or_default() += blocks;
                     let add = Change::Add {
                         set: index,
                         node: to.at.node,
-                        store: to.at.store,
+                        store: to.at.id,
                     };
                     self.want(volume, add);
                 }
@@ -434,12 +426,9 @@ impl<'a> Plan<'a> {
             .iter()
             .filter(|store| !self.is_draining(store.at.node) && !self.is_silent(store.at.node))
             .collect();
-        stores.sort_by_key(|store| (self.level(store, 0), store.at.store));
+        stores.sort_by_key(|store| (self.level(store, 0), store.at.id));
         let capacity: u128 = stores.iter().map(|s| u128::from(s.capacity_blocks)).sum();
-        let used: u128 = stores
-            .iter()
-            .map(|s| u128::from(self.used(s.at.store)))
-            .sum();
+        let used: u128 = stores.iter().map(|s| u128::from(self.used(s.at.id))).sum();
         let mean = used * 1_000_000_000_000 / capacity.max(1);
         let now = self.used.clone();
         for fullest in stores.iter().rev() {
@@ -456,12 +445,12 @@ impl<'a> Plan<'a> {
                         self.is_movable(volume, *index, set, fullest, emptiest)
                     })
                     .map(|(volume, index, _)| {
-                        let blocks = self.share(&now, fullest.at.store, volume);
+                        let blocks = self.share(&now, fullest.at.id, volume);
                         (blocks, *volume, *index)
                     })
                     .filter(|(blocks, volume, index)| {
                         // It must not only change places with the one it leaves.
-                        let after = self.used(fullest.at.store).saturating_sub(*blocks);
+                        let after = self.used(fullest.at.id).saturating_sub(*blocks);
                         let after = u128::from(after) * 1_000_000_000_000
                             / u128::from(fullest.capacity_blocks.max(1));
                         *blocks > 0
@@ -470,15 +459,15 @@ impl<'a> Plan<'a> {
                     })
                     .max_by_key(|(blocks, volume, index)| (*blocks, volume.id, *index));
                 if let Some((blocks, volume, index)) = best {
-                    let from = self.used.entry(fullest.at.store).or_default();
+                    let from = self.used.entry(fullest.at.id).or_default();
                     *from = from.saturating_sub(blocks);
-                    *self.used.entry(emptiest.at.store).or_default() += blocks;
+                    *self.used.entry(emptiest.at.id).or_default() += blocks;
                     self.fills += 1;
                     let change = Change::Move {
                         set: index,
-                        from: fullest.at.store,
+                        from: fullest.at.id,
                         node: emptiest.at.node,
-                        store: emptiest.at.store,
+                        store: emptiest.at.id,
                     };
                     self.want(volume, change);
                     return true;
@@ -504,16 +493,16 @@ impl<'a> Plan<'a> {
             );
         let is_at_rest = set.replicas.len() as u32 == volume.replicas
             && set.replicas.iter().all(|r| r.is_in_sync() && !r.leaving);
-        let others = || set.replicas.iter().filter(|r| r.store != from.at.store);
+        let others = || set.replicas.iter().filter(|r| r.store != from.at.id);
         // Two that may fail together are no better than before.
-        let keeps_zones = to.at.zone.is_empty()
+        let keeps_zones = to.at.zone.is_none()
             || to.at.zone == from.at.zone
-            || others().all(|r| self.zone(r.store) != to.at.zone);
+            || others().all(|r| self.zone(r.store) != to.at.zone.as_deref());
         is_at_rest
             && !is_planned
             && !self.view.moved.contains(&this)
             && self.is_led(volume)
-            && set.replicas.iter().any(|r| r.store == from.at.store)
+            && set.replicas.iter().any(|r| r.store == from.at.id)
             && others().all(|r| r.node != to.at.node)
             && keeps_zones
     }

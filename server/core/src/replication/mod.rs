@@ -9,14 +9,13 @@
 //! - `wire`: the bytes of a link
 //! - `acceptor`: the seal of one volume at one store
 //! - `head`: the head, a file a concern
-//! - `membership`, `placement`, `controller`: which replicas there should be, and where; `sightings`: who was heard of
+//! - `membership`, `controller`: which replicas there should be, and where; `sightings`: who was heard of
 //! - `rules`: the switches
 
 mod acceptor;
 pub mod controller;
 mod head;
 pub mod membership;
-pub mod placement;
 mod rules;
 pub mod sightings;
 pub mod wire;

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use ashlar_core::placement::ClusterStore;
 use ashlar_core::records::{SetIndex, keys};
 use ashlar_core::replication::controller::{
     ControllerParams, NodeView, StoreView, View, wanted_changes,
 };
 use ashlar_core::replication::membership::change;
-use ashlar_core::replication::placement::Candidate;
 use ashlar_core::units::NodeId;
 
 use crate::world::{Ev, LEASE_US, World};
@@ -65,10 +65,10 @@ impl World {
             .nodes
             .iter()
             .map(|n| StoreView {
-                at: Candidate {
+                at: ClusterStore {
+                    id: n.store,
                     node: n.id,
-                    zone: String::new(),
-                    store: n.store,
+                    zone: None,
                     free_blocks: 5_000,
                 },
                 capacity_blocks: 10_000,

@@ -1,10 +1,10 @@
 //! The controller with a head that does its part: fills what joins, takes out what is wished away once others suffice.
 
 use super::*;
+use crate::placement::spread;
 use crate::records::{HeadClaim, Placement, Revision, Versioned, VolumeName};
 use crate::replication::membership::change;
-use crate::replication::placement::choose_sets;
-use crate::units::{Epoch, LayerId, StoreId, Version};
+use crate::units::{CHUNK_BYTES, Epoch, LayerId, StoreId, Version};
 use uuid::Uuid;
 
 struct Sim {
@@ -25,17 +25,26 @@ fn id(n: u128) -> NodeId {
 impl Sim {
     fn new(count: u128, replicas: u32) -> Sim {
         let store = |n: u128| StoreView {
-            at: Candidate {
+            at: ClusterStore {
+                id: StoreId(Uuid::from_u128(100 + n)),
                 node: id(n),
-                zone: String::new(),
-                store: StoreId(Uuid::from_u128(100 + n)),
+                zone: None,
                 free_blocks: 10_000,
             },
             capacity_blocks: 10_000,
         };
         let stores: Vec<StoreView> = (1..=count).map(store).collect();
-        let candidates: Vec<Candidate> = stores.iter().map(|s| s.at.clone()).collect();
-        let sets = choose_sets(&candidates, replicas, 2 << 30, 0).expect("places");
+        let places: Vec<ClusterStore> = stores.iter().map(|s| s.at.clone()).collect();
+        let chosen = spread(
+            &places,
+            replicas as usize,
+            (2 << 30) / CHUNK_BYTES,
+            id(count),
+        );
+        let replica = |at: usize| Replica::in_sync(places[at].node, places[at].id);
+        let sets = chosen.expect("places").into_iter().map(|set| ReplicaSet {
+            replicas: set.into_iter().map(replica).collect(),
+        });
         let volume = VolumeRecord {
             id: VolumeId(Uuid::from_u128(1)),
             name: VolumeName::parse("v").expect("a name"),
@@ -61,7 +70,7 @@ impl Sim {
             state: VolumeState::Active,
             placement: Placement {
                 stores: vec![],
-                sets,
+                sets: sets.collect(),
             },
         };
         let nodes = (1..=count)
@@ -93,7 +102,7 @@ impl Sim {
                 .sets
                 .iter()
                 .flat_map(|set| &set.replicas);
-            let used = has.filter(|r| r.store == store.at.store).count() as u64 * 100;
+            let used = has.filter(|r| r.store == store.at.id).count() as u64 * 100;
             store.at.free_blocks = store.capacity_blocks - used;
         }
     }
@@ -230,10 +239,10 @@ fn a_new_node_gets_its_share() {
         draining: false,
     });
     sim.stores.push(StoreView {
-        at: Candidate {
+        at: ClusterStore {
+            id: StoreId(Uuid::from_u128(109)),
             node: id(9),
-            zone: String::new(),
-            store: StoreId(Uuid::from_u128(109)),
+            zone: None,
             free_blocks: 10_000,
         },
         capacity_blocks: 10_000,
@@ -300,7 +309,7 @@ fn what_cannot_move_is_told_and_stays() {
     });
     let mut full = sim.stores[0].clone();
     full.at.node = id(9);
-    full.at.store = StoreId(Uuid::from_u128(109));
+    full.at.id = StoreId(Uuid::from_u128(109));
     full.at.free_blocks = 900;
     sim.stores.push(full);
     assert_eq!(sim.look(), []);

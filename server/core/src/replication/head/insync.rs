@@ -158,7 +158,10 @@ impl ReplicatedHead {
         let sources: smallvec::SmallVec<[(crate::records::SetIndex, MemberId); 4]> = self
             .resyncs
             .iter()
-            .map(|resync| (resync.set, resync.source))
+            .flat_map(|resync| {
+                let sources = self.sources_of(resync).into_iter();
+                sources.map(|source| (resync.set, source))
+            })
             .collect();
         for (set, source) in sources {
             if self.set(set).usable() & self.set(set).bit_of(source) == 0 {

@@ -2,6 +2,8 @@
 //! flushed, and only then in sync by the record. A member goes through its sets one after another, those with the
 //! fewest replicas in sync first.
 
+use smallvec::SmallVec;
+
 use super::claim::SwapFor;
 use super::leaf::JobFor;
 use super::members::Purpose;
@@ -338,12 +340,24 @@ impl ReplicatedHead {
         }));
     }
 
+    /// Whom a member is copied from: its source, and one before it that is still asked or read.
+    pub(super) fn sources_of(&self, resync: &Resync) -> SmallVec<[MemberId; 4]> {
+        let walked = resync.walk.iter().flat_map(RowsWalk::members);
+        let mut sources: SmallVec<[MemberId; 4]> =
+            [resync.source].into_iter().chain(walked).collect();
+        sources.extend(self.compared_for(JobFor::Resync(resync.member)));
+        sources.sort_unstable();
+        sources.dedup();
+        sources.retain(|member| *member != resync.member);
+        sources
+    }
+
     /// A member that others were copied from was lost: they begin again from another.
     pub(super) fn jobs_lost(&mut self, source: MemberId, actions: &mut Vec<Action>) {
         let of: Vec<MemberId> = self
             .resyncs
             .iter()
-            .filter(|resync| resync.source == source)
+            .filter(|resync| self.sources_of(resync).contains(&source))
             .map(|resync| resync.member)
             .collect();
         for member in of {

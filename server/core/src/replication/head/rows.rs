@@ -57,6 +57,11 @@ impl RowsWalk {
         }
     }
 
+    /// On whom.
+    pub(super) fn members(&self) -> impl Iterator<Item = MemberId> {
+        self.pages.iter().map(|page| page.member)
+    }
+
     /// Nothing is left to be looked at.
     pub(super) fn is_done(&self) -> bool {
         self.ended && self.found.is_empty()

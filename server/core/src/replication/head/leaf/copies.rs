@@ -270,6 +270,32 @@ impl ReplicatedHead {
         self.go_on_copying(copy.job, actions);
     }
 
+    /// Members that the jobs for something compare.
+    pub(in super::super) fn compared_for(&self, what: JobFor) -> impl Iterator<Item = MemberId> {
+        let of = self.jobs.iter().filter(move |(_, job)| job.what == what);
+        of.flat_map(|(_, job)| job.states.iter().map(|(member, _)| *member))
+    }
+
+    /// Panics when a copy can never end.
+    pub(in super::super) fn check_copies(&self) {
+        for (id, copy) in &self.copies {
+            let job = self.jobs.get(copy.job.place);
+            assert!(
+                job.is_some_and(|job| job.serial == copy.job.serial),
+                "{id:?} is for a job"
+            );
+            let asked: SmallVec<[MemberId; 3]> = match (copy.reading, copy.op) {
+                (true, _) => copy.planned.from.into_iter().collect(),
+                (false, None) => copy.waiting.clone(),
+                // The write is waited for by its operation.
+                (false, Some(_)) => SmallVec::new(),
+            };
+            for member in asked {
+                assert!(self.at(member).is_open(), "{id:?} waits for {member:?}");
+            }
+        }
+    }
+
     pub(in super::super) fn late_copy(&self, member: MemberId, limit_us: u64) -> bool {
         self.copies.values().any(|copy| {
             let owes = if copy.reading {
