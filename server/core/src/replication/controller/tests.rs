@@ -35,12 +35,9 @@ impl Sim {
         };
         let stores: Vec<StoreView> = (1..=count).map(store).collect();
         let places: Vec<ClusterStore> = stores.iter().map(|s| s.at.clone()).collect();
-        let chosen = spread(
-            &places,
-            replicas as usize,
-            (2 << 30) / CHUNK_BYTES,
-            id(count),
-        );
+        // Opened by a node without a store: none of the others has more than its share.
+        let home = NodeId(Uuid::nil());
+        let chosen = spread(&places, replicas as usize, (2 << 30) / CHUNK_BYTES, home);
         let replica = |at: usize| Replica::in_sync(places[at].node, places[at].id);
         let sets = chosen.expect("places").into_iter().map(|set| ReplicaSet {
             replicas: set.into_iter().map(replica).collect(),
