@@ -111,6 +111,8 @@ const FOUND: [u64; 3] = [
     33_968,
     // A replica that was forgotten and added again while a swap's answer was slow, added without being filled.
     77_230,
+    // A copy read from a source before the last one, which was lost: its range stayed locked for ever.
+    130_955,
 ];
 
 /// `ASHLAR_SEEDS` of them from `ASHLAR_SEED` on; without these the ten thousand that no change may break: half a minute.
