@@ -380,13 +380,9 @@ impl ReplicatedHead {
         let JobFor::Resync(member) = job.what else {
             return SmallVec::new();
         };
-        let set = self.set(job.set);
-        let both = set.bit_of(member) | set.usable();
         self.ops
             .iter()
-            .filter(|(_, op)| {
-                op.extent == job.extent && op.waiting == 0 && op.applied & both == both
-            })
+            .filter(|(_, op)| op.extent == job.extent && self.is_held_for(op, member))
             .map(|(_, op)| (op.first_block, op.count))
             .collect()
     }

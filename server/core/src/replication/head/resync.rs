@@ -144,11 +144,10 @@ impl ReplicatedHead {
         let (set, source, stage) = (resync.set, resync.source, resync.stage);
         match stage {
             Stage::Barrier { before } => {
-                let waits = self
-                    .ops
-                    .iter()
-                    .any(|(_, op)| op.set == set && op.serial <= before);
-                if waits {
+                let mut ops = self.ops.iter().map(|(_, op)| op);
+                if ops
+                    .any(|op| op.set == set && op.serial <= before && !self.is_held_for(op, member))
+                {
                     return;
                 }
                 // One that lost power went back behind what it was known to have.

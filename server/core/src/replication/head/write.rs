@@ -239,6 +239,14 @@ impl ReplicatedHead {
         Settled::Pending
     }
 
+    /// Whether a change is where it has to be, on a replica that is being filled too: it may be waiting for that one to be
+    /// in sync, which must not wait for it.
+    pub(super) fn is_held_for(&self, op: &WriteOp, member: MemberId) -> bool {
+        let set = self.set(op.set);
+        let both = set.bit_of(member) | set.usable();
+        op.waiting == 0 && op.applied & both == both
+    }
+
     /// Some took it and some had no room: those without have failed, or the copies would differ.
     fn lose_refusing(&mut self, at: usize, actions: &mut Vec<Action>) {
         let op = self.ops[at];
