@@ -122,6 +122,7 @@ impl ReplicatedHead {
             }
         }
         self.record.record.placement = placement;
+        let mut ended: SmallVec<[MemberId; 4]> = SmallVec::new();
         for id in 0..self.members.len() {
             let member = MemberId(id as u8);
             let wanted = self.is_wanted(member);
@@ -136,6 +137,7 @@ impl ReplicatedHead {
                 self.miss_flushes_of(member);
                 if self.members[id].session != super::members::Session::None {
                     self.members[id].session = super::members::Session::None;
+                    ended.push(member);
                     self.queries.retain(|_, query| query.member != member);
                     actions.push(Action::CloseSession {
                         member,
@@ -145,6 +147,9 @@ impl ReplicatedHead {
                 self.members[id].link = false;
                 actions.push(Action::Disconnect { member });
             }
+        }
+        for member in ended {
+            self.fail_copies_of(member, actions);
         }
     }
 
