@@ -3,6 +3,7 @@
 //! Both kinds are non-blocking and take and give several pieces at a time, so that a turn costs one system call in each
 //! direction whatever lies above. The handshake of TLS is over before a stream comes here.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -11,6 +12,14 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 const CIPHERTEXT_BYTES: usize = 256 << 10;
 /// Ciphertext that may wait for the socket before no more plaintext is taken.
 const UNSENT_BYTES: usize = 512 << 10;
+
+/// Buffers that a thread keeps for connections that have nothing to decrypt; beyond these they go back to the allocator.
+const KEPT_BUFFERS: usize = 4;
+
+thread_local! {
+    /// Of [`CIPHERTEXT_BYTES`] each. Made anew they would have to be zeroed, which costs more than what most of them carry.
+    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A connected, non-blocking stream socket.
 pub enum Stream {
@@ -113,7 +122,7 @@ impl Stream {
 pub struct TlsStream {
     socket: OwnedFd,
     session: rustls::Connection,
-    /// Received and not yet decrypted: bytes `start..end`. Allocated while there are any.
+    /// Received and not yet decrypted: bytes `start..end`. Empty while there are none.
     ciphertext: Vec<u8>,
     start: usize,
     end: usize,
@@ -164,7 +173,8 @@ impl TlsStream {
                     }
                     match self.fill() {
                         Ok(0) => ended = true,
-                        Ok(_) => {}
+                        // A stream socket that gave less than it might is empty.
+                        Ok(count) => is_empty = count < CIPHERTEXT_BYTES,
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                             is_empty = true;
                             continue;
@@ -180,7 +190,10 @@ impl TlsStream {
 
     /// One receive call into the empty ciphertext buffer.
     fn fill(&mut self) -> io::Result<usize> {
-        self.ciphertext.resize(CIPHERTEXT_BYTES, 0);
+        if self.ciphertext.is_empty() {
+            let kept = BUFFERS.with_borrow_mut(Vec::pop);
+            self.ciphertext = kept.unwrap_or_else(|| vec![0; CIPHERTEXT_BYTES]);
+        }
         let mut piece = [libc::iovec {
             iov_base: self.ciphertext.as_mut_ptr().cast(),
             iov_len: CIPHERTEXT_BYTES,
@@ -206,7 +219,12 @@ impl TlsStream {
 
     /// An idle connection holds no buffer.
     fn let_go(&mut self) {
-        self.ciphertext = Vec::new();
+        let buffer = std::mem::take(&mut self.ciphertext);
+        BUFFERS.with_borrow_mut(|kept| {
+            if !buffer.is_empty() && kept.len() < KEPT_BUFFERS {
+                kept.push(buffer);
+            }
+        });
         self.start = 0;
         self.end = 0;
     }
