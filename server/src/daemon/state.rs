@@ -227,7 +227,7 @@ impl State {
             let scrubbed = self.services().and_then(|s| s.scrubs.of(view.id).last);
             if let Some(found) = scrubbed.map(|last| last.damaged_blocks).filter(|n| *n > 0) {
                 warnings.push(format!(
-                    "store {path}: the last scrub found {found} damaged block(s); `ashlar store scrub` lists the places; restore them from a backup"
+                    "store {path}: the last scrub found {found} damaged block(s); what has other copies was written again from them: `ashlar store scrub` lists what is left; restore that from a backup"
                 ));
             }
             let left = status.capacity_blocks.saturating_sub(status.used_blocks);

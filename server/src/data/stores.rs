@@ -157,8 +157,14 @@ impl DataThread {
             Action::Ready => self.retry_parked(store),
             Action::Event(event) => {
                 self.store_event(store, &event);
-                if let StoreEvent::Poisoned(_) = event {
-                    self.store_failed(store);
+                match event {
+                    StoreEvent::Poisoned(_) => self.store_failed(store),
+                    StoreEvent::ScrubDamaged {
+                        extent,
+                        first_block,
+                        count,
+                    } => self.replica_is_damaged(store, extent, first_block, count),
+                    _ => {}
                 }
             }
         }
@@ -251,7 +257,9 @@ impl DataThread {
                 bytes: *blocks * BLOCK_BYTES as u64,
                 damaged_blocks: *damaged,
             },
-            StoreEvent::SegmentDamaged { .. } | StoreEvent::Checkpointed { .. } => return,
+            StoreEvent::SegmentDamaged { .. }
+            | StoreEvent::ScrubDamaged { .. }
+            | StoreEvent::Checkpointed { .. } => return,
         };
         let layer = match event {
             StoreEvent::ChecksumMismatch(
@@ -313,6 +321,9 @@ impl DataThread {
             }
             StoreEvent::SegmentDamaged { segment } => {
                 tracing::error!(store = %id, segment, "part of a segment could not be read for cleaning; it is left alone");
+            }
+            StoreEvent::ScrubDamaged { .. } => {
+                // Each block, or its leaf, was told when it was read.
             }
             StoreEvent::GrowthFailed(error) => {
                 tracing::warn!(store = %id, %error, "the store's file could not be made larger; trying again in a minute");

@@ -418,6 +418,11 @@ impl Acceptor {
             .is_some_and(|current| current.session == session)
     }
 
+    /// Whose work is taken.
+    pub fn session(&self) -> Option<SessionRef> {
+        self.current.map(|current| current.session)
+    }
+
     /// What is durable, or will be when the last `Persist` is.
     pub fn seal(&self) -> Seal {
         self.seal

@@ -206,11 +206,20 @@ pub enum Event {
         /// Bytes of its area written.
         bytes: u64,
     },
+    /// A scrub found blocks that cannot be read.
+    ScrubDamaged {
+        /// The chunk.
+        extent: ExtentKey,
+        /// The first of them in the chunk.
+        first_block: u32,
+        /// How many.
+        count: u32,
+    },
     /// A scrub pass ended.
     ScrubFinished {
         /// Blocks read.
         blocks: u64,
-        /// Blocks that did not match.
+        /// Blocks that could not be read, or did not match.
         damaged: u64,
     },
 }

@@ -166,6 +166,9 @@ impl Store {
                 }
                 Lookup::Lost => {
                     let key = self.index.row(row).key;
+                    if next.reader == Reader::Scrub {
+                        self.scrub.found_damaged(block, 1);
+                    }
                     next.error.get_or_insert(StoreError::Lost {
                         layer: key.layer,
                         chunk: key.chunk,
@@ -182,7 +185,11 @@ impl Store {
                                 chunk: key.chunk,
                                 block,
                             };
-                            self.reads[id as usize].error.get_or_insert(error.clone());
+                            let read = &mut self.reads[id as usize];
+                            read.error.get_or_insert(error.clone());
+                            if read.reader == Reader::Scrub {
+                                self.scrub.found_damaged(block, 1);
+                            }
                             self.checksum_error(error);
                         }
                         continue;
@@ -264,6 +271,10 @@ impl Store {
             Err(e) => {
                 self.counters.read_errors += 1;
                 read.error.get_or_insert(StoreError::Device(e));
+                if read.reader == Reader::Scrub {
+                    self.scrub
+                        .found_damaged(read.first + run.at, run.crcs.len() as u32);
+                }
             }
             Ok(()) => {
                 let mut bad = SmallVec::<[StoreError; 1]>::new();
@@ -277,6 +288,9 @@ impl Store {
                         )
                     };
                     if crc32fast::hash(bytes) != *crc {
+                        if read.reader == Reader::Scrub {
+                            self.scrub.found_damaged(read.first + at, 1);
+                        }
                         bad.push(StoreError::Corrupt {
                             layer: key.layer,
                             chunk: key.chunk,
@@ -286,9 +300,6 @@ impl Store {
                 }
                 if let Some(first) = bad.first() {
                     read.error.get_or_insert(first.clone());
-                }
-                if read.reader == Reader::Scrub {
-                    self.counters.scrub_damaged += bad.len() as u64;
                 }
                 for error in bad {
                     self.checksum_error(error);
@@ -323,7 +334,8 @@ impl Store {
                 // Blocks that are not mapped were not read.
                 let holes = |info: &ReadInfo| info.holes.iter().map(|hole| hole.1).sum();
                 let holes: u32 = result.as_ref().map_or(0, holes);
-                self.on_scrub_read(read.count - holes, result.is_ok());
+                let extent = self.index.row(read.row).key;
+                self.on_scrub_read(extent, read.count - holes);
             }
         }
     }

@@ -11,6 +11,8 @@ pub(super) struct Scrub {
     at: Option<(ExtentKey, u32)>,
     buf: Option<AlignedBuf>,
     reading: bool,
+    /// Of the leaf being read: blocks that cannot be read, the first in its chunk and how many.
+    damaged: Vec<(u32, u32)>,
     /// Not before then: the rate.
     next_ms: u64,
 }
@@ -18,6 +20,10 @@ pub(super) struct Scrub {
 impl Scrub {
     pub(super) fn running(&self) -> bool {
         self.at.is_some()
+    }
+
+    pub(super) fn found_damaged(&mut self, first_block: u32, count: u32) {
+        self.damaged.push((first_block, count));
     }
 }
 
@@ -92,16 +98,27 @@ impl Store {
     }
 
     /// One leaf's blocks were read and compared.
-    pub(super) fn on_scrub_read(&mut self, blocks: u32, ok: bool) {
+    pub(super) fn on_scrub_read(&mut self, extent: ExtentKey, blocks: u32) {
         self.scrub.reading = false;
+        let mut damaged = std::mem::take(&mut self.scrub.damaged);
         if !self.scrub.running() {
             self.scrub.buf = None;
             return;
         }
         self.counters.scrub_blocks += u64::from(blocks);
-        if !ok && self.counters.scrub_damaged == 0 {
-            // Unreadable or without a mapping: counted though no block was compared.
-            self.counters.scrub_damaged = 1;
+        damaged.sort_unstable();
+        damaged.dedup_by(|next, before| {
+            let is_adjacent = before.0 + before.1 == next.0;
+            before.1 += if is_adjacent { next.1 } else { 0 };
+            is_adjacent
+        });
+        for (first_block, count) in damaged {
+            self.counters.scrub_damaged += u64::from(count);
+            self.event(Event::ScrubDamaged {
+                extent,
+                first_block,
+                count,
+            });
         }
         let rate = self.params.scrub_blocks_per_s.max(1);
         let with_leaf = u64::from(blocks + LEAF_DISK_BLOCKS);

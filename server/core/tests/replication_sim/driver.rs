@@ -16,7 +16,7 @@ use ashlar_core::volume::{Access, Began, BlockRange, Started, Ticket};
 use smallvec::SmallVec;
 
 use crate::client::{ClientOp, Kind};
-use crate::disk::Content;
+use crate::disk::{At, Content};
 use crate::message::{Answer, Ask, Found, What};
 use crate::world::{Ev, HEARTBEAT_US, LEASE_US, WRITE_TIMEOUT_US, World};
 
@@ -120,6 +120,21 @@ impl Driver {
         let store = crate::world::store_of(copy);
         let mut actions = Vec::new();
         self.head.distrust(store, world.now_us, &mut actions);
+        self.carry_out(world, node, actions);
+    }
+
+    /// A scrub found a block of a copy that cannot be read.
+    pub(crate) fn repair(&mut self, world: &mut World, node: usize, copy: usize, block: At) {
+        let mut sessions = self.sessions.keys().copied();
+        let member = sessions.find(|member| Self::node_of(world, &self.head, *member) == copy);
+        let Some(member) = member else { return };
+        let extent = ExtentKey {
+            layer: LayerId(1),
+            chunk: ChunkIndex(block.0),
+        };
+        let mut actions = Vec::new();
+        self.head
+            .repair(Some(member), extent, block.1, 1, &mut actions);
         self.carry_out(world, node, actions);
     }
 
@@ -577,7 +592,7 @@ impl Driver {
                         chunk: ChunkIndex(chunk),
                     };
                     let mut actions = Vec::new();
-                    self.head.repair(extent, first, count, &mut actions);
+                    self.head.repair(None, extent, first, count, &mut actions);
                     self.carry_out(world, node, actions);
                 }
             }

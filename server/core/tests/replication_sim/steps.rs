@@ -26,6 +26,8 @@ pub(crate) struct Ran {
 
 /// Events before faults end.
 const SAFETY_EVENTS: u64 = 2_500;
+/// After which a scrub comes to a block that has rotted.
+const SCRUB_US: u64 = 20_000;
 /// How long everything may take to heal, of the world's time, microseconds: fifty leases.
 const HEAL_US: u64 = 10_000_000;
 
@@ -379,14 +381,12 @@ impl World {
                 let at = self.client.histories[at].at;
                 if all_in_sync && clean {
                     self.nodes[node].disk.rot(at);
+                    // Found by a scrub, if nobody reads it before.
+                    self.after(SCRUB_US, Ev::Scrubbed { node, at });
                 }
             }
             Fault::Distrust => {
-                let serves = |n: &crate::world::Node| n.head.as_ref().is_some_and(|h| h.is_serving);
-                let serving = self.nodes.iter().position(serves);
-                let serving = serving.filter(|at| self.nodes[*at].is_up && !self.nodes[*at].frozen);
-                let Some(at) = serving else { return };
-                if let Some(head) = self.nodes[at].head.as_ref().map(|head| head.id) {
+                if let Some((at, head)) = self.serving() {
                     self.with_head(at, head, |world, driver| driver.distrust(world, at, node));
                 }
             }
@@ -540,6 +540,28 @@ impl World {
                 )
             });
             self.violated(twice);
+        }
+    }
+
+    /// Where the volume is served, by which head.
+    fn serving(&self) -> Option<(usize, u64)> {
+        let serves = |n: &crate::world::Node| n.head.as_ref().is_some_and(|h| h.is_serving);
+        let at = self.nodes.iter().position(serves)?;
+        let node = &self.nodes[at];
+        let head = node.head.as_ref().map(|head| head.id)?;
+        (node.is_up && !node.frozen).then_some((at, head))
+    }
+
+    /// A scrub came to a block: its head is told of one that cannot be read.
+    pub(crate) fn scrubbed(&mut self, node: usize, block: crate::disk::At) {
+        let is_rotten = self.nodes[node]
+            .disk
+            .get(block)
+            .is_some_and(|cell| cell.rotten);
+        if let Some((at, head)) = self.serving().filter(|_| is_rotten) {
+            self.with_head(at, head, |world, driver| {
+                driver.repair(world, at, node, block)
+            });
         }
     }
 

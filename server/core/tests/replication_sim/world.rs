@@ -160,6 +160,11 @@ pub(crate) enum Ev {
     ReadsBack {
         node: usize,
     },
+    /// A scrub at the node came to the block.
+    Scrubbed {
+        node: usize,
+        at: crate::disk::At,
+    },
     Client,
     Fault,
     Steer,
@@ -658,6 +663,7 @@ impl World {
             }
             Ev::Roomy { node } => self.nodes[node].disk.full = false,
             Ev::ReadsBack { node } => self.nodes[node].disk.failing_reads = false,
+            Ev::Scrubbed { node, at } => self.scrubbed(node, at),
             Ev::Client => self.client_step(),
             Ev::Fault => self.fault_step(),
             Ev::Steer => self.steer_step(),

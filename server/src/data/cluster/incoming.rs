@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use ashlar_core::replication::wire::{Header, Kind, OpenBody, RowsQuery, Status, flags};
+use ashlar_core::replication::wire::{
+    Header, Kind, MAX_MESSAGE_BLOCKS, OpenBody, RowsQuery, Status, flags,
+};
 use ashlar_core::replication::{AcceptorEvent, LinkId, SessionRef};
+use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{BLOCK_BYTES, Epoch, Version};
 
 use super::super::thread::DataThread;
@@ -119,6 +122,7 @@ impl DataThread {
             | Kind::Fenced
             | Kind::Alive
             | Kind::Credit
+            | Kind::Damaged
             | Kind::Done
             | Kind::Data
             | Kind::Rows
@@ -182,6 +186,37 @@ impl DataThread {
         header.session = session.tag;
         header.epoch = epoch;
         self.push_to(link, &header, &[]);
+    }
+
+    /// A scrub found blocks of a replica that cannot be read: its head is told, which has good ones. Without a head, or when
+    /// it is busy with others, the next scrub finds them again.
+    pub(in super::super) fn replica_is_damaged(
+        &mut self,
+        store: usize,
+        extent: ExtentKey,
+        first_block: u32,
+        count: u32,
+    ) {
+        let mut replicas = self.cluster.replicas.iter().map(|(_, replica)| replica);
+        let session = replicas
+            .find(|replica| replica.store == store && replica.layer == extent.layer)
+            .and_then(|replica| replica.acceptor.session());
+        let Some(session) = session else { return };
+        let link = self.key_of(session.link);
+        let end = first_block + count;
+        for first_block in (first_block..end).step_by(MAX_MESSAGE_BLOCKS as usize) {
+            let count = (end - first_block).min(MAX_MESSAGE_BLOCKS);
+            if session.link == LinkId::LOCAL {
+                self.local_damaged(session.tag, extent, first_block, count);
+            } else if let Some(link) = link {
+                let mut header = Header::new(Kind::Damaged);
+                header.session = session.tag;
+                header.extent = extent;
+                header.first_block = first_block;
+                header.count = count;
+                self.push_to(link, &header, &[]);
+            }
+        }
     }
 
     pub(super) fn acceptor_done(&mut self, session: SessionRef, op: u64, status: Status) {

@@ -92,6 +92,15 @@ impl DataThread {
                     self.session_ended(session.volume, session.member);
                 }
             }
+            Kind::Damaged => {
+                if let Some(session) = to.sessions.get(&header.session) {
+                    let (volume, member) = (session.volume, session.member);
+                    let (extent, first_block) = (header.extent, header.first_block);
+                    self.with_head(volume, |head, _, actions| {
+                        head.repair(Some(member), extent, first_block, header.count, actions);
+                    });
+                }
+            }
             Kind::Alive => {
                 let mut sent_at_us = None;
                 while let Some((beat, at)) = to.beats.front().copied() {

@@ -240,7 +240,7 @@ impl DataThread {
         if piece.is_damaged {
             let (extent, first_block, count) = (piece.extent, piece.first_block, piece.count);
             self.with_head(entry.volume, |head, _, actions| {
-                head.repair(extent, first_block, count, actions);
+                head.repair(None, extent, first_block, count, actions);
             });
         }
         self.piece_done(key, index);

@@ -1,19 +1,17 @@
 //! `ashlar doctor`: what it finds and mends when a node's disk went back in time or a record is gone, and that it finds
 //! nothing while clients write.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ashlar_core::records::{Transaction, keys};
 use ashlar_core::units::VolumeId;
 use ashlar_server::meta::{EtcdConfig, EtcdStore, EtcdTls, MetadataStore};
 use ashlar_tests::cluster::Trio;
-use ashlar_tests::daemon::Daemon;
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::wait;
 use serde_json::Value;
 
-use super::{LEASE, verifying, wait_written};
+use super::{LEASE, store_file, verifying, wait_written};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 512;
@@ -40,19 +38,6 @@ fn write_all(trio: &Trio, byte: u8) {
         client.write(first * BLOCK, &data).expect("written");
     }
     client.flush().expect("flushed");
-}
-
-/// The file of a daemon's store.
-fn store_file(daemon: &Daemon) -> PathBuf {
-    let path = daemon.store();
-    if !path.is_dir() {
-        return path;
-    }
-    let files = std::fs::read_dir(&path).expect("a directory");
-    let files = files.map(|entry| entry.expect("an entry").path());
-    files
-        .max_by_key(|path| path.metadata().map_or(0, |metadata| metadata.len()))
-        .expect("the file of the store")
 }
 
 #[test]

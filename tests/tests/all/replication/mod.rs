@@ -10,14 +10,17 @@ mod outage;
 mod partition;
 mod power;
 mod rolling;
+mod scrubbing;
 mod strangers;
 mod takeover;
 mod volumes;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ashlar_server::data::DataConfig;
 use ashlar_tests::cluster::Trio;
+use ashlar_tests::daemon::Daemon;
 use ashlar_tests::fio::Fio;
 use ashlar_tests::tool::{Finished, Running};
 use ashlar_tests::wait;
@@ -42,8 +45,8 @@ fn verifying(trio: &Trio, at: usize, volume: &str, seconds: u32, rate: &str) -> 
 fn written(trio: &Trio) -> f64 {
     let metrics = trio.nodes[0].daemon.metrics();
     let labels = [("volume", "disk"), ("command", "write")];
-    let sum = metrics.sum("ashlar_volume_bytes_total", &labels);
-    sum.unwrap_or_else(|| panic!("{metrics:?}"))
+    // Before the first of them there is no such number.
+    metrics.sum("ashlar_volume_bytes_total", &labels).unwrap_or(0.0)
 }
 
 /// Waits until they have written so many more.
@@ -71,4 +74,17 @@ fn longest_pause(fio: Finished) -> Duration {
         job[kind]["clat_ns"]["max"].as_u64().expect("a latency")
     });
     Duration::from_nanos(longest[0].max(longest[1]))
+}
+
+/// The file of a daemon's store.
+fn store_file(daemon: &Daemon) -> PathBuf {
+    let path = daemon.store();
+    if !path.is_dir() {
+        return path;
+    }
+    let files = std::fs::read_dir(&path).expect("a directory");
+    let files = files.map(|entry| entry.expect("an entry").path());
+    files
+        .max_by_key(|path| path.metadata().map_or(0, |metadata| metadata.len()))
+        .expect("the file of the store")
 }

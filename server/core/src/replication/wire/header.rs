@@ -76,6 +76,9 @@ pub enum Kind {
     Credit = 9,
     /// The copy is whole: what it had lost to a power loss is there again and flushed. Answered with `Done`.
     Whole = 10,
+    /// From the replica, unasked: its scrub found `count` blocks that cannot be read. The head writes them again from a
+    /// good copy.
+    Damaged = 11,
     /// Write `count` blocks. Body: their checksums, then their bytes.
     Write = 16,
     /// Make `count` blocks read as zeros.
@@ -99,7 +102,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 20] = [
+    const ALL: [Kind; 21] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Open,
@@ -110,6 +113,7 @@ impl Kind {
         Kind::Alive,
         Kind::Credit,
         Kind::Whole,
+        Kind::Damaged,
         Kind::Write,
         Kind::Zero,
         Kind::Read,
@@ -324,7 +328,7 @@ impl Header {
         }
         if matches!(
             self.kind,
-            Kind::Write | Kind::Zero | Kind::Read | Kind::Data
+            Kind::Write | Kind::Zero | Kind::Read | Kind::Data | Kind::Damaged
         ) {
             let end = self.first_block.checked_add(self.count);
             if self.count == 0 || end.is_none_or(|end| end > CHUNK_BLOCKS) {

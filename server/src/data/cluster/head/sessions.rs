@@ -2,6 +2,7 @@
 
 use ashlar_core::replication::wire::{OpenBody, Status};
 use ashlar_core::replication::{AcceptorEvent, Event, LinkId, MemberId, QueryId, SessionRef};
+use ashlar_core::store::ExtentKey;
 use ashlar_core::units::{Epoch, NodeId, StoreId};
 
 use super::super::super::thread::DataThread;
@@ -270,6 +271,20 @@ impl DataThread {
         if let Some((volume, member, _)) = self.member_with_tag(tag) {
             self.head_event(volume, Event::Fenced { member, epoch });
             self.session_ended(volume, member);
+        }
+    }
+
+    pub(in super::super) fn local_damaged(
+        &mut self,
+        tag: u32,
+        extent: ExtentKey,
+        first_block: u32,
+        count: u32,
+    ) {
+        if let Some((volume, member, _)) = self.member_with_tag(tag) {
+            self.with_head(volume, |head, _, actions| {
+                head.repair(Some(member), extent, first_block, count, actions);
+            });
         }
     }
 

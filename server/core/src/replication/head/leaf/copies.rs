@@ -9,7 +9,7 @@ use super::super::{
 };
 use super::{COPIES, Copy, JobFor, JobKey, LeafJob, Planned, REPAIRS, Stage, To, Window};
 use crate::store::ExtentKey;
-use crate::units::LEAF_BLOCKS;
+use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS};
 use crate::volume::Ticket;
 
 impl ReplicatedHead {
@@ -378,14 +378,20 @@ impl ReplicatedHead {
 
     // -- repairs
 
-    /// Blocks that one replica could not read and another could are written again from a good copy, to all.
+    /// Blocks that a replica cannot read are written again from a good copy, to all. `bad`: which replica that is, where it
+    /// is known.
     pub fn repair(
         &mut self,
+        bad: Option<MemberId>,
         extent: ExtentKey,
         first_block: u32,
         count: u32,
         actions: &mut Vec<Action>,
     ) {
+        // What lies behind the end of the volume is nobody's.
+        let blocks = self.record.record.size_bytes / BLOCK_BYTES as u64;
+        let before = u64::from(extent.chunk.0) * u64::from(CHUNK_BLOCKS) + u64::from(first_block);
+        let count = blocks.saturating_sub(before).min(u64::from(count)) as u32;
         if self.phase != Phase::Serving
             || count == 0
             || count > MAX_MESSAGE_BLOCKS
@@ -398,6 +404,8 @@ impl ReplicatedHead {
         let key = self.insert_job(JobFor::Repair, set, extent.chunk, first_block / LEAF_BLOCKS);
         if let Some(job) = self.job(key) {
             job.windows.push((first_block, count));
+            job.bad
+                .extend(bad.map(|member| (member, (first_block, count))));
         }
         self.next_window(key, actions);
     }

@@ -1,0 +1,106 @@
+//! Blocks of one copy that rot while nobody reads them: a scrub finds them, and they are written again from a good copy.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use ashlar_tests::cluster::Trio;
+use ashlar_tests::nbd::Wishes;
+use ashlar_tests::wait;
+
+use super::{LEASE, store_file};
+
+const BLOCK: usize = 4096;
+const BLOCKS: u64 = 512;
+/// In three places: neighbours are told and mended together.
+const ROTTEN: [u64; 4] = [7, 100, 101, 511];
+
+/// What no other block has.
+fn content(block: u64) -> Vec<u8> {
+    (block + 0x5a5a_0000_0000).to_le_bytes().repeat(BLOCK / 8)
+}
+
+/// Flips a bit in each of the blocks wherever the third node's store has them.
+fn rot(trio: &Trio) {
+    let path = store_file(&trio.nodes[2].daemon);
+    let bytes = std::fs::read(&path).expect("read");
+    let file = File::options().write(true).open(&path).expect("opened");
+    for block in ROTTEN {
+        let wanted = content(block);
+        let mut places = 0;
+        for place in (0..bytes.len() / BLOCK).filter(|at| bytes[at * BLOCK..][..BLOCK] == wanted) {
+            let at = place * BLOCK + 100;
+            let flipped = [bytes[at] ^ 8];
+            file.write_all_at(&flipped, at as u64).expect("flipped");
+            places += 1;
+        }
+        assert!(places > 0, "block {block} is not in the store");
+    }
+    file.sync_all().expect("synced");
+}
+
+/// A scrub of the third node finds the damage, the head mends it, and the next scrub finds nothing.
+fn is_mended(trio: &Trio, head: usize, before: usize) {
+    let scrub = || {
+        let admin = trio.nodes[2].daemon.admin();
+        admin.try_run(["store", "scrub", "--rate", "1GiB"])
+    };
+    let said = scrub();
+    assert!(!said.status.success(), "{said}");
+    assert!(said.to_string().contains('4'), "{said}");
+    let mended = "damaged blocks were written again from a good copy";
+    wait::until(LEASE * 4, "the blocks are mended", || {
+        let text = trio.nodes[head].daemon.log.text();
+        match text.matches(mended).count() - before {
+            3 => Ok(()),
+            count => Err(format!("{count} of 3 places")),
+        }
+    });
+    // What was said last is that they are being written.
+    wait::until(Duration::from_secs(20), "nothing is damaged", || {
+        let said = scrub();
+        if said.status.success() {
+            Ok(())
+        } else {
+            Err(said.to_string())
+        }
+    });
+}
+
+#[test]
+fn what_a_scrub_finds_is_written_again_from_a_good_copy() {
+    let mut trio = Trio::start("scrub-repair");
+    trio.expect_losses();
+    for node in &mut trio.nodes {
+        node.daemon.log.expect("checksum mismatch");
+        node.daemon.log.expect("damaged blocks");
+        node.daemon.log.expect("a volume is no longer served here");
+    }
+    trio.create("disk", &(BLOCKS * BLOCK as u64).to_string());
+    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
+    for block in 0..BLOCKS {
+        let written = client.write(block * BLOCK as u64, &content(block));
+        written.expect("written");
+    }
+    client.flush().expect("flushed");
+    trio.wait_in_sync(0, "disk", 3);
+    // What is in the tail is read from there.
+    trio.nodes[2].daemon.stop();
+    rot(&trio);
+    trio.nodes[2].daemon.start();
+    trio.wait_in_sync(0, "disk", 3);
+    is_mended(&trio, 0, 0);
+
+    // The same where the head is beside the damaged copy.
+    trio.nodes[2].daemon.stop();
+    rot(&trio);
+    trio.nodes[2].daemon.start();
+    trio.wait_in_sync(0, "disk", 3);
+    trio.open_at(2, "disk");
+    is_mended(&trio, 2, 0);
+    let mut client = trio.nodes[2].daemon.open("disk", Wishes::SIMPLE);
+    for block in 0..BLOCKS {
+        let read = client.read(block * BLOCK as u64, BLOCK as u64);
+        assert_eq!(read.expect("read"), content(block), "block {block}");
+    }
+}
