@@ -267,8 +267,12 @@ pub async fn set_read_only(device: &Path, read_only: bool) -> Result<(), Refusal
     demand(child.run(PROBE_LIMIT).await?).map(drop)
 }
 
-/// Unmounts everything at `point`, one on top of the other. What is not mounted is fine.
+/// Unmounts everything at `point`, one on top of the other. What is not mounted is fine. A point in use is tried again for a
+/// moment: what looks at all mounts of a machine, for its metrics, holds each for a little.
 pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const RETRY: Duration = Duration::from_millis(50);
+    let begun = tokio::time::Instant::now();
     loop {
         let before = mounts()?.depth(point);
         if before == 0 {
@@ -277,7 +281,11 @@ pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
         let finished = Child::new("umount").arg(point).run(limit).await?;
         let after = mounts()?.depth(point);
         if !finished.succeeded() && after >= before {
-            return Err(Refusal::internal(finished.to_string()));
+            let refusal = Refusal::internal(finished.to_string());
+            if begun.elapsed() >= PATIENCE || !refusal.message.contains("busy") {
+                return Err(refusal);
+            }
+            tokio::time::sleep(RETRY).await;
         }
     }
 }

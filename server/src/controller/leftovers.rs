@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::Controller;
 use crate::data::DataConfig;
-use crate::meta::{MetadataError, Outcome};
+use crate::meta::{self, MetadataError, Outcome};
 use crate::replication::space_records;
 
 /// Between two looks.
@@ -43,15 +43,10 @@ async fn look_once(
     controller: &Controller,
     known: &mut HashMap<String, Instant>,
 ) -> Result<(), MetadataError> {
-    let listing = controller.records.list(keys::LEFTOVERS).await?;
+    let mut here: Vec<Versioned<LeftoverRecord>> =
+        meta::list(&*controller.records, keys::LEFTOVERS).await?;
     let ours = controller.plane.stores();
-    let mut here: Vec<Versioned<LeftoverRecord>> = Vec::new();
-    for entry in &listing.entries {
-        let left = entry.read::<LeftoverRecord>()?;
-        if ours.iter().any(|store| store.id == left.record.store) {
-            here.push(left);
-        }
-    }
+    here.retain(|left| ours.iter().any(|store| store.id == left.record.store));
     known.retain(|key, _| here.iter().any(|left| left.record.key() == *key));
     let mut ready = Vec::new();
     for left in here {

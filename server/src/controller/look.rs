@@ -28,19 +28,11 @@ pub(super) struct Look {
 impl Look {
     pub(super) async fn read(records: &dyn MetadataStore) -> Result<Look, MetadataError> {
         let leader = meta::read::<LeaderRecord>(records, keys::LEADER).await?;
-        let members = records.list(keys::MEMBERS).await?;
-        let members = members.entries.iter().map(|entry| entry.read());
-        let members = members.collect::<Result<Vec<_>, _>>()?;
-        let spaces = records.list(keys::SPACES).await?;
-        let spaces = spaces.entries.iter().map(|entry| entry.read());
-        let spaces = spaces.collect::<Result<Vec<_>, _>>()?;
-        let leftovers = records.list(keys::LEFTOVERS).await?;
-        let leftovers = leftovers.entries.iter().map(|entry| entry.read());
-        let leftovers = leftovers.collect::<Result<Vec<Versioned<LeftoverRecord>>, _>>()?;
+        let leftovers = meta::list::<LeftoverRecord>(records, keys::LEFTOVERS).await?;
         Ok(Look {
             leader,
-            members,
-            spaces,
+            members: meta::list(records, keys::MEMBERS).await?,
+            spaces: meta::list(records, keys::SPACES).await?,
             leftovers: leftovers.into_iter().map(|left| left.record).collect(),
         })
     }

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use super::wire;
 use crate::admin::poison_reason;
 use crate::daemon::{ClusterServices, Services, State};
-use crate::meta::{MetadataError, MetadataStore};
+use crate::meta::{self, MetadataError, MetadataStore};
 use crate::volumes::{Serving, VolumeError, unix_ms};
 
 /// How long one node, or the metadata store, is waited for: a person waits for the answer.
@@ -202,8 +202,8 @@ async fn ask(
 async fn told(records: &dyn MetadataStore) -> BTreeMap<NodeId, u64> {
     let listed = async {
         let mut told: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for entry in records.list(keys::SPACES).await?.entries {
-            let space = entry.read::<SpaceRecord>()?.record;
+        for space in meta::list::<SpaceRecord>(records, keys::SPACES).await? {
+            let space = space.record;
             let at = told.entry(space.node).or_default();
             *at = space.at_unix_ms.max(*at);
         }

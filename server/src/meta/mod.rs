@@ -197,6 +197,15 @@ pub async fn read<R: Record>(
     store.get(key).await?.map(|entry| entry.read()).transpose()
 }
 
+/// Lists and decodes the records of one kind.
+pub async fn list<R: Record>(
+    store: &dyn MetadataStore,
+    prefix: &str,
+) -> Result<Vec<Versioned<R>>, MetadataError> {
+    let listing = store.list(prefix).await?;
+    listing.entries.iter().map(|entry| entry.read()).collect()
+}
+
 /// The checks that come before an implementation sees a key or prefix: printable ASCII, so that order by key is the
 /// same everywhere.
 fn check_key(key: &str) -> Result<(), MetadataError> {

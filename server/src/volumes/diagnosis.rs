@@ -8,6 +8,7 @@ use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{BLOCK_BYTES, LayerId, NodeId, StoreId, VolumeId};
 
 use super::{VolumeError, Volumes, lock};
+use crate::meta;
 
 impl Volumes {
     /// Something happened to a volume, or to its copy on `node`.
@@ -28,10 +29,8 @@ impl Volumes {
 
     /// Every volume's record as the metadata store has it now.
     pub(crate) async fn read_records(&self) -> Result<Vec<VolumeRecord>, VolumeError> {
-        let entries = self.store.list(keys::VOLUMES).await?.entries;
-        let read = entries.iter().map(|entry| entry.read::<VolumeRecord>());
-        let records = read.map(|read| read.map(|read| read.record));
-        Ok(records.collect::<Result<_, _>>()?)
+        let records = meta::list::<VolumeRecord>(&*self.store, keys::VOLUMES).await?;
+        Ok(records.into_iter().map(|read| read.record).collect())
     }
 
     /// Which volume each name leads to.

@@ -13,7 +13,7 @@ use ashlar_core::records::{
     keys,
 };
 use ashlar_core::replication::{News, StopReason};
-use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
+use ashlar_core::units::{BLOCK_BYTES, CHUNK_BYTES, NodeId, VolumeId};
 
 use super::diagnosis::{remembered, stopped};
 use super::{Change, HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
@@ -43,8 +43,8 @@ impl Volumes {
         let (zones, draining) = self.zones().await?;
         let heard = super::lock(&self.heard).clone();
         let mut stores = Vec::new();
-        for entry in self.store.list(keys::SPACES).await?.entries {
-            let space = entry.read::<SpaceRecord>()?.record;
+        for space in meta::list::<SpaceRecord>(&*self.store, keys::SPACES).await? {
+            let space = space.record;
             // What was seen to change counts; clocks of nodes are compared only where nothing was seen yet.
             let is_alive = heard
                 .get(&space.node)
@@ -86,8 +86,8 @@ impl Volumes {
     /// What fails together with each node, and which nodes get nothing new.
     async fn zones(&self) -> Result<(BTreeMap<NodeId, String>, Vec<NodeId>), VolumeError> {
         let (mut zones, mut not_fit) = (BTreeMap::new(), Vec::new());
-        for entry in self.store.list(keys::MEMBERS).await?.entries {
-            let member = entry.read::<MemberRecord>()?.record;
+        for member in meta::list::<MemberRecord>(&*self.store, keys::MEMBERS).await? {
+            let member = member.record;
             if let Some(zone) = member.labels.get("zone") {
                 zones.insert(member.id, zone.clone());
             }
@@ -390,7 +390,7 @@ impl Volumes {
             News::Rejoined {
                 set, copied_blocks, ..
             } => {
-                tracing::info!(%id, node, set = set.0, copied_bytes = copied_blocks * 4096, "a replica is in sync again");
+                tracing::info!(%id, node, set = set.0, copied_bytes = copied_blocks * BLOCK_BYTES as u64, "a replica is in sync again");
             }
             News::Removed { set, .. } => {
                 tracing::info!(%id, node, set = set.0, "a replica was removed");
@@ -491,27 +491,26 @@ impl Volumes {
         }
         let id = record.id;
         self.host.record_seen(id, Some(current.clone()));
-        let known = self.catalog().get(id).cloned();
-        let is_news = known
-            .as_ref()
-            .is_none_or(|known| known.current.changed_at < current.changed_at);
-        if !is_news {
-            return;
-        }
-        let is_published_anew = known
-            .as_ref()
-            .is_some_and(|known| known.current.record.publications != record.publications);
-        let serving = known.map_or_else(
-            || Serving::No(elsewhere(record)),
-            |known| match known.serving {
-                Serving::Yes => Serving::Yes,
-                Serving::No(reason) if reason == SEALING => Serving::No(reason),
-                Serving::No(_) => Serving::No(elsewhere(record)),
-            },
-        );
         let is_deleting = record.state == VolumeState::Deleting;
-        let may_be_served = serving == Serving::Yes || serving == Serving::No(SEALING.to_owned());
-        self.catalog().put(current, serving);
+        // In one step: what a head says meanwhile must not be written over by what was known before.
+        let (is_published_anew, may_be_served) = {
+            let mut catalog = self.catalog();
+            let known = catalog.get(id);
+            if known.is_some_and(|known| known.current.changed_at >= current.changed_at) {
+                return;
+            }
+            let is_published_anew =
+                known.is_some_and(|known| known.current.record.publications != record.publications);
+            let serving = match known.map(|known| &known.serving) {
+                Some(Serving::Yes) => Serving::Yes,
+                Some(Serving::No(reason)) if reason == SEALING => Serving::No(reason.clone()),
+                Some(Serving::No(_)) | None => Serving::No(elsewhere(record)),
+            };
+            let may_be_served =
+                serving == Serving::Yes || serving == Serving::No(SEALING.to_owned());
+            catalog.put(current, serving);
+            (is_published_anew, may_be_served)
+        };
         if is_published_anew && may_be_served && !is_deleting {
             let service = Arc::clone(self);
             tokio::spawn(async move {

@@ -24,11 +24,7 @@ pub(super) struct FromHead {
 }
 
 impl DataThread {
-    #[allow(
-        clippy::wrong_self_convention,
-        reason = "the message is from there; nothing is made of it"
-    )]
-    pub(super) fn from_head(
+    pub(super) fn take_from_head(
         &mut self,
         key: usize,
         header: &Header,

@@ -235,8 +235,8 @@ impl DataThread {
                 };
                 left -= 1;
                 match &link.role {
-                    Role::ToStore(_) => self.from_store(key, &header, body)?,
-                    Role::FromHead(_) => self.from_head(key, &header, body)?,
+                    Role::ToStore(_) => self.take_from_store(key, &header, body)?,
+                    Role::FromHead(_) => self.take_from_head(key, &header, body)?,
                 }
             }
             let Some(link) = self.cluster.links.get_mut(key) else {

@@ -42,11 +42,7 @@ struct AskedOfPeer {
 }
 
 impl DataThread {
-    #[allow(
-        clippy::wrong_self_convention,
-        reason = "the message is from there; nothing is made of it"
-    )]
-    pub(super) fn from_store(
+    pub(super) fn take_from_store(
         &mut self,
         key: usize,
         header: &Header,

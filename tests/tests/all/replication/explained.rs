@@ -82,13 +82,20 @@ fn a_volume_says_why_it_is_as_it_is() {
     wait_explained(&trio, 1, "degraded", "copy-out");
 
     trio.nodes[1].daemon.kill();
-    let said = wait_explained(&trio, 0, "stuck", "writes-wait");
-    let text = told(&said, "writes-wait");
-    assert!(
-        text.contains("1 of 3") && text.contains("min_in_sync is 2"),
-        "{text}"
-    );
-    assert!(text.contains(&ids[1]) && text.contains(&ids[2]), "{text}");
+    // A copy is out a moment before its node is known to be away.
+    wait::until(LEASE * 5, "both copies would do", || {
+        let said = wait_explained(&trio, 0, "stuck", "writes-wait");
+        let text = told(&said, "writes-wait");
+        assert!(
+            text.contains("1 of 3") && text.contains("min_in_sync is 2"),
+            "{text}"
+        );
+        if text.contains(&ids[1]) && text.contains(&ids[2]) {
+            Ok(())
+        } else {
+            Err(text)
+        }
+    });
 
     trio.nodes[1].daemon.start();
     trio.nodes[2].daemon.start();

@@ -46,7 +46,9 @@ fn written(trio: &Trio) -> f64 {
     let metrics = trio.nodes[0].daemon.metrics();
     let labels = [("volume", "disk"), ("command", "write")];
     // Before the first of them there is no such number.
-    metrics.sum("ashlar_volume_bytes_total", &labels).unwrap_or(0.0)
+    metrics
+        .sum("ashlar_volume_bytes_total", &labels)
+        .unwrap_or(0.0)
 }
 
 /// Waits until they have written so many more.
