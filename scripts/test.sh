@@ -11,6 +11,8 @@ trap 'rm -f "$log"' EXIT
 for name in "${!ASHLAR_@}"; do
     case $name in ASHLAR_TESTS_* | ASHLAR_SEED | ASHLAR_SEEDS) ;; *) unset "$name" ;; esac
 done
+# Most tests wait for something most of the time. Those in virtual machines take turns by themselves.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
 # The tests start the real programs, which `cargo test` alone would not build for every crate.
 cargo build --release --locked --workspace </dev/null
 status=0
