@@ -125,15 +125,20 @@ impl Controller {
     }
 
     /// A volume of the wanted name, just made or found. Whether it has copies is known only now: one with copies that was
-    /// made to be used on several nodes cannot be, was answered to nobody, and goes again, however often that was begun.
+    /// made to be used on several nodes cannot be. It goes again, however often that was begun, and is answered to nobody,
+    /// not even to a caller whom it would suit: otherwise it could go while it is used.
     async fn found(&self, volume: Volume, request: &CreateRequest) -> Result<Volume, Refusal> {
         let is_mistaken = volume.is_replicated
             && volume.annotations.contains_key(MULTI_NODE_KEY)
             && volume.annotations.get(NAME_KEY) == Some(&request.name)
+            && !volume.ever_written
             && !volume.is_deleting;
-        if is_mistaken && let Some(mismatch) = mismatch(&volume, request) {
+        if is_mistaken {
             self.delete(volume.id).await?;
-            return Err(Refusal::invalid(mismatch));
+            return Err(match mismatch(&volume, request) {
+                Some(mismatch) => Refusal::invalid(mismatch),
+                None => Refusal::busy(&format!("volume {}", request.name)),
+            });
         }
         same(volume, request)
     }
