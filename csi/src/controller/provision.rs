@@ -131,7 +131,6 @@ impl Controller {
         let is_mistaken = volume.is_replicated
             && volume.annotations.contains_key(MULTI_NODE_KEY)
             && volume.annotations.get(NAME_KEY) == Some(&request.name)
-            && !volume.ever_written
             && !volume.is_deleting;
         if is_mistaken {
             self.delete(volume.id).await?;
