@@ -275,6 +275,10 @@ fn a_volume_follows_its_publication_and_classes_are_kept() {
     let readers = mounted("ext4", Mode::MultiNodeReaderOnly);
     let refused = with_copies(controller, "readers", &readers).err();
     assert_eq!(refused.expect("refused").0, Code::InvalidArgument);
+    // And it left nothing that would be taken for the same.
+    let single = mounted("ext4", Mode::SingleNodeWriter);
+    let made = with_copies(controller, "readers", &single).expect("created");
+    controller.delete(&made.id).expect("deleted");
 
     claim.publish_context = claim.publish_to(controller, NAMES[0]).expect("published");
     claim.bring_up(&plugins[0]);
