@@ -39,7 +39,7 @@ test: ## every test
 	@scripts/setup.sh build test
 	@scripts/test.sh $(ARGS)
 
-test-kubernetes: ## docs/kubernetes.md followed in a real Kubernetes of one node; as root, an hour and 10 GiB of disk the first time
+test-kubernetes: ## docs/kubernetes.md followed in a real Kubernetes of one node; as root; an hour and 10 GiB of disk the first time
 	@scripts/setup.sh build kubernetes
 	$(CARGO) build --release --locked -p ashlar-server -p ashlar-csi
 	@tests/kubernetes/run.sh

@@ -102,7 +102,7 @@ if [ ! -e "$work/node.img" ]; then
     done
     install -m 755 "$work/programs/kubelet" "$work/programs/kube-proxy" "$root/usr/local/bin/"
     install -m 600 "$work/pki/ca.crt" "$work/pki/kubelet.kubeconfig" "$work/pki/proxy.kubeconfig" "$root/etc/kubernetes/"
-    install -D -m 600 "$work/pki/ssh.pub" "$root/root/.ssh/authorized_keys"
+    install -D -m 600 "$work/pki/ssh.pub" "$root/root"/.ssh/authorized_keys
     echo node-1 >"$root/etc/hostname"
     echo "10.20.0.11 node-1" >>"$root/etc/hosts"
     echo "/dev/vda / ext4 defaults,discard 0 1" >"$root/etc/fstab"

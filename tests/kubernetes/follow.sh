@@ -91,6 +91,8 @@ section "Drain, reboot, failure of the node" '.*drained'
 kubectl uncordon node-1
 wait_for 300 "the daemon after the drain" kubectl -n ashlar wait --for=condition=Ready pod/ashlar-daemon-0 --timeout=10s
 section "Watch" "$any" "$any" "$any" skip skip
+detached() { [ -z "$(kubectl get volumeattachments -o name)" ]; }
+wait_for 300 "the end of attachments" detached
 section "Remove" '' '.*uninstalled.*' '.*unlabeled' skip skip skip skip
 kubectl get pvc notes >/dev/null || fail "the claim went with the chart"
 kubectl label node node-1 ashlar.io/daemon=true
@@ -102,6 +104,7 @@ kubectl exec notes -- test -s /data/lines || fail "the data after another instal
 kubectl exec notes -- grep -q '^/dev/loop.* /data ' /proc/mounts || fail "a loop device"
 kubectl delete -f deploy/examples/pod.yaml
 wait_for 120 "the end of the volume" bash -c "[ -z \"\$(kubectl get pv -o name)\" ]"
+wait_for 120 "the end of attachments" detached
 section "Remove" '' '.*uninstalled.*' '.*unlabeled' '' skip skip '.*deleted'
 
 echo "$checked passed, 0 failed"
