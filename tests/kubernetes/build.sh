@@ -15,9 +15,10 @@ go_build() { # MODULE OUT PACKAGE...
     shift 2
     (
         cd "$here/$module"
-        version=$(sed -n 's/^require k8s.io\/kubernetes //p' go.mod)
-        CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS="-mod=readonly -buildvcs=false" go build -trimpath \
-            -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=${version:-unknown}" -o "$out/" "$@"
+        export CGO_ENABLED=0 GOTOOLCHAIN=auto GOFLAGS="-mod=readonly -buildvcs=false"
+        # Kubernetes' own build sets it; the kubelet refuses to have none.
+        version=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
+        go build -trimpath -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$version" -o "$out/" "$@"
     )
 }
 
