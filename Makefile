@@ -11,10 +11,10 @@ DATA ?= ./data
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-cluster run test check fix bench bench-cluster
+.PHONY: help build demo demo-cluster run test test-kubernetes check fix bench bench-cluster
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## ashlard, ashlar and ashlar-csi, into target/release
 	@scripts/setup.sh build
@@ -38,6 +38,11 @@ run: ## a daemon that stays; data in ./data (DATA=DIR changes that, ARGS= adds f
 test: ## every test
 	@scripts/setup.sh build test
 	@scripts/test.sh $(ARGS)
+
+test-kubernetes: ## docs/kubernetes.md followed in a real Kubernetes of one node; as root; an hour and 10 GiB of disk the first time
+	@scripts/setup.sh build kubernetes
+	$(CARGO) build --release --locked -p ashlar-server -p ashlar-csi
+	@tests/kubernetes/run.sh
 
 check: ## format, lints, docs, audit, tidy; changes nothing
 	@scripts/setup.sh build check

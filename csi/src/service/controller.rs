@@ -20,6 +20,8 @@ use crate::refusal::{Class, Refusal};
 
 /// Volumes asked of the daemon at once, where the caller wants all.
 const PAGE: u32 = 500;
+/// What the keys begin with that a StorageClass has for the external provisioner itself, such as that of the filesystem.
+const PROVISIONERS_OWN: &str = "csi.storage.k8s.io/";
 
 /// The service.
 pub struct Controller {
@@ -326,7 +328,9 @@ impl csi::controller_server::Controller for Controller {
             .volume_capabilities
             .into_iter()
             .try_for_each(|each| convert::capability(Some(each)).map(drop));
-        let parameters = convert::map("parameters", message.parameters).map_err(status)?;
+        let mut parameters = convert::map("parameters", message.parameters).map_err(status)?;
+        // The provisioner takes its own keys out of a class before it creates a volume, but not here.
+        parameters.retain(|key, _| !key.starts_with(PROVISIONERS_OWN));
         Parameters::parse(&parameters, &std::collections::BTreeMap::new()).map_err(status)?;
         let is_reachable = match message.accessible_topology {
             None => true,

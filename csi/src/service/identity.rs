@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use tonic::{Request, Response, Status};
 
 use super::{NAME, Spec, status};
+use crate::address::Address;
 use crate::csi;
 use crate::csi::plugin_capability::{
     Service as Offer, Type, VolumeExpansion, service, volume_expansion,
@@ -72,7 +73,15 @@ impl csi::identity_server::Identity for Identity {
     ) -> Result<Response<csi::ProbeResponse>, Status> {
         let ready = match self.daemon.status().await {
             Ok(summary) => summary.is_ready,
-            // It says that it is starting; or nobody is there, which is not healthy.
+            // It is starting, or away and will be back at the same socket. The sidecars of Kubernetes wait for a driver that
+            // is not ready, and end when Probe is answered with an error.
+            Err(refusal)
+                if refusal.class == Class::Unavailable
+                    && matches!(self.daemon.address(), Address::Unix(_)) =>
+            {
+                tracing::debug!(%refusal, "not ready");
+                false
+            }
             Err(refusal) if refusal.class == Class::Unavailable => {
                 return Err(status(Refusal::precondition(format!(
                     "{} does not serve: {refusal}",

@@ -16,7 +16,7 @@ use crate::controller::parameters;
 use crate::csi;
 use crate::csi::node_service_capability::rpc::Type as Can;
 use crate::node::{Health, Node as Operations, PublishRequest, Severity, StageRequest, Usage};
-use crate::refusal::Refusal;
+use crate::refusal::{Class, Refusal};
 
 /// Who and where this node is.
 #[derive(Clone, Debug)]
@@ -336,12 +336,19 @@ impl csi::node_server::Node for Node {
         &self,
         _request: Request<csi::NodeGetInfoRequest>,
     ) -> Answer<csi::NodeGetInfoResponse> {
-        // The orchestrator may publish to this node as soon as it knows it, so the daemon has to know it before.
-        self.operations
+        // The orchestrator may publish to this node as soon as it knows it, so the daemon should know it before. A daemon that
+        // is away is told as soon as it is there (`keep_registered`); until then publishing is answered NOT_FOUND, and repeated.
+        // An error here would have the kubelet refuse the driver, which is tried again minutes later.
+        let known = self
+            .operations
             .daemon()
             .register(&self.placement.node_id, &self.placement.topology)
-            .await
-            .map_err(status)?;
+            .await;
+        match known {
+            Err(refusal) if refusal.class != Class::Unavailable => return Err(status(refusal)),
+            Err(refusal) => tracing::info!(%refusal, "the daemon is told of this node later"),
+            Ok(()) => {}
+        }
         Ok(Response::new(csi::NodeGetInfoResponse {
             node_id: self.placement.node_id.clone(),
             max_volumes_per_node: i64::from(self.placement.max_volumes),

@@ -63,6 +63,26 @@ pub(super) fn raise_open_files_limit() {
     }
 }
 
+/// Takes the bound off locked memory where this process may: under another user than root's, io_uring counts the tails that
+/// it is given once for all as such, and a container has no other way to more than the 64 KiB or 8 MiB of its engine.
+pub(super) fn raise_locked_memory_limit() {
+    let limit = getrlimit(Resource::Memlock);
+    let free = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    // Without CAP_SYS_RESOURCE the hard limit stays, as with units of systemd, which set LimitMEMLOCK.
+    if let Err(error) =
+        setrlimit(Resource::Memlock, free).or_else(|_| setrlimit(Resource::Memlock, raised))
+    {
+        tracing::debug!(%error, "the limit of locked memory stays as it is");
+    }
+}
+
 /// From <linux/prctl.h>; the libc crate lacks it on this platform.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 

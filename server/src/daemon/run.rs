@@ -153,6 +153,7 @@ fn serve(config: Config) -> Result<(), DaemonError> {
         tracing::warn!(%error, score, "oom-score-adjust was asked for and is not possible here");
     }
     process::raise_open_files_limit();
+    process::raise_locked_memory_limit();
     let _lock = DataDirLock::take(&config.data_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)

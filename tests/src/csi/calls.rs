@@ -119,6 +119,29 @@ impl Calls {
         Ok(answer.ready)
     }
 
+    pub fn node_info(&self) -> Answer<csi::NodeGetInfoResponse> {
+        self.call(|channel| async move {
+            NodeClient::new(channel)
+                .node_get_info(csi::NodeGetInfoRequest {})
+                .await
+        })
+    }
+
+    /// GetCapacity for a class with these parameters.
+    pub fn space(&self, parameters: &[(&str, &str)]) -> Answer<i64> {
+        let parameters = parameters
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let request = csi::GetCapacityRequest {
+            parameters: parameters.collect(),
+            ..Default::default()
+        };
+        let answer = self.call(|channel| async move {
+            ControllerClient::new(channel).get_capacity(request).await
+        })?;
+        Ok(answer.available_capacity)
+    }
+
     pub fn expand(&self, id: &str, size: i64) -> Answer<csi::ControllerExpandVolumeResponse> {
         let request = csi::ControllerExpandVolumeRequest {
             volume_id: id.to_owned(),

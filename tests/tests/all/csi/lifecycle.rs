@@ -319,6 +319,19 @@ fn a_forced_detach_fences_the_old_node() {
 }
 
 #[test]
+fn space_is_told_for_a_class_as_the_provisioner_hands_it_over() {
+    let driver = Driver::start("csi-space", Setup::default());
+    let own = ("csi.storage.k8s.io/fstype", "ext4");
+    let free = driver.space(&[own, ("writeThrough", "true")]);
+    assert!(free.expect("told") > 0);
+    let (refused, why) = driver
+        .space(&[own, ("write_through", "true")])
+        .expect_err("no parameter");
+    assert_eq!(refused, Code::InvalidArgument);
+    assert!(why.contains("write_through"), "{why}");
+}
+
+#[test]
 fn nothing_hangs_when_the_daemon_is_dead() {
     let mut driver = Driver::prepare("csi-dead", Setup::default());
     driver.set_arguments(&["--unstage-patience", "2"]);
@@ -333,7 +346,8 @@ fn nothing_hangs_when_the_daemon_is_dead() {
     fs::write(claim.target.join("kept"), b"data").expect("written");
     Tool::new("sync").arg("-f").arg(&claim.target).succeed();
     driver.daemon.kill();
-    assert_eq!(code(driver.probe()), Code::FailedPrecondition);
+    assert_eq!(driver.probe(), Ok(Some(false)));
+    assert_eq!(driver.node_info().expect("known").node_id, driver.node_id());
     let begun = Instant::now();
     claim.unpublish(&driver).expect("unpublished");
     claim.unstage(&driver).expect("unstaged");

@@ -114,6 +114,20 @@ fn chart_and_image_have_the_version_of_the_software() {
 }
 
 #[test]
+fn a_person_replaces_what_devices_of_nbdfuse_depend_on() {
+    let strategies = |more: &[&str]| -> Vec<String> {
+        objects(&template(more).succeed())
+            .iter()
+            .filter(|o| o["kind"] == "DaemonSet" || o["kind"] == "StatefulSet")
+            .map(|o| o["spec"]["updateStrategy"]["type"].to_string())
+            .collect()
+    };
+    assert_eq!(strategies(&[]), [r#""RollingUpdate""#; 2]);
+    let fuse = strategies(&["--set", "node.attach=fuse"]);
+    assert_eq!(fuse, [r#""OnDelete""#; 2]);
+}
+
+#[test]
 fn each_sidecar_has_a_role_of_its_own_and_no_role_has_a_wildcard() {
     for (name, objects) in every() {
         for sidecar in ["provisioner", "attacher", "resizer"] {
