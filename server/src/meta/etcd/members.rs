@@ -1,7 +1,7 @@
 //! The members of an etcd cluster: connections, deadlines, which one to ask, and whether it is still the same etcd.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use ashlar_core::records::Revision;
@@ -38,7 +38,24 @@ const ROUND_PAUSE: Duration = Duration::from_millis(100);
 struct Member {
     /// Its endpoint, for messages.
     name: String,
-    channel: Channel,
+    endpoint: Endpoint,
+    channel: RwLock<Channel>,
+}
+
+impl Member {
+    fn channel(&self) -> Channel {
+        self.channel
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// What was asked over the connection got no answer: the next request has one of its own. One that was cut off for a
+    /// while would otherwise be waited for until TCP sends again, long after the way is free.
+    fn connect_anew(&self) {
+        let mut channel = self.channel.write().unwrap_or_else(PoisonError::into_inner);
+        *channel = self.endpoint.connect_lazy();
+    }
 }
 
 /// Every endpoint that was configured.
@@ -190,18 +207,22 @@ impl Members {
                     return Err(last);
                 }
                 let attempt = match repeat {
-                    Repeat::Yes => left.min(share),
+                    // With some time left to ask again over another connection.
+                    Repeat::Yes => left.min(share.min((left / 2).max(ATTEMPT_MIN))),
                     Repeat::No => left,
                 };
-                let failure = match timeout(attempt, call(member.channel.clone())).await {
+                let failure = match timeout(attempt, call(member.channel())).await {
                     Ok(Ok(answer)) => {
                         self.preferred.store(index, Ordering::Relaxed);
                         return Ok((index, answer));
                     }
                     Ok(Err(status)) => Failure::from_status(&member.name, &status),
-                    Err(_) => Failure::Unsure {
-                        reason: format!("etcd at {} did not answer in time", member.name),
-                    },
+                    Err(_) => {
+                        member.connect_anew();
+                        Failure::Unsure {
+                            reason: format!("etcd at {} did not answer in time", member.name),
+                        }
+                    }
                 };
                 let is_over = match (&failure, repeat) {
                     (Failure::Unsure { .. }, Repeat::No) => true,
@@ -303,6 +324,7 @@ fn member(endpoint: &str, config: &EtcdConfig) -> Result<Member, EtcdConfigError
     }
     Ok(Member {
         name: endpoint.to_owned(),
-        channel: built.connect_lazy(),
+        channel: RwLock::new(built.connect_lazy()),
+        endpoint: built,
     })
 }

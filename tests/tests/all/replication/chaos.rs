@@ -306,7 +306,16 @@ fn nothing_is_lost_whatever_happens_to_one_at_a_time() {
         let mut ledger = ledger.unwrap_or_else(|error| panic!("client {number}: {error}"));
         // Every copy has it: each node serves from its own.
         for at in [0, 1, 2] {
-            trio.open_at(at, &name(number));
+            let admin = trio.nodes[at].daemon.admin();
+            // It may have been away until a moment ago.
+            wait::until(HEALING_LIMIT, "it is served there", || {
+                let said = admin.try_run(["volume", "open", &name(number)]);
+                if said.status.success() {
+                    Ok(())
+                } else {
+                    Err(said.to_string())
+                }
+            });
             let mut client = trio.nodes[at].daemon.open(&name(number), Wishes::SIMPLE);
             let verified = ledger.verify(&mut client);
             verified.unwrap_or_else(|error| panic!("volume {number} at node {at}: {error}"));
