@@ -173,8 +173,9 @@ impl TlsStream {
                     }
                     match self.fill() {
                         Ok(0) => ended = true,
-                        // A stream socket that gave less than it might is empty.
-                        Ok(count) => is_empty = count < CIPHERTEXT_BYTES,
+                        // Asked again even if it gave little: the end may be right behind, and nothing else tells of it when
+                        // what came is no whole record.
+                        Ok(_) => {}
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                             is_empty = true;
                             continue;

@@ -404,11 +404,24 @@ impl ReplicatedHead {
                 && (query.purpose != Purpose::Rejoin || query.member != member)
         });
         let before = self.op_serial;
-        if let Some(resync) = self.resync_of(member) {
-            resync.stage = Stage::Barrier { before };
-            resync.walk = None;
-            resync.added_at = added_at;
+        let Some(resync) = self.resync_of(member) else {
+            return;
+        };
+        resync.stage = Stage::Barrier { before };
+        resync.walk = None;
+        resync.added_at = added_at;
+        let set = resync.set;
+        // It gave back what it had, a change that is held for it included: that counts for nothing, and is sent again.
+        let bit = self.set(set).bit_of(member);
+        for (_, op) in &mut self.ops {
+            if op.set == set {
+                op.waiting &= !bit;
+                op.applied &= !bit;
+                op.refused &= !bit;
+                op.targets &= !bit;
+            }
         }
+        self.settle_all(actions);
     }
 
     /// Everything that compares and copies is given up.
