@@ -27,7 +27,8 @@ kubectl -n ashlar delete secret ashlar-etcd-tls
 "$here/document.sh" "Several nodes" yaml | sed "s/^daemon:/&\n  data: {storeSize: 3GiB}/" >"$work/desk/several.yaml"
 ready="(pod/ashlar-daemon-. condition met$break?)"
 section "Several nodes" '.*STATUS: deployed.*' "$ready{3}" "$any" skip skip skip skip skip skip skip skip skip skip skip
-section "Install" skip skip skip skip "$rolled" "$rolled" "$rolled" 'State: +ready.*'
+# That of the StatefulSet is for one daemon.
+section "Install" skip skip skip skip skip "$rolled" "$rolled" 'State: +ready.*'
 wait_for 300 "the job of the tokens" kubectl -n ashlar wait --for=condition=Complete job --all --timeout=10s
 restarts=$(kubectl -n ashlar get pods --selector app.kubernetes.io/component!=etcd \
     -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}')
@@ -124,8 +125,10 @@ kubectl label node node-4 ashlar.io/daemon=true
 wait_for 900 "the fourth daemon" daemons_ready
 ashlar node list
 
-# A node dies under a pod, and the pod starts elsewhere with its data.
-kubectl apply -f - <<'END'
+# A node dies under a pod, and with it a daemon and a member of etcd. The pod starts elsewhere with its data.
+first=$(node_of -n ashlar get pod ashlar-daemon-0)
+kubectl cordon node-4
+kubectl apply -f - <<END
 apiVersion: v1
 kind: PersistentVolumeClaim
 metadata:
@@ -151,7 +154,7 @@ spec:
           requiredDuringSchedulingIgnoredDuringExecution:
             nodeSelectorTerms:
               - matchExpressions:
-                  - {key: kubernetes.io/hostname, operator: NotIn, values: [node-1]}
+                  - {key: kubernetes.io/hostname, operator: NotIn, values: [$first]}
       terminationGracePeriodSeconds: 5
       containers:
         - name: diary
@@ -164,15 +167,20 @@ spec:
           persistentVolumeClaim: {claimName: diary}
 END
 kubectl rollout status statefulset/diary --timeout=10m || fail "a pod of a StatefulSet"
+kubectl uncordon node-4
 lost=$(node_of get pod diary-0)
+of_lost() { kubectl -n ashlar get pods --field-selector "spec.nodeName=$lost" -o name | grep "$1" | head -n 1; }
+member=$(of_lost ashlar-etcd)
+member=${member#pod/}
 kill_machine "$lost"
 wait_for 300 "the end of $lost in Kubernetes" kubectl wait --for=condition=Ready=Unknown "node/$lost" --timeout=10s
+grep -qF '`node.kubernetes.io/out-of-service`' docs/kubernetes.md || fail "the document has another taint"
 kubectl taint node "$lost" node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 elsewhere() { [ "$(node_of get pod diary-0)" != "$lost" ] && kubectl wait --for=condition=Ready pod/diary-0 --timeout=10s; }
 wait_for 900 "the pod of the lost node on another" elsewhere
 [ "$(kubectl exec diary-0 -- sh -c 'wc -l </data/starts')" = 2 ] || fail "the data of the lost node's pod"
 
-# Another machine in its place.
+# Another machine in its place, and a member of etcd there.
 start_nodes node-5
 kubectl label node node-5 ashlar.io/daemon=true
 kubectl label node "$lost" ashlar.io/daemon-

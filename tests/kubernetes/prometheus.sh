@@ -11,12 +11,14 @@ metadata:
   namespace: monitoring
 spec:
   replicas: 0
+  version: v2.42.0
   serviceMonitorSelector: {}
   serviceMonitorNamespaceSelector: {}
   ruleSelector: {}
   ruleNamespaceSelector: {}
 END
-start operator "$work/cluster/operator" --kubeconfig="$KUBECONFIG" --web.listen-address=127.0.0.1:18080
+start operator "$work/cluster/operator" --apiserver=https://10.20.0.1:6443 --ca-file="$work/pki/ca.crt" \
+    --cert-file="$work/pki/admin.crt" --key-file="$work/pki/admin.key" --web.listen-address=127.0.0.1:18080
 
 # Prometheus has what the operator made of the chart's monitors and rules, and looks for the targets with the test's own account.
 watched() {
