@@ -19,6 +19,10 @@ const WRONG: [(&str, &str); 24] = [
         "/storageClasses/0/parameters/replicas",
     ),
     ("etcd.replicas=2", "/etcd/replicas"),
+    (
+        "etcd.initialClusterState=\"old\"",
+        "/etcd/initialClusterState",
+    ),
     ("cluster.etcdPrefix=\"ashlar\"", "/cluster/etcdPrefix"),
     // Typing mistakes.
     ("daemon.replica=1", "replica"),
