@@ -20,7 +20,7 @@ END
 start operator "$work/cluster/operator" --apiserver=https://10.20.0.1:6443 --ca-file="$work/pki/ca.crt" \
     --cert-file="$work/pki/admin.crt" --key-file="$work/pki/admin.key" --web.listen-address=127.0.0.1:18080
 
-# Prometheus has what the operator made of the chart's monitors and rules, and looks for the targets with the test's own account.
+# Prometheus has what the operator made of the chart's monitors and rules.
 watched() {
     local directory=$work/prometheus
     rm -rf "$directory"
@@ -30,7 +30,10 @@ watched() {
     configuration >"$directory/operator.yaml"
     kubectl -n monitoring get configmap prometheus-test-rulefiles-0 -o go-template='{{range .data}}{{.}}{{"\n"}}{{end}}' \
         >"$directory/rules/ashlar.yaml"
-    sed -e "s|/etc/prometheus/rules/[^/]*/|$directory/rules/|" -e "s|role: endpoints.*|&\n    kubeconfig_file: $KUBECONFIG|" \
+    kubectl -n ashlar get services,endpoints --output=json | "$here/targets.py" >"$directory/targets.json"
+    # The part of Kubernetes' discovery goes up to the next entry of the job.
+    sed -e "s|/etc/prometheus/rules/[^/]*/|$directory/rules/|" -e 's/\$(SHARD)/0/' \
+        -e "/^  kubernetes_sd_configs:/,/^  [a-z]/{/^  kubernetes_sd_configs:/{s|.*|  file_sd_configs:\n  - files: [$directory/targets.json]|;b};/^  [a-z]/!d}" \
         "$directory/operator.yaml" >"$directory/prometheus.yaml"
     start prometheus prometheus --config.file="$directory/prometheus.yaml" --storage.tsdb.path="$directory/data" \
         --web.listen-address=127.0.0.1:19090
