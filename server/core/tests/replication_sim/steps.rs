@@ -3,11 +3,12 @@
 use ashlar_core::records::{HeadClaim, Replica};
 use ashlar_core::replication::Rules;
 use ashlar_core::replication::wire::Status;
+use ashlar_core::units::Version;
 use uuid::Uuid;
 
 use crate::check::{self, Violation};
 use crate::client::{ClientOp, Kind};
-use crate::disk::Content;
+use crate::disk::{At, Content, leaf_of};
 use crate::faults::Fault;
 use crate::world::{Ev, World};
 
@@ -376,11 +377,18 @@ impl World {
                 let clean = self
                     .nodes
                     .iter()
-                    .all(|n| n.disk.blocks().all(|(_, cell)| !cell.rotten));
+                    .all(|n| n.disk.blocks().all(|(_, cell)| !cell.is_rotten()));
                 let at = self.rng.below(self.client.histories.len() as u64) as usize;
                 let at = self.client.histories[at].at;
                 if all_in_sync && clean {
-                    self.nodes[node].disk.rot(at);
+                    if self.rng.chance(30) {
+                        let histories = self.client.histories.iter().map(|history| history.at);
+                        for lost in histories.filter(|other| leaf_of(*other) == leaf_of(at)) {
+                            self.nodes[node].disk.lose_mapping(lost);
+                        }
+                    } else {
+                        self.nodes[node].disk.rot(at);
+                    }
                     // Found by a scrub, if nobody reads it before.
                     self.after(SCRUB_US, Ev::Scrubbed { node, at });
                 }
@@ -552,13 +560,18 @@ impl World {
         (node.is_up && !node.frozen).then_some((at, head))
     }
 
-    /// A scrub came to a block: its head is told of one that cannot be read.
-    pub(crate) fn scrubbed(&mut self, node: usize, block: crate::disk::At) {
-        let is_rotten = self.nodes[node]
+    /// A scrub came to a leaf: its head is told of the blocks that cannot be read.
+    pub(crate) fn scrubbed(&mut self, node: usize, at: At) {
+        let rotten: Vec<At> = self.nodes[node]
             .disk
-            .get(block)
-            .is_some_and(|cell| cell.rotten);
-        if let Some((at, head)) = self.serving().filter(|_| is_rotten) {
+            .blocks()
+            .filter(|(other, cell)| leaf_of(*other) == leaf_of(at) && cell.is_rotten())
+            .map(|(other, _)| other)
+            .collect();
+        let Some((at, head)) = self.serving() else {
+            return;
+        };
+        for block in rotten {
             self.with_head(at, head, |world, driver| {
                 driver.repair(world, at, node, block)
             });
@@ -567,13 +580,24 @@ impl World {
 
     /// Whether a block rotted of which nobody else has that version: the others were put out or cut off after it did.
     fn has_rotten_last_copy(&self) -> bool {
-        let disks = || self.nodes.iter().map(|n| &n.disk);
-        let is_elsewhere = |at, version| {
-            let mut cells = disks().filter_map(|disk| disk.get(at));
-            cells.any(|cell| !cell.rotten && cell.version == version)
+        let is_elsewhere = |at: At, version| {
+            let mut cells = self.nodes.iter().filter_map(|n| n.disk.get(at));
+            cells.any(|cell| !cell.is_rotten() && cell.version == version)
         };
-        let mut rotten = disks().flat_map(|disk| disk.blocks().filter(|(_, cell)| cell.rotten));
-        rotten.any(|(at, cell)| !is_elsewhere(at, cell.version))
+        // What was never written is nowhere: those in sync tell that it was not.
+        let sets = &self.meta.record.record.placement.sets;
+        let is_known_hole = |at: At, version| {
+            let set = &sets[at.0 as usize % sets.len()];
+            let mut in_sync = set.in_sync().filter_map(|replica| {
+                let mut nodes = self.nodes.iter();
+                nodes.find(|n| n.store == replica.store)
+            });
+            version == Version::NONE && in_sync.any(|n| n.disk.get(at).is_none())
+        };
+        let blocks = self.nodes.iter().flat_map(|n| n.disk.blocks());
+        blocks.filter(|(_, cell)| cell.is_rotten()).any(|(at, cell)| {
+            !is_elsewhere(at, cell.version) && !is_known_hole(at, cell.version)
+        })
     }
 
     fn is_healed(&self) -> bool {
