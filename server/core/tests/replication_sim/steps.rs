@@ -3,12 +3,11 @@
 use ashlar_core::records::{HeadClaim, Replica};
 use ashlar_core::replication::Rules;
 use ashlar_core::replication::wire::Status;
-use ashlar_core::units::Version;
 use uuid::Uuid;
 
 use crate::check::{self, Violation};
 use crate::client::{ClientOp, Kind};
-use crate::disk::{At, Content, leaf_of};
+use crate::disk::{At, Cell, Content, Rot, leaf_of};
 use crate::faults::Fault;
 use crate::world::{Ev, World};
 
@@ -580,24 +579,22 @@ impl World {
 
     /// Whether a block rotted of which nobody else has that version: the others were put out or cut off after it did.
     fn has_rotten_last_copy(&self) -> bool {
-        let is_elsewhere = |at: At, version| {
-            let mut cells = self.nodes.iter().filter_map(|n| n.disk.get(at));
-            cells.any(|cell| !cell.is_rotten() && cell.version == version)
-        };
-        // What was never written is nowhere: those in sync tell that it was not.
         let sets = &self.meta.record.record.placement.sets;
-        let is_known_hole = |at: At, version| {
-            let set = &sets[at.0 as usize % sets.len()];
-            let mut in_sync = set.in_sync().filter_map(|replica| {
-                let mut nodes = self.nodes.iter();
-                nodes.find(|n| n.store == replica.store)
-            });
-            version == Version::NONE && in_sync.any(|n| n.disk.get(at).is_none())
+        let is_in_sync = |store, chunk: u32| {
+            let mut in_sync = sets[chunk as usize % sets.len()].in_sync();
+            in_sync.any(|replica| replica.store == store)
+        };
+        let is_elsewhere = |at: At, lost: Cell| {
+            self.nodes.iter().any(|n| match (n.disk.get(at), lost.rot) {
+                (Some(cell), _) if cell.is_rotten() => false,
+                // Which version it was went with the leaf: what somebody out of sync has may be older.
+                (_, Rot::Mapping) => is_in_sync(n.store, at.0),
+                (cell, _) => cell.is_some_and(|cell| cell.version == lost.version),
+            })
         };
         let blocks = self.nodes.iter().flat_map(|n| n.disk.blocks());
-        blocks.filter(|(_, cell)| cell.is_rotten()).any(|(at, cell)| {
-            !is_elsewhere(at, cell.version) && !is_known_hole(at, cell.version)
-        })
+        let mut rotten = blocks.filter(|(_, cell)| cell.is_rotten());
+        rotten.any(|(at, cell)| !is_elsewhere(at, cell))
     }
 
     fn is_healed(&self) -> bool {

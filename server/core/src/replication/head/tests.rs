@@ -493,7 +493,10 @@ fn a_repair_writes_bytes_only_where_the_good_copies_have_some() {
         repair(&mut bench, bad, 0, 3);
         let of_third = bench.copied.iter().filter(|(member, ..)| *member == third);
         let of_third = of_third.map(|(_, first, count, zeros)| (*first, *count, *zeros));
-        assert_eq!(of_third.collect::<Vec<_>>(), [(0, 1, true), (1, 1, false), (2, 1, true)]);
+        assert_eq!(
+            of_third.collect::<Vec<_>>(),
+            [(0, 1, true), (1, 1, false), (2, 1, true)]
+        );
         assert_eq!(bench.copied.len(), 9, "to all: {:?}", bench.copied);
     }
     assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);

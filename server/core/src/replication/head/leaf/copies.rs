@@ -71,6 +71,13 @@ impl ReplicatedHead {
         }
         let ticket = job.ticket.take();
         let what = job.what;
+        if let Some(first_block) = job.repaired.iter().map(|(first, _)| *first).min() {
+            actions.push(Action::News(News::Repaired {
+                extent: job.extent,
+                first_block,
+                count: job.repaired.iter().map(|(_, count)| count).sum(),
+            }));
+        }
         if let Some(ticket) = ticket {
             self.release(ticket, actions);
         }
@@ -273,7 +280,7 @@ impl ReplicatedHead {
         };
         job.copying -= 1;
         job.again |= again;
-        let (what, extent, (first_block, count)) = (job.what, job.extent, copy.planned.blocks);
+        let (what, (first_block, count)) = (job.what, copy.planned.blocks);
         match what {
             _ if again => {}
             JobFor::Reconcile => {}
@@ -283,14 +290,7 @@ impl ReplicatedHead {
                     self.note_filled(count);
                 }
             }
-            JobFor::Repair => {
-                job.repaired.push((first_block, count));
-                actions.push(Action::News(News::Repaired {
-                    extent,
-                    first_block,
-                    count,
-                }));
-            }
+            JobFor::Repair => job.repaired.push((first_block, count)),
         }
         self.go_on_copying(copy.job, actions);
     }
@@ -498,7 +498,8 @@ impl ReplicatedHead {
             if let Some(job) = self.job(key) {
                 job.windows.push(damage.blocks);
                 let bad = damage.bad.into_iter();
-                job.bad.extend(bad.map(|member| (member, (first_block, count))));
+                job.bad
+                    .extend(bad.map(|member| (member, (first_block, count))));
             }
             self.next_window(key, actions);
         }
