@@ -1,6 +1,6 @@
 //! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
 
-use ashlar_core::records::{CreateError, PublishError, RenameError};
+use ashlar_core::records::{CreateError, JoinError, MemberError, PublishError, RenameError};
 use tonic::{Code, Status};
 
 use crate::meta::MetadataError;
@@ -70,6 +70,38 @@ pub(super) fn of_host_error(error: &HostError) -> Code {
         | HostError::Store { .. } => Code::FailedPrecondition,
         HostError::ShuttingDown => Code::Unavailable,
     }
+}
+
+/// The status of metadata that could not be read or written.
+pub(super) fn unread(error: MetadataError) -> Status {
+    Status::new(of_metadata_error(&error), error.to_string())
+}
+
+/// The status of a refused change of a node.
+pub(super) fn of_member_error(error: &MemberError) -> Status {
+    let code = match error {
+        MemberError::NotFound { .. } => Code::NotFound,
+        MemberError::Label { .. } => Code::InvalidArgument,
+        MemberError::HoldsVolumes { .. }
+        | MemberError::HoldsCopies { .. }
+        | MemberError::Serves { .. }
+        | MemberError::Removed { .. }
+        | MemberError::Itself { .. }
+        | MemberError::LastAuthority { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a refused joining.
+pub(super) fn of_join_error(error: &JoinError) -> Status {
+    let code = match error {
+        JoinError::UnknownToken => Code::PermissionDenied,
+        JoinError::ExpiredToken
+        | JoinError::UsedToken
+        | JoinError::Removed { .. }
+        | JoinError::AlreadyIn { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
 }
 
 #[cfg(test)]

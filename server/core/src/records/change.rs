@@ -7,7 +7,7 @@ use super::{
     Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
     VolumeState, default_min_in_sync, first_annotations, keys,
 };
-use crate::units::{Epoch, LayerId, Version, VolumeId};
+use crate::units::{Epoch, LayerId, VolumeId};
 
 /// A volume to create. The id was drawn by the caller, who can therefore tell, when the outcome of the transaction is
 /// unknown, whether it happened: the record of that id is there or it is not.
@@ -96,25 +96,13 @@ pub fn create(
     };
     let next = LayerId(layer.0.checked_add(1).ok_or(CreateError::LayersExhausted)?);
     let record = VolumeRecord {
-        id: new.id,
-        name: new.name,
-        size_bytes: new.size.bytes,
-        layers: vec![layer],
         replicas: new.replicas,
         min_in_sync: default_min_in_sync(new.replicas),
-        client_generation: 0,
-        settled: Version::NONE,
         read_only: new.read_only,
         write_through: new.write_through,
-        epoch: Epoch(0),
-        head: None,
         created_at_unix_ms: new.created_at_unix_ms,
-        state: VolumeState::Active,
-        placement: new.placement,
-        never_written: true,
-        filesystem: None,
         limits: new.limits,
-        publications: Vec::new(),
+        ..VolumeRecord::new(new.id, new.name, new.size.bytes, layer, new.placement)
     };
     let mut transaction = Transaction {
         conditions: vec![

@@ -5,7 +5,7 @@ use super::super::wire::{LeafStates, Rows, Status};
 use super::super::{BlockContent, BlockState};
 use super::*;
 use crate::records::{
-    HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName, VolumeState,
+    HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName,
 };
 use crate::store::ExtentKey;
 use crate::units::{LayerId, StoreId, Version, VolumeId};
@@ -60,28 +60,19 @@ impl Bench {
             replicas: of.iter().map(replica).collect(),
         };
         let record = VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("v").expect("a name"),
-            size_bytes: 4 * (64 << 20),
-            layers: vec![LayerId(1)],
-            replicas: sets[0].len() as u32,
             min_in_sync,
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
             epoch: Epoch(1),
-            head: None,
-            created_at_unix_ms: 0,
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: vec![],
-                sets: sets.iter().map(set).collect(),
-            },
+            ..VolumeRecord::new(
+                VolumeId(Uuid::from_u128(1)),
+                VolumeName::parse("v").expect("a name"),
+                4 * (64 << 20),
+                LayerId(1),
+                Placement {
+                    stores: vec![],
+                    sets: sets.iter().map(set).collect(),
+                },
+            )
         };
         let claim = HeadClaim {
             node: node(sets[0][0]),
