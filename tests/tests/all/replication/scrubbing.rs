@@ -134,7 +134,9 @@ fn a_lost_leaf_is_made_again_from_a_good_copy_holes_and_all() {
     let mut trio = Trio::start("scrub-leaf");
     trio.expect_losses();
     for node in &mut trio.nodes {
-        node.daemon.log.expect("the index of layer 1 chunk 0 block 0 is damaged");
+        node.daemon
+            .log
+            .expect("the index of layer 1 chunk 0 block 0 is damaged");
         node.daemon.log.expect("damaged blocks");
         node.daemon.log.expect("a volume is no longer served here");
     }

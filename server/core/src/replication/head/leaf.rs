@@ -369,7 +369,15 @@ impl ReplicatedHead {
         let states = match result {
             Ok(states) => states,
             Err(status) => {
-                self.lose(asked.member, Some(status), actions);
+                let is_unreadable = matches!(status, Status::Corrupt | Status::Device);
+                match self.job(key) {
+                    // Its disk is what a repair is about: others may know.
+                    Some(job) if job.what == JobFor::Repair && is_unreadable => {
+                        job.states.retain(|(member, _)| *member != asked.member);
+                        self.states_known(key, actions);
+                    }
+                    _ => self.lose(asked.member, Some(status), actions),
+                }
                 return;
             }
         };

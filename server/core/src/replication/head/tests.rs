@@ -27,6 +27,8 @@ struct Bench {
     redone: Vec<u64>,
     /// What members have of a leaf, where it is something.
     leaves: Vec<(MemberId, LeafStates)>,
+    /// Whose index cannot be read.
+    unreadable: Vec<MemberId>,
     /// Who has no room for what it has not.
     full: Vec<MemberId>,
     /// Copies that were written: to whom, from which block on, how many, and whether as zeros.
@@ -96,6 +98,7 @@ impl Bench {
             flushed: Vec::new(),
             redone: Vec::new(),
             leaves: Vec::new(),
+            unreadable: Vec::new(),
             full: Vec::new(),
             copied: Vec::new(),
             stopped: false,
@@ -151,7 +154,11 @@ impl Bench {
                 Action::ReadLeaf { query, member, .. } => {
                     let known = self.leaves.iter().find(|(of, _)| *of == member);
                     let states = known.map_or_else(LeafStates::holes, |(_, states)| states.clone());
-                    let result = Ok(states);
+                    let result = if self.unreadable.contains(&member) {
+                        Err(Status::Device)
+                    } else {
+                        Ok(states)
+                    };
                     (member, Event::Leaf { query, result })
                 }
                 Action::CopyRead { copy, member, .. } => {
@@ -522,5 +529,19 @@ fn many_repairs_take_turns() {
     bench.swapped();
     let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
     assert_eq!(bench.copied.iter().filter(of_first).count(), 2);
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn a_repair_goes_on_without_a_replica_whose_index_cannot_be_read() {
+    let mut bench = with_a_lost_leaf();
+    bench.unreadable = vec![bench.member(1)];
+    repair(&mut bench, None, 0, 3);
+    bench.tick();
+    assert_eq!((bench.swap, bench.copied.len()), (None, 9));
+    bench.copied.clear();
+    bench.unreadable.push(bench.member(2));
+    repair(&mut bench, None, 0, 3);
+    assert_eq!(bench.copied, [], "nobody has it");
     assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
 }
