@@ -177,10 +177,8 @@ impl Disk {
     }
 
     pub(crate) fn rot(&mut self, at: At) {
-        if let Some(cell) = self.now.get_mut(&at) {
-            if cell.content != 0 {
-                cell.rot = Rot::Bytes;
-            }
+        if let Some(cell) = self.now.get_mut(&at).filter(|cell| cell.content != 0) {
+            cell.rot = Rot::Bytes;
         }
     }
 
