@@ -199,13 +199,14 @@ impl Acceptor {
         let other_boot = seal
             .opened_under
             .is_some_and(|opened| opened != started.boot);
-        // Blocks that no seal knows: the node's database is gone or an older one, and with it the word that they were flushed.
-        let unknown = started.store_epoch.is_some_and(|epoch| epoch > seal.epoch);
+        // Blocks without a seal: the node's database is gone, and with it the word that they were flushed.
+        let unknown = started.seal.is_none() && started.store_epoch.is_some();
         if rules.power_loss_is_out {
             seal.lost |= other_boot || unknown || started.store_failed;
         }
-        if let Some(epoch) = started.store_epoch.filter(|_| unknown) {
-            // Whose epoch it is is not known either; the record gives each to one head.
+        if let Some(epoch) = started.store_epoch.filter(|epoch| *epoch > seal.epoch) {
+            // The head that it was sealed for has renewed its epoch since, or the database is an older one. Whose epoch it
+            // is is not known; the record gives each to one head.
             seal.epoch = epoch;
             seal.claim = None;
         }
@@ -513,23 +514,21 @@ mod tests {
     }
 
     #[test]
-    fn an_epoch_that_only_the_blocks_know_is_opened_by_whoever_has_it_and_nothing_is_believed() {
+    fn an_epoch_that_only_the_blocks_know_is_opened_by_whoever_has_it() {
         let old = Seal {
             epoch: Epoch(4),
             claim: Some(claim(4)),
             opened_under: Some(BOOT),
             lost: false,
         };
-        for seal in [None, Some(old)] {
+        // Without any seal there is no word that they were flushed either.
+        for (seal, is_lost) in [(None, true), (Some(old), false)] {
             let answer = opened(seal, 5, claim(5), 5);
-            let is_lost = matches!(
+            let is_believed = matches!(
                 answer,
-                AcceptorAction::Opened {
-                    lost_power: true,
-                    ..
-                }
+                AcceptorAction::Opened { lost_power, .. } if lost_power == is_lost
             );
-            assert!(is_lost, "{answer:?}");
+            assert!(is_believed, "{answer:?}");
             let answer = opened(seal, 5, claim(4), 4);
             assert!(is_refused(&answer), "an older head: {answer:?}");
         }

@@ -122,8 +122,15 @@ impl Driver {
         self.carry_out(world, node, actions);
     }
 
-    /// A scrub found a block of a copy that cannot be read.
-    pub(crate) fn repair(&mut self, world: &mut World, node: usize, copy: usize, block: At) {
+    /// A scrub found blocks of a copy that cannot be read.
+    pub(crate) fn repair(
+        &mut self,
+        world: &mut World,
+        node: usize,
+        copy: usize,
+        block: At,
+        count: u32,
+    ) {
         let mut sessions = self.sessions.keys().copied();
         let member = sessions.find(|member| Self::node_of(world, &self.head, *member) == copy);
         let Some(member) = member else { return };
@@ -133,7 +140,7 @@ impl Driver {
         };
         let mut actions = Vec::new();
         self.head
-            .repair(Some(member), extent, block.1, 1, &mut actions);
+            .repair(Some(member), extent, block.1, count, &mut actions);
         self.carry_out(world, node, actions);
     }
 

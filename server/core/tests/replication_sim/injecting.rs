@@ -236,9 +236,18 @@ impl World {
         let Some((at, head)) = self.serving() else {
             return;
         };
-        for block in rotten {
+        let mut ranges: Vec<(At, u32)> = Vec::new();
+        for (chunk, block) in rotten {
+            match ranges.last_mut() {
+                Some(((of, first), count)) if (*of, *first + *count) == (chunk, block) => {
+                    *count += 1;
+                }
+                _ => ranges.push(((chunk, block), 1)),
+            }
+        }
+        for (first, count) in ranges {
             self.with_head(at, head, |world, driver| {
-                driver.repair(world, at, node, block)
+                driver.repair(world, at, node, first, count)
             });
         }
     }

@@ -111,7 +111,6 @@ fn a_volume_says_why_it_is_as_it_is() {
         refused.contains("of 3 copies 4 cannot be in sync"),
         "{refused}"
     );
-    assert!(!waiting.is_finished(), "one copy is not enough yet");
     assert!(least("1").status.success());
     let client = waiting.join().expect("answered");
     wait_explained(&trio, 0, "degraded", "copy-out");

@@ -158,6 +158,11 @@ fn a_lost_leaf_is_made_again_from_a_good_copy_holes_and_all() {
         let admin = trio.nodes[2].daemon.admin();
         admin.try_run(["store", "scrub", "--rate", "1GiB"])
     };
+    let epoch = || {
+        let shown = trio.nodes[0].daemon.admin().json(["volume", "list"]);
+        shown[0]["epoch"].as_u64().expect("an epoch")
+    };
+    let before = epoch();
     let said = scrub();
     assert!(!said.status.success(), "{said}");
     let found = trio.nodes[2].daemon.log.text();
@@ -171,7 +176,15 @@ fn a_lost_leaf_is_made_again_from_a_good_copy_holes_and_all() {
         }
     });
     trio.wait_in_sync(0, "disk", 3);
-    // Nobody was put out for it, and what was never written still takes no room.
+    // Every change of what is in sync has an epoch of its own.
+    assert_eq!(epoch(), before, "somebody was put out for it");
+    // What was never written still takes no room.
+    for node in &trio.nodes {
+        let live = node.daemon.metrics().sum("ashlar_store_live_bytes", &[]);
+        // What the lost leaf mapped is never counted as free again.
+        let most = (2 * written + 64) as f64 * BLOCK as f64;
+        assert!(live.expect("a store") < most, "{live:?}");
+    }
     trio.open_at(2, "disk");
     let mut client = trio.nodes[2].daemon.open("disk", Wishes::SIMPLE);
     for block in 0..BLOCKS {

@@ -122,16 +122,15 @@ pub(super) struct Copy {
     since_us: u64,
 }
 
-fn contains(windows: &[Window], block: u32) -> bool {
-    let mut windows = windows.iter();
-    windows.any(|(first, count)| (*first..first + count).contains(&block))
+fn is_in((first, count): Window, block: u32) -> bool {
+    (first..first + count).contains(&block)
 }
 
 impl LeafJob {
     fn is_bad(&self, member: MemberId, block: u32) -> bool {
         self.bad
             .iter()
-            .any(|(m, window)| *m == member && contains(&[*window], block))
+            .any(|(m, window)| *m == member && is_in(*window, block))
     }
 
     /// What a member has of a block; what it cannot read is lost.
@@ -186,18 +185,22 @@ impl LeafJob {
         Some(Planned { blocks, from, to })
     }
 
-    /// A block that some replica in sync cannot read is written again, to all, with what another has. Where that has
-    /// nothing, zeros do: bytes would take room that a full store does not have.
+    /// A block that some replica in sync cannot read is written again, to all, with what the others have. Where those have
+    /// nothing, zeros do: bytes would take room that a full store does not have. Where some have bytes and some have not,
+    /// one of their disks went back in time: that is left as it is, for somebody to look at.
     fn plan_repaired(&self, block: u32, states: &[BlockState]) -> Option<Planned> {
-        if contains(&self.repaired, block) {
+        if self.repaired.iter().any(|window| is_in(*window, block)) {
             return None;
         }
-        let sound = |state: &BlockState| state.content != BlockContent::Lost;
-        let source = states.iter().position(sound)?;
-        if states.iter().all(|state| state.reads_as_zeros()) {
+        let sound = |at: &usize| states[*at].content != BlockContent::Lost;
+        let newest = |at: &usize| (states[*at].version, states.len() - at);
+        let source = (0..states.len()).filter(sound).max_by_key(newest)?;
+        let zeros = states.iter().filter(|state| state.reads_as_zeros()).count();
+        let has_bytes = |state: &BlockState| state.content == BlockContent::Data;
+        if zeros == states.len() || (zeros > 0 && states.iter().any(has_bytes)) {
             return None;
         }
-        let from = (!states[source].reads_as_zeros()).then_some(self.states[source].0);
+        let from = (zeros == 0).then_some(self.states[source].0);
         Some(Planned {
             blocks: (block, 1),
             from,
@@ -463,6 +466,10 @@ impl ReplicatedHead {
                 return;
             };
             let held = self.settled_ranges(job);
+            // It would lock a range behind writes that wait for more replicas, and have reads wait with it.
+            if job.what == JobFor::Repair && !self.can_repair(job.set) {
+                self.give_up_repair(key);
+            }
             let Some(job) = self.job(key) else { return };
             let Some((first, count)) = job.windows.pop() else {
                 self.jobs.remove(key.place);
@@ -534,10 +541,11 @@ impl ReplicatedHead {
         job.again = false;
         job.stage = Stage::Comparing;
         let (what, set) = (job.what, job.set);
-        // With too few replicas for a new write, what is damaged is left as it is.
-        let enough = self.set(set).usable().count_ones() >= self.min_in_sync();
-        if what == JobFor::Repair && !enough {
+        if what == JobFor::Repair && !self.can_repair(set) {
             self.give_up_repair(key);
+            if let Some(job) = self.job(key) {
+                job.stage = Stage::Copying;
+            }
             self.go_on_copying(key, actions);
             return;
         }
@@ -556,6 +564,7 @@ impl ReplicatedHead {
             .filter(|(_, job)| {
                 let (first, count) = job.window;
                 job.ticket.is_none()
+                    || (job.what == JobFor::Repair && !self.can_repair(job.set))
                     || self
                         .settled_ranges(job)
                         .iter()

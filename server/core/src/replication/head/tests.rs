@@ -1,14 +1,14 @@
 //! What a head answers while a newer one may serve that it has not heard of: single steps that the simulator meets too
 //! rarely to be relied on.
 
-use super::super::wire::{LeafStates, Rows, Status};
+use super::super::wire::{LeafStates, RowVersions, Rows, Status};
 use super::super::{BlockContent, BlockState};
 use super::*;
 use crate::records::{
     HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName,
 };
 use crate::store::ExtentKey;
-use crate::units::{LayerId, StoreId, Version, VolumeId};
+use crate::units::{CHUNK_LEAVES, LayerId, StoreId, Version, VolumeId};
 use uuid::Uuid;
 
 /// A head and members that do what they are asked at once, as long as they can be reached. What is asked of the metadata
@@ -27,10 +27,17 @@ struct Bench {
     redone: Vec<u64>,
     /// What members have of a leaf, where it is something.
     leaves: Vec<(MemberId, LeafStates)>,
+    /// Some leaf of the first chunk may differ.
+    differs: bool,
+    /// Answers to copies that were written wait for the test.
+    holds_copies: bool,
+    held: Vec<(MemberId, Event)>,
     /// Whose index cannot be read.
     unreadable: Vec<MemberId>,
     /// Who has no room for what it has not.
     full: Vec<MemberId>,
+    /// Whom copies were read from.
+    read_from: Vec<MemberId>,
     /// Copies that were written: to whom, from which block on, how many, and whether as zeros.
     copied: Vec<(MemberId, u32, u32, bool)>,
     stopped: bool,
@@ -98,8 +105,12 @@ impl Bench {
             flushed: Vec::new(),
             redone: Vec::new(),
             leaves: Vec::new(),
+            differs: false,
+            holds_copies: false,
+            held: Vec::new(),
             unreadable: Vec::new(),
             full: Vec::new(),
+            read_from: Vec::new(),
             copied: Vec::new(),
             stopped: false,
         };
@@ -128,8 +139,13 @@ impl Bench {
 
     fn carry_out(&mut self, actions: Vec<Action>) {
         for action in actions {
-            let empty = Rows {
-                rows: vec![],
+            let mut row = RowVersions {
+                chunk: ChunkIndex(0),
+                leaves: [Version::NONE; CHUNK_LEAVES as usize],
+            };
+            row.leaves[0] = Version(9);
+            let rows = Rows {
+                rows: self.differs.then_some(row).into_iter().collect(),
                 more: false,
             };
             let done = match action {
@@ -148,7 +164,7 @@ impl Bench {
                 }
                 Action::ReadRows { query, member, .. } => {
                     self.compared.push(member);
-                    let result = Ok(empty);
+                    let result = Ok(rows);
                     (member, Event::Rows { query, result })
                 }
                 Action::ReadLeaf { query, member, .. } => {
@@ -162,6 +178,7 @@ impl Bench {
                     (member, Event::Leaf { query, result })
                 }
                 Action::CopyRead { copy, member, .. } => {
+                    self.read_from.push(member);
                     let status = Status::Ok;
                     (member, Event::CopyRead { copy, status })
                 }
@@ -184,6 +201,10 @@ impl Bench {
                         member,
                         status,
                     };
+                    if self.holds_copies {
+                        self.held.push((member, event));
+                        continue;
+                    }
                     (member, event)
                 }
                 Action::Redo { tag, .. } => {
@@ -544,4 +565,54 @@ fn a_repair_goes_on_without_a_replica_whose_index_cannot_be_read() {
     repair(&mut bench, None, 0, 3);
     assert_eq!(bench.copied, [], "nobody has it");
     assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);
+    // The third has a newer block that counts for nothing: all get what the others have, as a new write.
+    for n in 1..=3 {
+        let member = bench.member(n);
+        let mut states = leaf(false);
+        if n == 3 {
+            states.0[1].version = Version(9);
+        }
+        bench.leaves.push((member, states));
+    }
+    (bench.differs, bench.holds_copies) = (true, true);
+    let mut record = bench.head.record().clone();
+    for replica in &mut record.placement.sets[0].replicas {
+        if replica.store == store(3) {
+            *replica = Replica::joining(node(3), store(3), Revision(7));
+        }
+    }
+    bench.conflict(record);
+    bench.tick();
+    let asked: Vec<MemberId> = bench.held.iter().map(|(member, _)| *member).collect();
+    assert_eq!(asked, [1, 2, 3].map(|n| bench.member(n)));
+    let (_, first) = bench.held.remove(0);
+    bench.event(first);
+    bench.lose(3);
+    assert_eq!(bench.head.ops.len(), 1, "the second has it to answer");
+    let (_, second) = bench.held.remove(0);
+    bench.event(second);
+    // The third may be in sync by the swap that met the other record.
+    bench.swapped();
+    assert_eq!(bench.head.ops.len(), 0);
+    assert_eq!(bench.head.copies.len(), 0);
+    assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b011);
+}
+
+#[test]
+fn a_repair_takes_the_newest_and_leaves_alone_what_sound_copies_do_not_agree_on() {
+    let mut bench = with_a_lost_leaf();
+    // The first went back to what it had before.
+    bench.leaves[0].1.0[1].version = Version(3);
+    bench.leaves[0].1.0[30] = BlockState::HOLE;
+    repair(&mut bench, None, 1, 1);
+    let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
+    assert_eq!(bench.copied.iter().filter(of_first).count(), 1);
+    assert_eq!(bench.read_from, [bench.member(2)]);
+    repair(&mut bench, None, 30, 1);
+    assert_eq!(bench.copied.len(), 3, "block 30 is not written");
 }

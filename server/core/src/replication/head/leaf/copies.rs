@@ -4,6 +4,7 @@ use smallvec::SmallVec;
 
 use super::super::super::wire::{MAX_MESSAGE_BLOCKS, Status};
 use super::super::members::Purpose;
+use super::super::write::{op_key, op_place};
 use super::super::{
     Action, CopyId, INTERNAL_TAG, MemberId, News, Outcome, Phase, ReplicatedHead, WriteAdmission,
 };
@@ -19,7 +20,8 @@ impl ReplicatedHead {
     pub(super) fn go_on_copying(&mut self, key: JobKey, actions: &mut Vec<Action>) {
         loop {
             let Some(job) = self.job(key) else { return };
-            if job.copying >= COPIES {
+            // A copy that ended at once may have ended the window too.
+            if job.copying >= COPIES || job.stage != Stage::Copying {
                 return;
             }
             let Some(planned) = job.planned.pop_front() else {
@@ -185,7 +187,9 @@ impl ReplicatedHead {
         blocks: Window,
         actions: &mut Vec<Action>,
     ) {
-        let Some(job) = self.job(key) else { return };
+        let Some(job) = self.job(key).filter(|job| !job.is_given_up) else {
+            return;
+        };
         // Block by block: one that is damaged says nothing of its neighbours.
         if blocks.1 > 1 {
             for block in blocks.0..blocks.0 + blocks.1 {
@@ -227,9 +231,10 @@ impl ReplicatedHead {
             return;
         };
         known.waiting.swap_remove(at);
-        let (key, op, done) = (known.job, known.op, known.waiting.is_empty());
+        let (op, done) = (known.op, known.waiting.is_empty());
         if let Some(op) = op {
-            let set = self.job(key).map(|job| job.set);
+            // Its job may have been given up meanwhile: the change is under way all the same.
+            let set = self.ops.get(op_place(op).0).map(|op| op.set);
             let place = set.and_then(|set| self.set(set).place_of(member));
             if let Some(place) = place {
                 let outcome = self.answered(op, place as u8, status, self.now_us, actions);
@@ -301,8 +306,13 @@ impl ReplicatedHead {
         of.flat_map(|(_, job)| job.states.iter().map(|(member, _)| *member))
     }
 
-    /// Panics when a job or a copy can never end.
+    /// Panics when a job, a copy or a change of the head's own can never end.
     pub(in super::super) fn check_jobs(&self) {
+        for (at, op) in self.ops.iter().filter(|(_, op)| op.tag >= INTERNAL_TAG) {
+            let copy = self.copies.get(&CopyId(op.tag & !INTERNAL_TAG));
+            let is_its = copy.is_some_and(|copy| copy.op == Some(op_key(at, op.serial)));
+            assert!(is_its, "{op:?} is a copy's");
+        }
         for (place, job) in &self.jobs {
             let serial = job.serial;
             let purpose = Purpose::Leaf {
@@ -327,7 +337,7 @@ impl ReplicatedHead {
         for (id, copy) in &self.copies {
             let job = self.jobs.get(copy.job.place);
             assert!(
-                job.is_some_and(|job| job.serial == copy.job.serial),
+                copy.op.is_some() || job.is_some_and(|job| job.serial == copy.job.serial),
                 "{id:?} is for a job"
             );
             let asked: SmallVec<[MemberId; 3]> = match (copy.reading, copy.op) {
@@ -423,7 +433,8 @@ impl ReplicatedHead {
             let mut copies: SmallVec<[CopyId; 16]> = self
                 .copies
                 .iter()
-                .filter(|(_, copy)| copy.job == key)
+                // A change that was sent goes on until it is answered: those that take it must not seem silent.
+                .filter(|(_, copy)| copy.job == key && copy.op.is_none())
                 .map(|(id, _)| *id)
                 .collect();
             copies.sort_unstable_by_key(|id| id.0);
@@ -476,6 +487,11 @@ impl ReplicatedHead {
             first = next;
         }
         self.advance_repairs(actions);
+    }
+
+    /// Whether a new write could be made: with too few replicas for one, what is damaged is left as it is.
+    pub(super) fn can_repair(&self, set: SetIndex) -> bool {
+        self.set(set).usable().count_ones() >= self.min_in_sync()
     }
 
     pub(super) fn give_up_repair(&mut self, key: JobKey) {
