@@ -1,6 +1,8 @@
 //! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
 
-use ashlar_core::records::{CreateError, JoinError, MemberError, PublishError, RenameError};
+use ashlar_core::records::{
+    ConfigureError, CreateError, JoinError, MemberError, PublishError, RenameError,
+};
 use tonic::{Code, Status};
 
 use crate::meta::MetadataError;
@@ -29,6 +31,8 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         VolumeError::AnnotationsMoved(_) => Code::Aborted,
         VolumeError::Create(CreateError::NameTaken { .. })
         | VolumeError::Rename(RenameError::NameTaken { .. }) => Code::AlreadyExists,
+        VolumeError::Create(CreateError::MinInSync(_))
+        | VolumeError::Configure(ConfigureError::MinInSync(_)) => Code::InvalidArgument,
         VolumeError::Create(CreateError::NoStore)
         | VolumeError::Claim(_)
         | VolumeError::Rename(RenameError::Deleting { .. })
@@ -106,7 +110,9 @@ pub(super) fn of_join_error(error: &JoinError) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use ashlar_core::records::{DeleteError, NameError, ResizeError, SizeError, VolumeName};
+    use ashlar_core::records::{
+        DeleteError, MinInSyncError, NameError, ResizeError, SizeError, VolumeName,
+    };
     use ashlar_core::units::VolumeId;
 
     use super::*;
@@ -117,6 +123,10 @@ mod tests {
         let reference = || "db".to_owned();
         let reason = || "why".to_owned();
         let holder = VolumeId(uuid::Uuid::from_u128(1));
+        let too_many_in_sync = MinInSyncError {
+            wanted: 3,
+            replicas: 2,
+        };
         let table = [
             (
                 VolumeError::NotFound {
@@ -148,6 +158,14 @@ mod tests {
             ),
             (CreateError::NoStore.into(), Code::FailedPrecondition),
             (CreateError::LayersExhausted.into(), Code::ResourceExhausted),
+            (
+                CreateError::from(too_many_in_sync).into(),
+                Code::InvalidArgument,
+            ),
+            (
+                ConfigureError::from(too_many_in_sync).into(),
+                Code::InvalidArgument,
+            ),
             (
                 ResizeError::Shrink {
                     name: name(),

@@ -36,6 +36,7 @@ pub(super) async fn run(
             write_through,
             read_only,
             replicas,
+            min_in_sync,
             iops,
             bps,
         } => {
@@ -50,6 +51,7 @@ pub(super) async fn run(
                 read_only,
                 write_through,
                 replicas: replicas.unwrap_or(0),
+                min_in_sync: min_in_sync.unwrap_or(0),
                 ..CreateVolumeRequest::default()
             };
             let volume = required(
@@ -145,6 +147,7 @@ pub(super) async fn run(
             write_through,
             iops,
             bps,
+            min_in_sync,
         }) => {
             let request = SetVolumeRequest {
                 volume,
@@ -152,6 +155,7 @@ pub(super) async fn run(
                 write_through,
                 iops,
                 bytes_per_second: bps.map(|bytes| bytes.0),
+                min_in_sync,
             };
             let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
             output::print(

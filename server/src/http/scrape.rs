@@ -71,6 +71,8 @@ pub struct ClusterScrape {
     pub draining: u64,
     /// Bytes that the heads of this daemon have yet to compare for copies that they fill.
     pub filling_bytes: u64,
+    /// When the certificate of this node ends, seconds since 1970-01-01 UTC.
+    pub certificate_expires_s: u64,
 }
 
 /// Counted at the NBD door since the start.
@@ -323,6 +325,11 @@ impl Scrape {
             "ashlar_cluster_filling_bytes",
             "Of copies that the heads of this node fill, what has yet to be compared",
             one(cluster.filling_bytes),
+        )?;
+        page.gauge(
+            "ashlar_certificate_expires_time_seconds",
+            "When the certificate of this node ends, Unix time; it renews itself a third of its life before",
+            one(cluster.certificate_expires_s),
         )
     }
 

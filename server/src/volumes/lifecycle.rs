@@ -34,6 +34,7 @@ impl Volumes {
             write_through: settings.write_through,
             created_at_unix_ms: unix_ms(),
             replicas,
+            min_in_sync: Some(settings.min_in_sync).filter(|wanted| *wanted != 0),
             placement,
             limits: settings.limits,
             annotations: settings.annotations,

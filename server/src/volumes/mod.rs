@@ -66,6 +66,8 @@ pub struct VolumeSettings {
     /// Copies of each chunk; 0 is the daemon's default: three in a cluster of three nodes, as many as there are nodes in
     /// a smaller one, one on a single node.
     pub replicas: u32,
+    /// How many of them must be in sync for a write to be answered; 0: more than half of them, and one of two.
+    pub min_in_sync: u32,
 }
 
 /// A volume and what is going on with it.
@@ -231,6 +233,27 @@ impl Volumes {
                 Ok(()) | Err(HostError::NotOpen) => service.get(&id.0.to_string()),
                 Err(source) => Err(VolumeError::Host { reference, source }),
             }
+        })
+        .await
+    }
+
+    /// Changes how many copies must be in sync for a write to be answered. Nobody has to disconnect; the head, wherever it
+    /// is, follows the record.
+    pub async fn require_in_sync(
+        self: &Arc<Self>,
+        reference: &str,
+        min_in_sync: u32,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (before, _guard) = service.lock_volume(&reference).await?;
+            let id = before.record.id;
+            let change = Change::RequireInSync { id, min_in_sync };
+            if let Some(changed) = service.change(&change).await? {
+                tracing::info!(volume = %changed.record.name, id = %id.0, min_in_sync, "copies that must be in sync");
+                service.record_seen(changed).await;
+            }
+            service.get(&id.0.to_string())
         })
         .await
     }

@@ -43,7 +43,7 @@ pub struct SessionRef {
 pub struct Seal {
     /// Sessions of a smaller epoch are refused.
     pub epoch: Epoch,
-    /// Who sealed it.
+    /// Who sealed it. Absent when only the store's blocks tell the epoch.
     pub claim: Option<HeadClaim>,
     /// Open for writing since this boot. Absent after an orderly close: all that was answered is on stable storage.
     pub opened_under: Option<BootId>,
@@ -199,12 +199,16 @@ impl Acceptor {
         let other_boot = seal
             .opened_under
             .is_some_and(|opened| opened != started.boot);
-        // Blocks without a seal: the node's database is gone, and with it the word that they were flushed.
-        let unknown = started.seal.is_none() && started.store_epoch.is_some();
+        // Blocks that no seal knows: the node's database is gone or an older one, and with it the word that they were flushed.
+        let unknown = started.store_epoch.is_some_and(|epoch| epoch > seal.epoch);
         if rules.power_loss_is_out {
             seal.lost |= other_boot || unknown || started.store_failed;
         }
-        seal.epoch = seal.epoch.max(started.store_epoch.unwrap_or(Epoch(0)));
+        if let Some(epoch) = started.store_epoch.filter(|_| unknown) {
+            // Whose epoch it is is not known either; the record gives each to one head.
+            seal.epoch = epoch;
+            seal.claim = None;
+        }
         Acceptor {
             rules,
             boot: started.boot,
@@ -279,8 +283,8 @@ impl Acceptor {
         resync: bool,
         actions: &mut Vec<AcceptorAction>,
     ) {
-        let again =
-            epoch == self.seal.epoch && self.seal.claim == Some(claim) && opening > self.opening;
+        let may_be_its = self.seal.claim.is_none_or(|known| known == claim);
+        let again = epoch == self.seal.epoch && may_be_its && opening > self.opening;
         let status = if self.failed {
             super::wire::Status::Poisoned
         } else if epoch > self.seal.epoch || again {
@@ -456,5 +460,99 @@ impl Acceptor {
             self.waiting.iter().filter(opens).count() <= 1,
             "only the last opening is answered"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::NodeId;
+
+    const BOOT: BootId = BootId(Uuid::from_u128(1));
+
+    fn claim(n: u128) -> HeadClaim {
+        HeadClaim {
+            node: NodeId(Uuid::from_u128(n)),
+            incarnation: Uuid::from_u128(n),
+        }
+    }
+
+    /// What a head hears that opens the volume at an acceptor that found these.
+    fn opened(seal: Option<Seal>, store_epoch: u32, by: HeadClaim, epoch: u32) -> AcceptorAction {
+        let mut acceptor = Acceptor::new(
+            Rules::default(),
+            StartedWith {
+                seal,
+                store_epoch: Some(Epoch(store_epoch)),
+                boot: BOOT,
+                store_failed: false,
+            },
+        );
+        let session = SessionRef {
+            link: LinkId(1),
+            tag: 1,
+        };
+        let mut actions = Vec::new();
+        let open = AcceptorEvent::Open {
+            session,
+            claim: by,
+            epoch: Epoch(epoch),
+            opening: 1,
+            resync: true,
+        };
+        acceptor.on_event(open, &mut actions);
+        if let Some(AcceptorAction::Persist { serial, .. }) = actions.last().copied() {
+            acceptor.on_event(AcceptorEvent::Persisted { serial }, &mut actions);
+        }
+        acceptor.check_invariants();
+        actions.pop().expect("an answer")
+    }
+
+    fn is_refused(answer: &AcceptorAction) -> bool {
+        matches!(answer, AcceptorAction::Refused { .. })
+    }
+
+    #[test]
+    fn an_epoch_that_only_the_blocks_know_is_opened_by_whoever_has_it_and_nothing_is_believed() {
+        let old = Seal {
+            epoch: Epoch(4),
+            claim: Some(claim(4)),
+            opened_under: Some(BOOT),
+            lost: false,
+        };
+        for seal in [None, Some(old)] {
+            let answer = opened(seal, 5, claim(5), 5);
+            let is_lost = matches!(
+                answer,
+                AcceptorAction::Opened {
+                    lost_power: true,
+                    ..
+                }
+            );
+            assert!(is_lost, "{answer:?}");
+            let answer = opened(seal, 5, claim(4), 4);
+            assert!(is_refused(&answer), "an older head: {answer:?}");
+        }
+    }
+
+    #[test]
+    fn an_epoch_that_is_sealed_is_opened_again_by_its_head_alone() {
+        let seal = Seal {
+            epoch: Epoch(5),
+            claim: Some(claim(5)),
+            opened_under: Some(BOOT),
+            lost: false,
+        };
+        let answer = opened(Some(seal), 5, claim(5), 5);
+        let is_sound = matches!(
+            answer,
+            AcceptorAction::Opened {
+                lost_power: false,
+                ..
+            }
+        );
+        assert!(is_sound, "{answer:?}");
+        assert!(is_refused(&opened(Some(seal), 5, claim(6), 5)));
+        assert!(is_refused(&opened(Some(seal), 5, claim(4), 4)));
     }
 }

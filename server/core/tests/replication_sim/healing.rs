@@ -4,7 +4,7 @@ use ashlar_core::records::Replica;
 
 use crate::check;
 use crate::client::{ClientOp, Floor, Kind};
-use crate::disk::Disk;
+use crate::disk::{At, Cell, Disk, Rot};
 use crate::world::{Ev, World};
 
 /// How long everything may take to heal, of the world's time, microseconds: fifty leases.
@@ -148,13 +148,22 @@ impl World {
 
     /// Whether a block rotted of which nobody else has that version: the others were put out or cut off after it did.
     fn has_rotten_last_copy(&self) -> bool {
-        let disks = || self.nodes.iter().map(|n| &n.disk);
-        let is_elsewhere = |at, version| {
-            let mut cells = disks().filter_map(|disk| disk.get(at));
-            cells.any(|cell| !cell.rotten && cell.version == version)
+        let sets = &self.meta.record.record.placement.sets;
+        let is_in_sync = |store, chunk: u32| {
+            let mut in_sync = sets[chunk as usize % sets.len()].in_sync();
+            in_sync.any(|replica| replica.store == store)
         };
-        let mut rotten = disks().flat_map(|disk| disk.blocks().filter(|(_, cell)| cell.rotten));
-        rotten.any(|(at, cell)| !is_elsewhere(at, cell.version))
+        let is_elsewhere = |at: At, lost: Cell| {
+            self.nodes.iter().any(|n| match (n.disk.get(at), lost.rot) {
+                (Some(cell), _) if cell.is_rotten() => false,
+                // Which version it was went with the leaf: what somebody out of sync has may be older.
+                (_, Rot::Mapping) => is_in_sync(n.store, at.0),
+                (cell, _) => cell.is_some_and(|cell| cell.version == lost.version),
+            })
+        };
+        let blocks = self.nodes.iter().flat_map(|n| n.disk.blocks());
+        let mut rotten = blocks.filter(|(_, cell)| cell.is_rotten());
+        rotten.any(|(at, cell)| !is_elsewhere(at, cell))
     }
 
     fn is_healed(&self) -> bool {

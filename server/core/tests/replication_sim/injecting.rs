@@ -1,6 +1,6 @@
 //! The next fault of a run.
 
-use crate::disk::At;
+use crate::disk::{At, leaf_of};
 use crate::faults::Fault;
 use crate::world::{Ev, Node, World};
 
@@ -179,11 +179,18 @@ impl World {
                 let clean = self
                     .nodes
                     .iter()
-                    .all(|n| n.disk.blocks().all(|(_, cell)| !cell.rotten));
+                    .all(|n| n.disk.blocks().all(|(_, cell)| !cell.is_rotten()));
                 let at = self.rng.below(self.client.histories.len() as u64) as usize;
                 let at = self.client.histories[at].at;
                 if all_in_sync && clean {
-                    self.nodes[node].disk.rot(at);
+                    if self.rng.chance(30) {
+                        let histories = self.client.histories.iter().map(|history| history.at);
+                        for lost in histories.filter(|other| leaf_of(*other) == leaf_of(at)) {
+                            self.nodes[node].disk.lose_mapping(lost);
+                        }
+                    } else {
+                        self.nodes[node].disk.rot(at);
+                    }
                     // Found by a scrub, if nobody reads it before.
                     self.after(SCRUB_US, Ev::Scrubbed { node, at });
                 }
@@ -218,13 +225,18 @@ impl World {
         (node.is_up && !node.frozen).then_some((at, head))
     }
 
-    /// A scrub came to a block: its head is told of one that cannot be read.
-    pub(crate) fn scrubbed(&mut self, node: usize, block: At) {
-        let is_rotten = self.nodes[node]
+    /// A scrub came to a leaf: its head is told of the blocks that cannot be read.
+    pub(crate) fn scrubbed(&mut self, node: usize, at: At) {
+        let rotten: Vec<At> = self.nodes[node]
             .disk
-            .get(block)
-            .is_some_and(|cell| cell.rotten);
-        if let Some((at, head)) = self.serving().filter(|_| is_rotten) {
+            .blocks()
+            .filter(|(other, cell)| leaf_of(*other) == leaf_of(at) && cell.is_rotten())
+            .map(|(other, _)| other)
+            .collect();
+        let Some((at, head)) = self.serving() else {
+            return;
+        };
+        for block in rotten {
             self.with_head(at, head, |world, driver| {
                 driver.repair(world, at, node, block)
             });

@@ -35,6 +35,8 @@ pub(crate) struct Node {
     pub(crate) disk: Disk,
     /// What is durable of the acceptor.
     pub(crate) seal: Option<Seal>,
+    /// When the last one that was to be made durable is: one after the other.
+    pub(crate) seals_until_us: u64,
     pub(crate) boot: u64,
     /// Of the process; what belongs to an earlier run of it is void.
     pub(crate) run: u64,
@@ -109,6 +111,7 @@ impl World {
                 store: store_of(n),
                 disk: Disk::default(),
                 seal: None,
+                seals_until_us: 0,
                 boot: 1,
                 run: 1,
                 is_up: true,

@@ -282,10 +282,18 @@ fn a_volume_follows_its_publication_and_classes_are_kept() {
         controller,
         "follow",
         SMALL,
-        capability,
+        capability.clone(),
         &[("replicas", "2")],
     );
     assert_eq!(other.err().expect("differs").0, Code::AlreadyExists);
+    let lenient = [("replicas", "3"), ("minInSync", "1")];
+    let made = Claim::of_class(controller, "lenient", SMALL, capability.clone(), &lenient);
+    let made = made.expect("created");
+    let shown = trio.nodes[0].daemon.admin().json(["volume", "list"]);
+    let mut volumes = shown.as_array().expect("a list").iter();
+    let found = volumes.find(|volume| volume["id"] == made.id.as_str());
+    assert_eq!(found.expect("listed")["min_in_sync"], 1, "{shown}");
+    controller.delete(&made.id).expect("deleted");
     let readers = mounted("ext4", Mode::MultiNodeReaderOnly);
     let refused = with_copies(controller, "readers", &readers).err();
     assert_eq!(refused.expect("refused").0, Code::InvalidArgument);

@@ -23,8 +23,10 @@ const WINDOW_BLOCKS: u32 = 128;
 const GAP_BLOCKS: u32 = 16;
 /// Copies of one job under way at a time.
 const COPIES: u32 = 32;
-/// Repairs at a time; what is damaged beyond that is found again by the next read.
+/// Repairs at a time.
 const REPAIRS: usize = 8;
+/// Repairs that wait for their turn; what is damaged beyond that is found again by the next read or scrub.
+const REPAIRS_WAITING: usize = 1024;
 
 /// Whom a job is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +78,19 @@ pub(super) struct LeafJob {
     bad: Vec<(MemberId, Window)>,
     /// One of them not because it is damaged: it may be readable later.
     is_transient: bool,
+    /// Of a repair: what was written again.
+    repaired: Vec<Window>,
+    /// Of a repair: a replica has no room for it. What is under way ends, nothing more is begun.
+    is_given_up: bool,
+}
+
+/// Blocks that cannot be read somewhere, to be written again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Damage {
+    /// The replica that cannot read them, where it is known.
+    bad: Option<MemberId>,
+    extent: ExtentKey,
+    blocks: Window,
 }
 
 /// A copy to be made.
@@ -107,11 +122,16 @@ pub(super) struct Copy {
     since_us: u64,
 }
 
+fn contains(windows: &[Window], block: u32) -> bool {
+    let mut windows = windows.iter();
+    windows.any(|(first, count)| (*first..first + count).contains(&block))
+}
+
 impl LeafJob {
     fn is_bad(&self, member: MemberId, block: u32) -> bool {
         self.bad
             .iter()
-            .any(|(m, (first, count))| *m == member && (*first..first + count).contains(&block))
+            .any(|(m, window)| *m == member && contains(&[*window], block))
     }
 
     /// What a member has of a block; what it cannot read is lost.
@@ -142,7 +162,8 @@ impl LeafJob {
                 .filter(|at| states[*at].content != BlockContent::Lost)
                 .max_by_key(|at| (states[*at].version, states.len() - at))?,
             // Whatever the replicas in sync have.
-            JobFor::Resync(_) | JobFor::Repair => 0,
+            JobFor::Resync(_) => 0,
+            JobFor::Repair => return self.plan_repaired(block, &states),
         };
         let source = states[best];
         let lack: SmallVec<[MemberId; 3]> = (0..states.len())
@@ -163,6 +184,25 @@ impl LeafJob {
         };
         let from = (!source.reads_as_zeros()).then_some(self.states[best].0);
         Some(Planned { blocks, from, to })
+    }
+
+    /// A block that some replica in sync cannot read is written again, to all, with what another has. Where that has
+    /// nothing, zeros do: bytes would take room that a full store does not have.
+    fn plan_repaired(&self, block: u32, states: &[BlockState]) -> Option<Planned> {
+        if contains(&self.repaired, block) {
+            return None;
+        }
+        let sound = |state: &BlockState| state.content != BlockContent::Lost;
+        let source = states.iter().position(sound)?;
+        if states.iter().all(|state| state.reads_as_zeros()) {
+            return None;
+        }
+        let from = (!states[source].reads_as_zeros()).then_some(self.states[source].0);
+        Some(Planned {
+            blocks: (block, 1),
+            from,
+            to: To::Everybody,
+        })
     }
 
     /// Copies for a window, neighbours that are alike together.
@@ -274,6 +314,8 @@ impl ReplicatedHead {
             again: false,
             bad: Vec::new(),
             is_transient: false,
+            repaired: Vec::new(),
+            is_given_up: false,
         });
         JobKey { place, serial }
     }
@@ -292,7 +334,11 @@ impl ReplicatedHead {
                 let source = self.resync_of(member).map(|resync| resync.source);
                 source.into_iter().chain([member]).collect()
             }
-            JobFor::Repair => SmallVec::new(),
+            JobFor::Repair => self
+                .set(set)
+                .members(self.set(set).readable())
+                .into_iter()
+                .collect(),
         };
         if let Some(job) = self.job(key) {
             job.states = members.iter().map(|member| (*member, None)).collect();
@@ -323,7 +369,15 @@ impl ReplicatedHead {
         let states = match result {
             Ok(states) => states,
             Err(status) => {
-                self.lose(asked.member, Some(status), actions);
+                let is_unreadable = matches!(status, Status::Corrupt | Status::Device);
+                match self.job(key) {
+                    // Its disk is what a repair is about: others may know.
+                    Some(job) if job.what == JobFor::Repair && is_unreadable => {
+                        job.states.retain(|(member, _)| *member != asked.member);
+                        self.states_known(key, actions);
+                    }
+                    _ => self.lose(asked.member, Some(status), actions),
+                }
                 return;
             }
         };
@@ -334,6 +388,12 @@ impl ReplicatedHead {
                 break;
             }
         }
+        self.states_known(key, actions);
+    }
+
+    /// Goes on when everybody asked has answered.
+    fn states_known(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(job) = self.job(key) else { return };
         if job.states.iter().any(|(_, states)| states.is_none()) {
             return;
         }
@@ -356,6 +416,11 @@ impl ReplicatedHead {
                 job.windows = job.differing();
                 job.windows.reverse();
                 self.next_window(key, actions);
+            }
+            (Stage::Comparing, JobFor::Repair) => {
+                job.stage = Stage::Copying;
+                job.plan(job.window);
+                self.go_on_copying(key, actions);
             }
             (Stage::Comparing, _) => {
                 job.stage = Stage::Copying;
@@ -467,11 +532,15 @@ impl ReplicatedHead {
     fn compare_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
         let Some(job) = self.job(key) else { return };
         job.again = false;
-        if job.what == JobFor::Repair {
-            self.plan_repair(key, actions);
+        job.stage = Stage::Comparing;
+        let (what, set) = (job.what, job.set);
+        // With too few replicas for a new write, what is damaged is left as it is.
+        let enough = self.set(set).usable().count_ones() >= self.min_in_sync();
+        if what == JobFor::Repair && !enough {
+            self.give_up_repair(key);
+            self.go_on_copying(key, actions);
             return;
         }
-        job.stage = Stage::Comparing;
         self.ask_leaf(key, actions);
     }
 
