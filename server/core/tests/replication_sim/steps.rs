@@ -69,12 +69,11 @@ impl World {
     pub(crate) fn client_step(&mut self) {
         let next_us = self.rng.between(500, 12_000);
         self.after(next_us, Ev::Client);
-        if self.quiet {
-            return;
-        }
         let mut rng = self.rng.clone();
         let now_us = self.now_us;
-        self.client.give_up(&mut rng, now_us, 150_000);
+        if !self.quiet {
+            self.client.give_up(&mut rng, now_us, 150_000);
+        }
         // Mostly through the newest head, sometimes through an older one that may not know yet that it is one.
         let mut serving: Vec<(u64, usize, u64)> = self
             .nodes
@@ -105,6 +104,9 @@ impl World {
             }
             return;
         };
+        if self.quiet {
+            return;
+        }
         if generation > self.client.generation {
             self.client_session_ended(generation);
         }
