@@ -158,11 +158,19 @@ fn a_cut_in_the_middle_of_a_record_ends_the_stream_without_half_of_it() {
     assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
 }
 
-/// Who is told of a socket only when something comes is told once of both.
+/// Who is told of a socket only when something comes is told once of both, or of the end by itself.
 #[test]
-fn an_end_right_behind_half_a_record_is_seen_with_it() {
+fn an_end_that_was_told_of_is_seen_behind_half_a_record() {
     let (mut theirs, back) = half_a_record();
     drop(back);
+    theirs.hung_up();
+    assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
+
+    let (mut theirs, back) = half_a_record();
+    drop(back);
+    let error = receive(&mut theirs, 100, 0).expect_err("not told of yet");
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    theirs.hung_up();
     assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
 }
 
