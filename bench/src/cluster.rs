@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -25,8 +25,62 @@ const SYNC_LIMIT: Duration = Duration::from_secs(120);
 pub(crate) struct Started {
     pub(crate) running: Running,
     pub(crate) metered: Metered,
+    pub(crate) cluster: Cluster,
     /// Its time is not counted: it takes no part in reads and writes.
     pub(crate) etcd: ServerProcess,
+}
+
+/// The nodes, and what another one is started with.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    nodes: Vec<Ashlar>,
+    programs: PathBuf,
+    scratch: PathBuf,
+    sockets: PathBuf,
+    flags: Vec<String>,
+    metadata: String,
+}
+
+impl Cluster {
+    /// The node that everything is asked of; it serves the volume.
+    pub(crate) fn first(&self) -> &Ashlar {
+        &self.nodes[0]
+    }
+
+    pub(crate) fn nodes(&self) -> &[Ashlar] {
+        &self.nodes
+    }
+
+    /// Starts one more node: the first of all makes the cluster, others join it.
+    pub(crate) fn add(&mut self) -> Result<ServerProcess> {
+        let number = self.nodes.len() as u32 + 1;
+        let name = format!("node-{number}");
+        let flags = self.flags.clone();
+        let mut node = Ashlar::new(&name, &self.programs, &self.scratch, &self.sockets, flags)?;
+        let address = format!("127.0.0.{number}:{}", free_port(number)?);
+        let unix = node.admin_address();
+        node.more_flags.extend([
+            format!("--metadata={}", self.metadata),
+            format!("--listen-admin={unix}"),
+            format!("--listen-admin=tcp:{address}"),
+        ]);
+        match self.nodes.first() {
+            None => {
+                let mut init = Command::new(self.programs.join("ashlar"));
+                init.args(["cluster", "init", "--data-dir"]);
+                init.arg(&node.data_dir)
+                    .args(["--metadata", &self.metadata]);
+                run_to_end(init, ETCD_LIMIT).context("making the cluster")?;
+            }
+            Some(first) => {
+                let token = first.ask(&["cluster", "token"])?;
+                node.more_flags.push(format!("--join={}", token.trim()));
+            }
+        }
+        let process = node.start().with_context(|| name.clone())?;
+        self.nodes.push(node);
+        Ok(process)
+    }
 }
 
 /// Starts the cluster with data in `scratch`, and fills its volume from `file`.
@@ -39,34 +93,17 @@ pub(crate) fn start(
     file: &Path,
 ) -> Result<Started> {
     let (etcd, metadata) = start_etcd(scratch)?;
-    let mut nodes: Vec<Ashlar> = Vec::new();
-    let mut servers = Vec::new();
-    for number in 1..=NODES {
-        let name = format!("node-{number}");
-        let mut node = Ashlar::new(&name, programs, scratch, sockets, flags.to_vec())?;
-        let address = format!("127.0.0.{number}:{}", free_port(number)?);
-        let unix = node.admin_address();
-        node.more_flags.extend([
-            format!("--metadata={metadata}"),
-            format!("--listen-admin={unix}"),
-            format!("--listen-admin=tcp:{address}"),
-        ]);
-        match nodes.first() {
-            None => {
-                let mut init = Command::new(programs.join("ashlar"));
-                init.args(["cluster", "init", "--data-dir"]);
-                init.arg(&node.data_dir).args(["--metadata", &metadata]);
-                run_to_end(init, ETCD_LIMIT).context("making the cluster")?;
-            }
-            Some(first) => {
-                let token = first.ask(&["cluster", "token"])?;
-                node.more_flags.push(format!("--join={}", token.trim()));
-            }
-        }
-        servers.push(node.start().with_context(|| name.clone())?);
-        nodes.push(node);
-    }
-    let first = &nodes[0];
+    let mut cluster = Cluster {
+        nodes: Vec::new(),
+        programs: programs.to_owned(),
+        scratch: scratch.to_owned(),
+        sockets: sockets.to_owned(),
+        flags: flags.to_vec(),
+        metadata,
+    };
+    let servers = (0..NODES).map(|_| cluster.add());
+    let servers: Vec<ServerProcess> = servers.collect::<Result<_>>()?;
+    let first = cluster.first();
     let mut refusal = None;
     let copies = NODES.to_string();
     let created = wait_for(CREATE_LIMIT, || {
@@ -88,10 +125,11 @@ pub(crate) fn start(
             shared: Vec::new(),
         },
         metered: Metered {
-            daemons: nodes.iter().map(|node| node.http).collect(),
+            daemons: cluster.nodes.iter().map(|node| node.http).collect(),
             copies: NODES,
             head: Some(first.clone()),
         },
+        cluster,
         etcd,
     })
 }

@@ -114,6 +114,7 @@ impl Entry<'_> {
         let started = cluster::start(self.programs, data, sockets, flags, self.size_bytes, file)?;
         field.running.insert(Contender::Cluster, started.running);
         field.ours.insert(Contender::Cluster, started.metered);
+        field.cluster = Some(started.cluster);
         field.beside.push(started.etcd);
         Ok(())
     }

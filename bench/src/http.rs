@@ -8,6 +8,8 @@ use anyhow::{Result, anyhow, ensure};
 
 /// The counter of everything that stores write: frames, leaves, checkpoints, what the cleaner moves.
 const STORED_BYTES: &str = "ashlar_store_written_bytes_total";
+/// Blocks of clients that the stores hold.
+const LIVE_BYTES: &str = "ashlar_store_live_bytes";
 /// What the stores' tails hold at most.
 const TAIL_BYTES: &str = "ashlar_store_tail_bytes";
 /// How long an answer may take.
@@ -35,6 +37,11 @@ impl Http {
     /// does not say.
     pub(crate) fn stored_bytes(&self) -> Result<Option<f64>> {
         Ok(self.metrics()?.sum(STORED_BYTES, ""))
+    }
+
+    /// Bytes of clients that the daemon's stores hold; None while it does not say.
+    pub(crate) fn live_bytes(&self) -> Result<Option<f64>> {
+        Ok(self.metrics()?.sum(LIVE_BYTES, ""))
     }
 
     /// Bytes that the stores' tails hold at most; None while the daemon does not say.

@@ -9,6 +9,7 @@ mod command;
 mod entry;
 mod fio;
 mod http;
+mod joining;
 mod measure;
 mod procfs;
 mod reference;
@@ -22,6 +23,7 @@ mod tables;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
@@ -225,6 +227,16 @@ fn compare(choices: &Choices, comparison: Comparison, media: &[Medium]) -> Resul
             report
                 .rows
                 .push(RowReport::new(comparison, medium, row, samples));
+        }
+        // The last of all: from then on there are four nodes.
+        if field.cluster.is_some() {
+            eprintln!("\n{}", tables::JOINING);
+            let calm = Duration::from_secs(effort.run_seconds);
+            let data = &scratch.data;
+            match joining::measure(&mut field, medium, effort.size_bytes, calm, data) {
+                Ok(joining) => report.joinings.push(joining),
+                Err(error) => failed(format!("{}: {error:#}", tables::JOINING)),
+            }
         }
     }
     report.versions = versions(&contenders);

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::ashlar::Ashlar;
-use crate::cluster;
+use crate::cluster::{self, Cluster};
 use crate::fio::{self, Job, Target};
 use crate::http::Http;
 use crate::procfs;
@@ -93,6 +93,8 @@ impl Metered {
 pub(crate) struct Field {
     pub(crate) running: BTreeMap<Contender, Running>,
     pub(crate) ours: BTreeMap<Contender, Metered>,
+    /// The nodes of [`Contender::Cluster`], where it runs.
+    pub(crate) cluster: Option<Cluster>,
     /// Servers of several contenders, and what none is measured by: etcd, Ceph's monitor and manager.
     pub(crate) beside: Vec<ServerProcess>,
 }
@@ -293,7 +295,7 @@ fn middle(rounds: &[Figures]) -> Figures {
     }
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::chart;
+use crate::joining::Joining;
 use crate::measure::{Effort, Figures, Sample, summarise};
 use crate::procfs::Machine;
 use crate::rows::{Comparison, Contender, Medium, Row};
@@ -29,6 +30,8 @@ pub(crate) struct Report {
     /// What each program says its version is.
     pub(crate) versions: BTreeMap<String, String>,
     pub(crate) rows: Vec<RowReport>,
+    /// Of a cluster, on each medium.
+    pub(crate) joinings: Vec<Joining>,
     pub(crate) failures: Vec<String>,
 }
 
@@ -93,6 +96,7 @@ impl Report {
             machines: Vec::new(),
             versions: BTreeMap::new(),
             rows: Vec::new(),
+            joinings: Vec::new(),
             failures: Vec::new(),
         }
     }

@@ -67,6 +67,11 @@ impl ServerProcess {
         }
     }
 
+    /// Interrupts it, as Ctrl-C does.
+    pub(crate) fn interrupt(&self) {
+        self.signal(Signal::INT);
+    }
+
     /// Asks it to end, and ends it by force when it has not done so in time. Says whether it went by itself.
     pub(crate) fn stop(&mut self) -> bool {
         let went = self.is_alive() && {

@@ -2,6 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use crate::joining::Joining;
 use crate::measure::{Figures, Sample};
 use crate::reference::{self, CRUCIBLE, VITASTOR};
 use crate::report::{Report, RowReport};
@@ -47,6 +48,13 @@ impl Report {
                 text += &format!("{}\n", cluster_verdict(standing));
             }
         }
+        for joining in &self.joinings {
+            text += &format!(
+                "\n{JOINING}, {}: {}\n",
+                joining.medium.title(),
+                told(joining)
+            );
+        }
         for failure in &self.failures {
             text += &format!("FAILED {failure}\n");
         }
@@ -81,6 +89,12 @@ impl Report {
             for cells in reference_rows(self.comparison, row.name) {
                 text += &format!("|{}|\n", cells.join("|"));
             }
+        }
+        if !self.joinings.is_empty() {
+            text += &format!("\n## {JOINING}\n\n");
+        }
+        for joining in &self.joinings {
+            text += &format!("* {}: {}\n", joining.medium.title(), told(joining));
         }
         if self.comparison == Comparison::Cluster {
             text += &format!("\n{REFERENCE_NOTE}\n");
@@ -165,6 +179,21 @@ impl Report {
         }
         text
     }
+}
+
+/// What the cluster ends with.
+pub(crate) const JOINING: &str = "A fourth node joins, 4 KiB random writes, depth 8";
+
+fn told(joining: &Joining) -> String {
+    format!(
+        "even to {:.1} % after {:.1} s; p99 {:.0} µs meanwhile, {:.0} µs undisturbed: {:.2} times, {}",
+        100.0 * joining.spread,
+        joining.even_after_seconds,
+        joining.moving_p99_us,
+        joining.undisturbed_p99_us,
+        joining.ratio(),
+        met(joining.meets_latency()),
+    )
 }
 
 const REFERENCE_NOTE: &str = "Rows \"elsewhere\" were not measured here: they were read off a like machine with stores on tmpfs, processor time \

@@ -114,6 +114,8 @@ pub struct SetVolume {
     pub iops: Option<u64>,
     /// See `VolumeLimits.bytes_per_second`.
     pub bytes_per_second: Option<u64>,
+    /// See `Volume.min_in_sync`.
+    pub min_in_sync: Option<u32>,
 }
 
 impl TryFrom<admin::SetVolumeRequest> for SetVolume {
@@ -122,9 +124,10 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
     fn try_from(request: admin::SetVolumeRequest) -> Result<SetVolume, FieldError> {
         let volume = VolumeRef::parse(&request.volume)?;
         let limits = request.iops.or(request.bytes_per_second);
-        if request.read_only.or(request.write_through).is_none() && limits.is_none() {
+        let switches = request.read_only.or(request.write_through);
+        if switches.is_none() && limits.is_none() && request.min_in_sync.is_none() {
             return Err(FieldError::new(
-                "read_only, write_through, iops, bytes_per_second",
+                "read_only, write_through, iops, bytes_per_second, min_in_sync",
                 "give at least one setting to change",
             ));
         }
@@ -134,6 +137,7 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
             write_through: request.write_through,
             iops: request.iops,
             bytes_per_second: request.bytes_per_second,
+            min_in_sync: request.min_in_sync,
         })
     }
 }

@@ -57,6 +57,7 @@ impl Stream {
             ciphertext: Vec::new(),
             start: 0,
             end: 0,
+            hung_up: false,
             has_ended: false,
         }))
     }
@@ -72,6 +73,14 @@ impl Stream {
     /// Its descriptor.
     pub fn fd(&self) -> RawFd {
         self.socket().as_raw_fd()
+    }
+
+    /// The engine saw the peer hang up: whatever comes, the end is behind it, and nothing will tell of it again. What
+    /// is received from here on goes as far as that end.
+    pub fn hung_up(&mut self) {
+        if let Stream::Tls(stream) = self {
+            stream.hung_up = true;
+        }
     }
 
     /// Fills `pieces` in order and says how many bytes came; zero is the end. Fewer than there is room for: the socket
@@ -126,6 +135,8 @@ pub struct TlsStream {
     ciphertext: Vec<u8>,
     start: usize,
     end: usize,
+    /// See [`Stream::hung_up`].
+    hung_up: bool,
     /// The peer said that this is its end.
     has_ended: bool,
 }
@@ -173,9 +184,9 @@ impl TlsStream {
                     }
                     match self.fill() {
                         Ok(0) => ended = true,
-                        // Asked again even if it gave little: the end may be right behind, and nothing else tells of it when
-                        // what came is no whole record.
-                        Ok(_) => {}
+                        // A stream socket that gave less than it might is empty, and tells of what comes later. Not so
+                        // of an end that it told of already: that may be right behind, and what came no whole record.
+                        Ok(count) => is_empty = count < CIPHERTEXT_BYTES && !self.hung_up,
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                             is_empty = true;
                             continue;

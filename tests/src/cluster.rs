@@ -178,7 +178,6 @@ impl Trio {
         let number = self.nodes.len();
         let setup = on_host(network, number, setup);
         let mut node = self.nodes[0].joined(&format!("{test}-{number}"), &self.etcd, setup);
-        node.daemon.log.expect(NO_LONGER_SERVED);
         if self.expects_losses {
             node.expect_losses();
         }
@@ -192,9 +191,6 @@ impl Trio {
         for number in 1..3 {
             let joined = nodes[0].joined(&format!("{test}-{number}"), &etcd, setup(number));
             nodes.push(joined);
-        }
-        for node in &mut nodes {
-            node.daemon.log.expect(NO_LONGER_SERVED);
         }
         Trio {
             nodes,
@@ -254,8 +250,16 @@ impl Trio {
         });
     }
 
+    /// A volume will be served by node `to`: any of the others may say that it is not served there any more.
+    pub fn expect_move(&self, to: usize) {
+        for (_, node) in self.nodes.iter().enumerate().filter(|(at, _)| *at != to) {
+            node.daemon.log.expect(NO_LONGER_SERVED);
+        }
+    }
+
     /// Has node `at` serve a volume. Returns how long that took.
     pub fn open_at(&self, at: usize, volume: &str) -> Duration {
+        self.expect_move(at);
         let start = Instant::now();
         self.nodes[at]
             .daemon

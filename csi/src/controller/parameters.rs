@@ -16,6 +16,8 @@ pub const MKFS_OPTIONS: &str = "mkfsOptions";
 pub const WRITE_THROUGH: &str = "writeThrough";
 /// Copies of each chunk.
 pub const REPLICAS: &str = "replicas";
+/// Copies that must be in sync for a write to be answered.
+pub const MIN_IN_SYNC: &str = "minInSync";
 /// Bound on requests a second. Mutable.
 pub const IOPS: &str = "iops";
 /// Bound on payload a second. Mutable.
@@ -38,6 +40,8 @@ pub struct Parameters {
     pub write_through: bool,
     /// See [`REPLICAS`]; `None` leaves it to the daemon.
     pub replicas: Option<u32>,
+    /// See [`MIN_IN_SYNC`]; `None` leaves it to the daemon.
+    pub min_in_sync: Option<u32>,
     /// What can be changed later.
     pub mutable: Mutable,
     /// For people: whose claim it is.
@@ -66,6 +70,7 @@ impl Parameters {
                 MKFS_OPTIONS => parameters.mkfs_options = split(value),
                 WRITE_THROUGH => parameters.write_through = read(key, value)?,
                 REPLICAS => parameters.replicas = Some(within(key, value, 1..=7)?),
+                MIN_IN_SYNC => parameters.min_in_sync = Some(within(key, value, 1..=7)?),
                 IOPS | BYTES_PER_SECOND => parameters.mutable.set(key, value)?,
                 key if METADATA.contains(&key) => {
                     parameters.metadata.insert(key.to_owned(), value.clone());
@@ -79,6 +84,13 @@ impl Parameters {
         if !parameters.mkfs_options.is_empty() && parameters.filesystem.is_none() {
             return Err(Refusal::invalid(format!(
                 "{MKFS_OPTIONS} needs {FILESYSTEM}: each filesystem has its own options"
+            )));
+        }
+        if let (Some(least), Some(copies)) = (parameters.min_in_sync, parameters.replicas)
+            && least > copies
+        {
+            return Err(Refusal::invalid(format!(
+                "{MIN_IN_SYNC}: of {copies} copies {least} cannot be in sync"
             )));
         }
         if let Some(filesystem) = parameters.filesystem {
@@ -223,6 +235,7 @@ mod tests {
                 ("mkfsOptions", "-i size=512 -n  ftype=1"),
                 ("writeThrough", "true"),
                 ("replicas", "3"),
+                ("minInSync", "1"),
                 ("iops", "500"),
                 ("csi.storage.k8s.io/pvc/name", "data"),
             ]),
@@ -233,6 +246,7 @@ mod tests {
         assert_eq!(parameters.mkfs_options, ["-i", "size=512", "-n", "ftype=1"]);
         assert!(parameters.write_through);
         assert_eq!(parameters.replicas, Some(3));
+        assert_eq!(parameters.min_in_sync, Some(1));
         assert_eq!(parameters.mutable.iops, Some(1000));
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
@@ -258,7 +272,8 @@ mod tests {
             &[("replicas", "0")],
             &[("replicas", "-1")],
             &[("replicas", "8")],
-            &[("replicas", "3"), ("minInSync", "2")],
+            &[("minInSync", "0")],
+            &[("replicas", "2"), ("minInSync", "3")],
             &[("iops", "9")],
             &[("iops", "many")],
             &[("bytesPerSecond", "1000")],

@@ -96,6 +96,7 @@ impl Controller {
             },
             annotations: annotations(&request),
             replicas: request.parameters.replicas.unwrap_or(0),
+            min_in_sync: request.parameters.min_in_sync.unwrap_or(0),
         };
         match self.daemon().create(new).await {
             Ok(volume) => self.found(volume, &request).await,

@@ -75,6 +75,8 @@ pub struct NewVolume {
     pub annotations: BTreeMap<String, String>,
     /// Copies of each chunk; 0 leaves it to the daemon.
     pub replicas: u32,
+    /// How many of them must be in sync for a write to be answered; 0 leaves it to the daemon.
+    pub min_in_sync: u32,
 }
 
 /// A node that volumes can be published to.
@@ -180,6 +182,7 @@ impl From<NewVolume> for admin::CreateVolumeRequest {
             }),
             annotations: new.annotations.into_iter().collect(),
             replicas: new.replicas,
+            min_in_sync: new.min_in_sync,
             ..admin::CreateVolumeRequest::default()
         }
     }

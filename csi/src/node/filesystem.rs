@@ -270,8 +270,16 @@ pub async fn set_read_only(device: &Path, read_only: bool) -> Result<(), Refusal
 /// Unmounts everything at `point`, one on top of the other. What is not mounted is fine. A point in use is tried again for a
 /// moment: what looks at all mounts of a machine, for its metrics, holds each for a little.
 pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
-    const PATIENCE: Duration = Duration::from_secs(1);
-    const RETRY: Duration = Duration::from_millis(50);
+    unmount_within(point, limit, Duration::from_secs(1)).await
+}
+
+/// As [`unmount`], for a point whose users are about to go: what they waited for has just ended with an error.
+pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refusal> {
+    unmount_within(point, limit, limit).await
+}
+
+async fn unmount_within(point: &Path, limit: Duration, patience: Duration) -> Result<(), Refusal> {
+    const RETRY: Duration = Duration::from_millis(100);
     let begun = tokio::time::Instant::now();
     loop {
         let before = mounts()?.depth(point);
@@ -281,25 +289,10 @@ pub async fn unmount(point: &Path, limit: Duration) -> Result<(), Refusal> {
         let finished = Child::new("umount").arg(point).run(limit).await?;
         let after = mounts()?.depth(point);
         if !finished.succeeded() && after >= before {
-            let refusal = Refusal::internal(finished.to_string());
-            if begun.elapsed() >= PATIENCE || !refusal.message.contains("busy") {
-                return Err(refusal);
+            if begun.elapsed() >= patience {
+                return Err(Refusal::internal(finished.to_string()));
             }
             tokio::time::sleep(RETRY).await;
-        }
-    }
-}
-
-/// As [`unmount`], for a point whose users are about to go: what they waited for has just ended with an error.
-pub async fn unmount_once_free(point: &Path, limit: Duration) -> Result<(), Refusal> {
-    const RETRY: Duration = Duration::from_millis(200);
-    let begun = tokio::time::Instant::now();
-    loop {
-        match unmount(point, limit).await {
-            Err(refusal) if refusal.class != Class::DeadlineExceeded && begun.elapsed() < limit => {
-                tokio::time::sleep(RETRY).await;
-            }
-            done => return done,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! After a restart, and for as long as the plugin runs: what is known is compared with what is, and devices whose server
 //! went away get new connections.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use super::Node;
 use super::filesystem;
 use super::state::VolumeState;
 use crate::attach::{AttachError, Device, DeviceKind};
+use crate::operations::Operations;
 use crate::refusal::Refusal;
 
 /// Between two looks at the connections. Requests of a device without one wait meanwhile.
@@ -151,19 +151,11 @@ impl Node {
 pub async fn keep_connected(node: Arc<Node>, connections: u32) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut healing: JoinSet<Uuid> = JoinSet::new();
-    let mut busy: HashSet<Uuid> = HashSet::new();
+    let mut tasks = JoinSet::new();
+    let healing = Operations::default();
     loop {
         ticks.tick().await;
-        while let Some(ended) = healing.try_join_next() {
-            match ended {
-                Ok(volume) => {
-                    busy.remove(&volume);
-                }
-                // Which one it was is not known; all that still run are waited for by nobody.
-                Err(_) => busy.clear(),
-            }
-        }
+        while tasks.try_join_next().is_some() {}
         let states = match node.states.all() {
             Ok(states) => states,
             Err(error) => {
@@ -173,15 +165,15 @@ pub async fn keep_connected(node: Arc<Node>, connections: u32) {
         };
         for state in states {
             let volume = state.export.volume;
-            if !busy.insert(volume) {
+            let Ok(turn) = healing.begin(&volume.to_string()) else {
                 continue;
-            }
+            };
             let node = node.clone();
-            healing.spawn(async move {
+            tasks.spawn(async move {
+                let _turn = turn;
                 if let Err(error) = node.heal(&state, connections).await {
                     tracing::warn!(volume = %volume, %error, "looking after connections failed");
                 }
-                volume
             });
         }
     }

@@ -1,25 +1,26 @@
 //! `ashlar.cluster.v1.Cluster`: read, decide in the core, swap, and again on a conflict.
 
+mod nodes;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_core::records::{
-    ClientRecord, ClientRole, ClusterRecord, Holdings, JoinError, Joiner, MemberError,
-    MemberRecord, MemberState, Record, StoreRecord, TOKEN_REMEMBERED_MS, TokenRecord, Transaction,
-    Versioned, VolumeRecord, VolumeState, check_client_name, check_label, drain, join, keys, label,
-    remove,
+    ClientRecord, ClientRole, Joiner, MemberState, Record, TOKEN_REMEMBERED_MS, TokenRecord,
+    Transaction, check_client_name, check_label, join, keys, label,
 };
-use ashlar_core::units::{BLOCK_BYTES, NodeId, StoreId};
+use ashlar_core::units::NodeId;
 use ashlar_proto::cluster as proto;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 use uuid::Uuid;
+
+use nodes::Seen;
 
 use super::secure::{Caller, admitted};
 use super::status;
-use crate::controller::Picture;
 use crate::daemon::{ClusterServices, State};
-use crate::identity::{Authority, IdentityError, Peer, Token, sha256_hex};
+use crate::identity::{IdentityError, Peer, Token, sha256_hex};
 use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 use crate::volumes::unix_ms;
 
@@ -32,33 +33,10 @@ const TOKEN_SECONDS_MAX: u32 = 30 * 86400;
 /// Default of a client certificate's life.
 const CLIENT_DAYS_DEFAULT: u32 = 365;
 const CLIENT_DAYS_MAX: u32 = 3650;
-/// Least digits of an abbreviated node id.
-const ABBREVIATION_MIN: usize = 4;
 
 #[derive(Clone)]
 pub(super) struct Service {
     state: Arc<State>,
-}
-
-/// What is known of nodes beside the records.
-#[derive(Default)]
-struct Seen {
-    picture: Arc<Picture>,
-    volumes: Vec<Versioned<VolumeRecord>>,
-}
-
-impl Seen {
-    /// Copies of a node for which no other node is there.
-    fn stuck_on(&self, node: NodeId) -> u32 {
-        let stuck = self.picture.stuck.iter();
-        let of_node = stuck.filter(|(id, set)| {
-            let mut volumes = self.volumes.iter().map(|volume| &volume.record);
-            let volume = volumes.find(|volume| volume.id == *id);
-            let set = volume.and_then(|v| v.placement.sets.get(usize::from(set.0)));
-            set.is_some_and(|set| set.replicas.iter().any(|r| r.node == node))
-        });
-        of_node.count() as u32
-    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -94,239 +72,6 @@ impl Service {
     }
 }
 
-impl Service {
-    /// Shuts a node out that gets nothing new any more, if nothing is lost by it.
-    async fn remove_now(&self, cluster: &ClusterServices, node: NodeId) -> Result<(), Status> {
-        for _ in 0..ATTEMPTS {
-            let member = cluster.find(&node.0.to_string()).await?;
-            // Every creation of a volume changes it: none may come between the look and the change.
-            let layers = cluster
-                .records
-                .get(keys::NEXT_LAYER)
-                .await
-                .map_err(unread)?;
-            let has = cluster.holdings().await?.get(&node).copied();
-            let authorities: Vec<_> = cluster
-                .members()
-                .await?
-                .into_iter()
-                .map(|member| member.record)
-                .filter(|record| record.is_authority && record.state == MemberState::Active)
-                .map(|record| record.id)
-                .collect();
-            let asked = cluster.identity.node();
-            let change = remove(&member, asked, &has.unwrap_or_default(), &authorities);
-            let is_done = match change.map_err(|error| refused(&error))? {
-                Some(change) => {
-                    let change = match &layers {
-                        Some(layers) => change.when_unchanged(keys::NEXT_LAYER, layers.changed_at),
-                        None => change.when_absent(keys::NEXT_LAYER),
-                    };
-                    committed(&*cluster.records, change).await?
-                }
-                None => true,
-            };
-            if is_done {
-                return Ok(());
-            }
-        }
-        Err(contended())
-    }
-}
-
-impl ClusterServices {
-    fn authority(&self) -> Result<&Authority, Status> {
-        self.identity.authority().ok_or_else(|| {
-            let members = self.identity.trust().members();
-            let holders: Vec<_> = members
-                .iter()
-                .filter(|member| member.is_authority)
-                .map(|member| match &member.address {
-                    Some(address) => format!("{} at {address}", member.id.0),
-                    None => member.id.0.to_string(),
-                })
-                .collect();
-            let holders = holders.join(", ");
-            Status::failed_precondition(IdentityError::NoAuthority { holders }.to_string())
-        })
-    }
-
-    async fn cluster_record(&self) -> Result<ClusterRecord, Status> {
-        let found = meta::read::<ClusterRecord>(&*self.records, keys::CLUSTER).await;
-        let found = found.map_err(unread)?;
-        Ok(found
-            .ok_or_else(|| Status::data_loss("the record of the cluster is gone"))?
-            .record)
-    }
-
-    async fn members(&self) -> Result<Vec<Versioned<MemberRecord>>, Status> {
-        let listing = self.records.list(keys::MEMBERS).await.map_err(unread)?;
-        let read = listing.entries.iter().map(|entry| entry.read());
-        read.collect::<Result<_, _>>().map_err(unread)
-    }
-
-    /// The one node meant by its id or the beginning of it.
-    async fn find(&self, reference: &str) -> Result<Versioned<MemberRecord>, Status> {
-        let not_found = || {
-            refused(&MemberError::NotFound {
-                reference: reference.to_owned(),
-            })
-        };
-        let wanted = reference.to_ascii_lowercase();
-        if wanted.len() < ABBREVIATION_MIN {
-            return Err(not_found());
-        }
-        let members = self.members().await?;
-        let mut found = members
-            .into_iter()
-            .filter(|member| member.record.id.0.to_string().starts_with(&wanted));
-        match (found.next(), found.next()) {
-            (Some(one), None) => Ok(one),
-            _ => Err(not_found()),
-        }
-    }
-
-    async fn holdings(&self) -> Result<BTreeMap<NodeId, Holdings>, Status> {
-        let mut owner: BTreeMap<StoreId, NodeId> = BTreeMap::new();
-        let mut holdings: BTreeMap<NodeId, Holdings> = BTreeMap::new();
-        for entry in self
-            .records
-            .list(keys::STORES)
-            .await
-            .map_err(unread)?
-            .entries
-        {
-            let store = entry.read::<StoreRecord>().map_err(unread)?.record;
-            if let Some(node) = store.node {
-                owner.insert(store.id, node);
-                holdings.entry(node).or_default().stores += 1;
-            }
-        }
-        for entry in self
-            .records
-            .list(keys::VOLUMES)
-            .await
-            .map_err(unread)?
-            .entries
-        {
-            let volume = entry.read::<VolumeRecord>().map_err(unread)?.record;
-            let stores = &volume.placement.stores;
-            let mut alone: Vec<NodeId> = stores
-                .iter()
-                .filter_map(|store| owner.get(store).copied())
-                .collect();
-            let replicas = volume.placement.sets.iter().flat_map(|set| &set.replicas);
-            let mut copied: Vec<NodeId> = replicas.map(|replica| replica.node).collect();
-            for node in &copied {
-                holdings.entry(*node).or_default().copies += 1;
-            }
-            for nodes in [&mut alone, &mut copied] {
-                nodes.sort_unstable();
-                nodes.dedup();
-            }
-            for node in alone {
-                holdings.entry(node).or_default().volumes += 1;
-            }
-            for node in copied {
-                holdings.entry(node).or_default().copied += 1;
-            }
-            if let Some(head) = volume.head
-                && volume.placement.is_replicated()
-                && volume.state == VolumeState::Active
-            {
-                holdings.entry(head.node).or_default().serves += 1;
-            }
-        }
-        Ok(holdings)
-    }
-
-    fn node(&self, member: MemberRecord, has: Holdings, seen: &Seen) -> proto::Node {
-        let known = seen.picture.nodes.get(&member.id);
-        let known = known.copied().unwrap_or_default();
-        let bytes = |blocks: u64| blocks * BLOCK_BYTES as u64;
-        proto::Node {
-            draining: member.draining,
-            copies: has.copies as u32,
-            used_bytes: bytes(known.used_blocks),
-            capacity_bytes: bytes(known.capacity_blocks),
-            away: known.is_away,
-            silent_seconds: known.silent.as_secs() as u32,
-            serves: has.serves as u32,
-            stuck_copies: seen.stuck_on(member.id),
-            leader: seen.picture.leader == Some(member.id),
-            id: member.id.0.to_string(),
-            joined_at_unix_ms: member.joined_at_unix_ms,
-            removed: member.state == MemberState::Removed,
-            address: member.address.unwrap_or_default(),
-            authority: member.is_authority,
-            labels: member.labels.into_iter().collect(),
-            stores: has.stores as u32,
-            volumes: (has.volumes + has.copied) as u32,
-            self_: member.id == self.identity.node(),
-        }
-    }
-
-    /// Has a node emptied, or no longer. Answers whether anything had to be changed.
-    async fn set_draining(&self, node: NodeId, draining: bool) -> Result<bool, Status> {
-        for _ in 0..ATTEMPTS {
-            let member = crate::identity::member(&*self.records, node).await;
-            let member = member.map_err(unread)?.ok_or_else(|| {
-                let reference = node.0.to_string();
-                refused(&MemberError::NotFound { reference })
-            })?;
-            let change = drain(&member, draining).map_err(|error| refused(&error))?;
-            let Some(change) = change else {
-                return Ok(false);
-            };
-            if committed(&*self.records, change).await? {
-                return Ok(true);
-            }
-        }
-        Err(contended())
-    }
-
-    async fn shown(&self, node: NodeId, seen: &Seen) -> Result<Option<proto::Node>, Status> {
-        let member = crate::identity::member(&*self.records, node).await;
-        let has = self
-            .holdings()
-            .await?
-            .get(&node)
-            .copied()
-            .unwrap_or_default();
-        let member = member.map_err(unread)?;
-        Ok(member.map(|member| self.node(member.record, has, seen)))
-    }
-}
-
-fn unread(error: MetadataError) -> Status {
-    Status::new(status::of_metadata_error(&error), error.to_string())
-}
-
-fn refused(error: &MemberError) -> Status {
-    let code = match error {
-        MemberError::NotFound { .. } => Code::NotFound,
-        MemberError::Label { .. } => Code::InvalidArgument,
-        MemberError::HoldsVolumes { .. }
-        | MemberError::HoldsCopies { .. }
-        | MemberError::Serves { .. }
-        | MemberError::Removed { .. }
-        | MemberError::Itself { .. }
-        | MemberError::LastAuthority { .. } => Code::FailedPrecondition,
-    };
-    Status::new(code, error.to_string())
-}
-
-fn not_joined(error: &JoinError) -> Status {
-    let code = match error {
-        JoinError::UnknownToken => Code::PermissionDenied,
-        JoinError::ExpiredToken
-        | JoinError::UsedToken
-        | JoinError::Removed { .. }
-        | JoinError::AlreadyIn { .. } => Code::FailedPrecondition,
-    };
-    Status::new(code, error.to_string())
-}
-
 fn unsigned(error: IdentityError) -> Status {
     Status::invalid_argument(error.to_string())
 }
@@ -340,7 +85,7 @@ async fn committed(records: &dyn MetadataStore, change: Transaction) -> Result<b
     match records.commit(change).await {
         Ok(Outcome::Committed(_)) => Ok(true),
         Ok(Outcome::Conflict) | Err(MetadataError::Unknown { .. }) => Ok(false),
-        Err(error) => Err(unread(error)),
+        Err(error) => Err(status::unread(error)),
     }
 }
 
@@ -354,7 +99,7 @@ impl proto::cluster_server::Cluster for Service {
             .map_err(|_| Status::invalid_argument("node_id is not a UUID"))?;
         let labels: BTreeMap<_, _> = asked.labels.into_iter().collect();
         for part in labels.iter().flat_map(|(key, value)| [key, value]) {
-            check_label(part).map_err(|error| refused(&error))?;
+            check_label(part).map_err(|error| status::of_member_error(&error))?;
         }
         let joiner = Joiner {
             node: NodeId(node),
@@ -372,9 +117,9 @@ impl proto::cluster_server::Cluster for Service {
         let token_key = keys::token(&token_sha256);
         for _ in 0..ATTEMPTS {
             let token = meta::read::<TokenRecord>(&*cluster.records, &token_key).await;
-            let token = token.map_err(unread)?;
+            let token = token.map_err(status::unread)?;
             let member = crate::identity::member(&*cluster.records, joiner.node).await;
-            let member = member.map_err(unread)?;
+            let member = member.map_err(status::unread)?;
             let change = join(
                 &token_sha256,
                 token.as_ref(),
@@ -382,7 +127,7 @@ impl proto::cluster_server::Cluster for Service {
                 &joiner,
                 unix_ms(),
             );
-            let is_done = match change.map_err(|error| not_joined(&error))? {
+            let is_done = match change.map_err(|error| status::of_join_error(&error))? {
                 Some(change) => committed(&*cluster.records, change).await?,
                 None => true,
             };
@@ -443,7 +188,11 @@ impl proto::cluster_server::Cluster for Service {
             keys::token(&Token::secret_sha256(token.secret())),
             record.encode(),
         );
-        let known = cluster.records.list(keys::TOKENS).await.map_err(unread)?;
+        let known = cluster
+            .records
+            .list(keys::TOKENS)
+            .await
+            .map_err(status::unread)?;
         let stale = known.entries.iter().filter(|entry| {
             entry
                 .read::<TokenRecord>()
@@ -452,7 +201,11 @@ impl proto::cluster_server::Cluster for Service {
         for entry in stale.take(ATTEMPTS) {
             change = change.delete(entry.key.clone());
         }
-        cluster.records.commit(change).await.map_err(unread)?;
+        cluster
+            .records
+            .commit(change)
+            .await
+            .map_err(status::unread)?;
         let members = cluster.members().await?;
         let addresses = members.into_iter().filter_map(|member| {
             let record = member.record;
@@ -495,7 +248,7 @@ impl proto::cluster_server::Cluster for Service {
         // From here on it gets no new copy: what is found to be there is all that there is.
         let marked =
             member.state == MemberState::Active && cluster.set_draining(member.id, true).await?;
-        let removed = self.remove_now(&cluster, member.id).await;
+        let removed = cluster.shut_out(member.id).await;
         if removed.is_err() && marked {
             cluster.set_draining(member.id, false).await?;
         }
@@ -515,7 +268,8 @@ impl proto::cluster_server::Cluster for Service {
         let set: BTreeMap<_, _> = asked.set.into_iter().collect();
         for _ in 0..ATTEMPTS {
             let member = cluster.find(&asked.node).await?;
-            let change = label(&member, &set, &asked.unset).map_err(|error| refused(&error))?;
+            let change = label(&member, &set, &asked.unset)
+                .map_err(|error| status::of_member_error(&error))?;
             if committed(&*cluster.records, change).await? {
                 let node = cluster.shown(member.record.id, &self.seen()).await?;
                 return Ok(Response::new(proto::LabelNodeResponse { node }));
@@ -588,7 +342,11 @@ impl proto::cluster_server::Cluster for Service {
             expires_at_unix_ms: lifetime.expires_at_unix_ms,
         };
         let change = Transaction::new().put(keys::client(&record.name), record.encode());
-        cluster.records.commit(change).await.map_err(unread)?;
+        cluster
+            .records
+            .commit(change)
+            .await
+            .map_err(status::unread)?;
         tracing::info!(name = record.name, "a client certificate was issued");
         Ok(Response::new(proto::IssueClientCertificateResponse {
             authority: authority.certificate().to_vec(),
@@ -604,9 +362,13 @@ impl proto::cluster_server::Cluster for Service {
         admitted(&request)?;
         let cluster = self.cluster()?;
         let mut certificates = Vec::new();
-        let listing = cluster.records.list(keys::CLIENTS).await.map_err(unread)?;
+        let listing = cluster
+            .records
+            .list(keys::CLIENTS)
+            .await
+            .map_err(status::unread)?;
         for entry in listing.entries {
-            let record = entry.read::<ClientRecord>().map_err(unread)?.record;
+            let record = entry.read::<ClientRecord>().map_err(status::unread)?.record;
             let role = match record.role {
                 ClientRole::Volumes => proto::ClientRole::Volumes,
                 ClientRole::Admin => proto::ClientRole::Admin,
@@ -632,7 +394,7 @@ impl proto::cluster_server::Cluster for Service {
         let name = request.into_inner().name;
         check_client_name(&name).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let key = keys::client(&name);
-        let found = cluster.records.get(&key).await.map_err(unread)?;
+        let found = cluster.records.get(&key).await.map_err(status::unread)?;
         let found = found.ok_or_else(|| {
             Status::not_found(format!(
                 "there is no certificate {name:?}; `ashlar cluster client-certs` shows those there are"
@@ -641,7 +403,12 @@ impl proto::cluster_server::Cluster for Service {
         let change = Transaction::new()
             .when_unchanged(key.clone(), found.changed_at)
             .delete(key);
-        match cluster.records.commit(change).await.map_err(unread)? {
+        match cluster
+            .records
+            .commit(change)
+            .await
+            .map_err(status::unread)?
+        {
             Outcome::Committed(_) => {
                 tracing::info!(name, "a client certificate was revoked");
                 Ok(Response::new(proto::RevokeClientCertificateResponse {}))

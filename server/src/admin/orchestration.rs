@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use ashlar_core::records::{
-    AccessMode, Annotations, ClientNodeId, ClientNodeRecord, FilesystemState, FilesystemType,
-    Publication, VOLUME_MAX_BYTES, VolumeLimits, VolumeRecord, VolumeState,
+    AccessMode, Annotations, ClientNodeId, ClientNodeRecord, ConfigureError, FilesystemState,
+    FilesystemType, MinInSyncError, Publication, VOLUME_MAX_BYTES, VolumeLimits, VolumeRecord,
+    VolumeState,
 };
 use ashlar_core::units::{BLOCK_BYTES, ExportToken, VolumeId};
 use ashlar_proto::admin;
@@ -27,6 +28,7 @@ pub(super) fn settings(asked: &mut admin::CreateVolumeRequest) -> Result<VolumeS
         limits: limits.map_err(|error| refused(error.into()))?,
         annotations: annotations(std::mem::take(&mut asked.annotations))?,
         replicas: asked.replicas,
+        min_in_sync: asked.min_in_sync,
     })
 }
 
@@ -351,10 +353,16 @@ impl Service {
         // Nothing is applied when a part cannot be.
         VolumeLimits::check(iops.unwrap_or(0), bytes_per_second.unwrap_or(0))?;
         let mut view = volumes.get(&reference)?;
+        if let Some(wanted) = asked.min_in_sync {
+            MinInSyncError::check(wanted, view.record.replicas).map_err(ConfigureError::from)?;
+        }
         if read_only.is_some() || write_through.is_some() {
             view = volumes
                 .configure(&reference, read_only, write_through)
                 .await?;
+        }
+        if let Some(min_in_sync) = asked.min_in_sync {
+            view = volumes.require_in_sync(&reference, min_in_sync).await?;
         }
         if iops.is_some() || bytes_per_second.is_some() {
             view = volumes.limit(&reference, iops, bytes_per_second).await?;

@@ -1,6 +1,8 @@
 //! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
 
-use ashlar_core::records::{CreateError, PublishError, RenameError};
+use ashlar_core::records::{
+    ConfigureError, CreateError, JoinError, MemberError, PublishError, RenameError,
+};
 use tonic::{Code, Status};
 
 use crate::meta::MetadataError;
@@ -29,6 +31,8 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         VolumeError::AnnotationsMoved(_) => Code::Aborted,
         VolumeError::Create(CreateError::NameTaken { .. })
         | VolumeError::Rename(RenameError::NameTaken { .. }) => Code::AlreadyExists,
+        VolumeError::Create(CreateError::MinInSync(_))
+        | VolumeError::Configure(ConfigureError::MinInSync(_)) => Code::InvalidArgument,
         VolumeError::Create(CreateError::NoStore)
         | VolumeError::Claim(_)
         | VolumeError::Rename(RenameError::Deleting { .. })
@@ -72,9 +76,43 @@ pub(super) fn of_host_error(error: &HostError) -> Code {
     }
 }
 
+/// The status of metadata that could not be read or written.
+pub(super) fn unread(error: MetadataError) -> Status {
+    Status::new(of_metadata_error(&error), error.to_string())
+}
+
+/// The status of a refused change of a node.
+pub(super) fn of_member_error(error: &MemberError) -> Status {
+    let code = match error {
+        MemberError::NotFound { .. } => Code::NotFound,
+        MemberError::Label { .. } => Code::InvalidArgument,
+        MemberError::HoldsVolumes { .. }
+        | MemberError::HoldsCopies { .. }
+        | MemberError::Serves { .. }
+        | MemberError::Removed { .. }
+        | MemberError::Itself { .. }
+        | MemberError::LastAuthority { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a refused joining.
+pub(super) fn of_join_error(error: &JoinError) -> Status {
+    let code = match error {
+        JoinError::UnknownToken => Code::PermissionDenied,
+        JoinError::ExpiredToken
+        | JoinError::UsedToken
+        | JoinError::Removed { .. }
+        | JoinError::AlreadyIn { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
-    use ashlar_core::records::{DeleteError, NameError, ResizeError, SizeError, VolumeName};
+    use ashlar_core::records::{
+        DeleteError, MinInSyncError, NameError, ResizeError, SizeError, VolumeName,
+    };
     use ashlar_core::units::VolumeId;
 
     use super::*;
@@ -85,6 +123,10 @@ mod tests {
         let reference = || "db".to_owned();
         let reason = || "why".to_owned();
         let holder = VolumeId(uuid::Uuid::from_u128(1));
+        let too_many_in_sync = MinInSyncError {
+            wanted: 3,
+            replicas: 2,
+        };
         let table = [
             (
                 VolumeError::NotFound {
@@ -116,6 +158,14 @@ mod tests {
             ),
             (CreateError::NoStore.into(), Code::FailedPrecondition),
             (CreateError::LayersExhausted.into(), Code::ResourceExhausted),
+            (
+                CreateError::from(too_many_in_sync).into(),
+                Code::InvalidArgument,
+            ),
+            (
+                ConfigureError::from(too_many_in_sync).into(),
+                Code::InvalidArgument,
+            ),
             (
                 ResizeError::Shrink {
                     name: name(),

@@ -278,6 +278,9 @@ pub(super) enum VolumeCommand {
         /// Copies of each chunk, on as many nodes [default: 3, or as many as a smaller cluster has nodes]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
         replicas: Option<u32>,
+        /// Copies that must be in sync for a write to be answered [default: more than half of them, and one of two]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
+        min_in_sync: Option<u32>,
         /// Requests a second that clients may ask of it at most, 10 or more
         #[arg(long, value_name = "N")]
         iops: Option<u64>,
@@ -358,6 +361,9 @@ pub(super) struct SetArgs {
     /// Bytes a second that they may read and write at most, for example 100MiB, at least 1MiB; 0: as many as they like
     #[arg(long, value_name = "SIZE", group = "settings")]
     pub(super) bps: Option<ByteCount>,
+    /// Copies that must be in sync for a write to be answered, from now on
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)), group = "settings")]
+    pub(super) min_in_sync: Option<u32>,
 }
 
 /// What a daemon does for its stores.

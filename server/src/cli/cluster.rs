@@ -21,9 +21,8 @@ use super::error::{CliError, Exit};
 use super::output::{self, Answer};
 use super::size::human;
 use crate::config::{Arguments, Config, Metadata, Settings};
-use crate::daemon::{DataDirLock, certificate_names, connect, open_local};
+use crate::daemon::{DataDirLock, certificate_names, connect, node_record, open_local};
 use crate::identity::{Initialising, initialise, to_pem, write_private};
-use crate::volumes::node_record;
 
 /// Names that libnbd, and with it most tools, look for in a directory of certificates; ours looks for the same.
 pub(super) const AUTHORITY_FILE: &str = "ca-cert.pem";

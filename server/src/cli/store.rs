@@ -302,7 +302,7 @@ impl Answer for ScrubReport {
                 )?,
                 damaged => writeln!(
                     out,
-                    "{}: {verified} verified, {damaged} damaged block(s)",
+                    "{}: {verified} verified, damage in {damaged} place(s)",
                     store.path
                 )?,
             }

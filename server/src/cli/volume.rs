@@ -1,5 +1,7 @@
 //! `ashlar volume …`
 
+mod answers;
+
 use std::io::{self, IsTerminal, Write};
 
 use ashlar_proto::admin::{
@@ -7,7 +9,8 @@ use ashlar_proto::admin::{
     ListenerKind, OpenVolumeRequest, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
     VolumeLimits,
 };
-use serde::Serialize;
+
+use answers::{Changed, Deleted, Resized, Shown, VolumeList};
 
 use crate::config::Address;
 
@@ -15,11 +18,9 @@ use super::{
     args::{Format, SetArgs, VolumeCommand},
     attach::AttachLines,
     connect::Daemon,
-    copies,
     error::{CliError, Exit},
-    output::{self, Answer},
-    progress, publication,
-    size::{Exact, NewSize, human},
+    output, progress, publication,
+    size::{NewSize, human},
     view::Volume,
 };
 
@@ -35,6 +36,7 @@ pub(super) async fn run(
             write_through,
             read_only,
             replicas,
+            min_in_sync,
             iops,
             bps,
         } => {
@@ -49,6 +51,7 @@ pub(super) async fn run(
                 read_only,
                 write_through,
                 replicas: replicas.unwrap_or(0),
+                min_in_sync: min_in_sync.unwrap_or(0),
                 ..CreateVolumeRequest::default()
             };
             let volume = required(
@@ -144,6 +147,7 @@ pub(super) async fn run(
             write_through,
             iops,
             bps,
+            min_in_sync,
         }) => {
             let request = SetVolumeRequest {
                 volume,
@@ -151,6 +155,7 @@ pub(super) async fn run(
                 write_through,
                 iops,
                 bytes_per_second: bps.map(|bytes| bytes.0),
+                min_in_sync,
             };
             let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
             output::print(
@@ -308,229 +313,10 @@ fn attach_lines(volume: &Volume, listeners: &[Listener]) -> Option<AttachLines> 
         .map(|address| AttachLines::new(address, &volume.name, volume.read_only))
 }
 
-fn mode(volume: &Volume) -> &'static str {
-    match (volume.read_only, volume.write_through) {
-        (true, _) => "read-only",
-        (false, true) => "write-through",
-        (false, false) => "write-back",
-    }
-}
-
-#[derive(Serialize)]
-#[serde(transparent)]
-struct VolumeList {
-    volumes: Vec<Volume>,
-}
-
-impl Answer for VolumeList {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        if self.volumes.is_empty() {
-            output::note("no volumes; create one with 'ashlar volume create NAME --size 10GiB'");
-            return Ok(());
-        }
-        let rows = self.volumes.iter().map(|volume| {
-            vec![
-                volume.name.clone(),
-                human(volume.size_bytes),
-                mode(volume).to_owned(),
-                volume.state.to_owned(),
-                volume
-                    .runtime
-                    .map_or("-".into(), |runtime| runtime.connections.to_string()),
-                volume.created_at.clone(),
-                volume.id.clone(),
-            ]
-        });
-        let header = [
-            "NAME",
-            "SIZE",
-            "MODE",
-            "STATE",
-            "CONNECTIONS",
-            "CREATED",
-            "ID",
-        ];
-        out.write_all(output::columns(&header, &[1, 4], rows).as_bytes())
-    }
-}
-
-#[derive(Serialize)]
-struct Changed {
-    #[serde(skip)]
-    verb: &'static str,
-    #[serde(flatten)]
-    volume: Volume,
-}
-
-impl Answer for Changed {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Changed { verb, volume } = self;
-        writeln!(
-            out,
-            "{verb} {}: {}, {}, id {}",
-            volume.name,
-            human(volume.size_bytes),
-            mode(volume),
-            volume.id
-        )
-    }
-}
-
-#[derive(Serialize)]
-struct Resized {
-    previous_size_bytes: u64,
-    #[serde(flatten)]
-    volume: Volume,
-}
-
-impl Answer for Resized {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Resized {
-            previous_size_bytes,
-            volume,
-        } = self;
-        if *previous_size_bytes == volume.size_bytes {
-            writeln!(
-                out,
-                "{} already has {}",
-                volume.name,
-                Exact(volume.size_bytes)
-            )
-        } else {
-            writeln!(
-                out,
-                "resized {} from {} to {}",
-                volume.name,
-                human(*previous_size_bytes),
-                Exact(volume.size_bytes)
-            )
-        }
-    }
-}
-
-#[derive(Serialize)]
-#[serde(transparent)]
-struct Deleted {
-    deleted: Vec<Volume>,
-}
-
-impl Answer for Deleted {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        for volume in &self.deleted {
-            writeln!(
-                out,
-                "deleted {}: {}, id {}",
-                volume.name,
-                human(volume.size_bytes),
-                volume.id
-            )?;
-        }
-        Ok(())
-    }
-}
-
-/// What there is to say of limits, filesystem and publications.
-fn orchestrated(volume: &Volume) -> Vec<(&'static str, String)> {
-    let mut fields = Vec::new();
-    let limits = match (volume.limits.iops, volume.limits.bytes_per_second) {
-        (0, 0) => None,
-        (iops, 0) => Some(format!("{iops} IOPS")),
-        (0, bytes) => Some(format!("{}/s", human(bytes))),
-        (iops, bytes) => Some(format!("{iops} IOPS, {}/s", human(bytes))),
-    };
-    fields.extend(limits.map(|limits| ("Limits", limits)));
-    let filesystem = volume.filesystem.as_ref().map(|filesystem| {
-        let state = match filesystem.state {
-            "formatted" => "",
-            _ => ", not finished",
-        };
-        format!("{} {}{state}", filesystem.r#type, filesystem.uuid)
-    });
-    let blank = (!volume.ever_written).then(|| "none; never written".to_owned());
-    fields.extend(filesystem.or(blank).map(|text| ("Filesystem", text)));
-    for publication in &volume.publications {
-        let text = format!(
-            "{}, {}{}, {} connection(s), since {}",
-            publication.node_id,
-            publication.access_mode,
-            if publication.read_only {
-                ", read-only"
-            } else {
-                ""
-            },
-            publication.connections,
-            publication.published_at,
-        );
-        fields.push(("Published to", text));
-    }
-    if !volume.not_served_reason.is_empty() {
-        fields.push(("Not served", volume.not_served_reason.clone()));
-    }
-    fields
-}
-
-#[derive(Serialize)]
-struct Shown {
-    #[serde(flatten)]
-    volume: Volume,
-    /// Absent when the daemon has no NBD listener.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    attach: Option<AttachLines>,
-}
-
-impl Answer for Shown {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        let volume = &self.volume;
-        let mut fields = vec![
-            ("Name", volume.name.clone()),
-            ("Id", volume.id.clone()),
-            ("Size", Exact(volume.size_bytes).to_string()),
-            ("Mode", mode(volume).to_owned()),
-            ("State", volume.state.to_owned()),
-            ("Created", volume.created_at.clone()),
-            ("Replicas", volume.replicas.to_string()),
-            ("Epoch", volume.epoch.to_string()),
-        ];
-        if volume.replica_sets.is_empty() {
-            fields.push(("Stores", volume.store_ids.join(" ")));
-        }
-        fields.extend(copies::fields(volume));
-        fields.extend(orchestrated(volume));
-        match volume.runtime {
-            Some(runtime) => {
-                fields.push(("Connections", runtime.connections.to_string()));
-                fields.push(("In flight", runtime.inflight_requests.to_string()));
-            }
-            None => fields.push(("Connections", "none; the volume is not open".into())),
-        }
-        out.write_all(output::fields(&fields).as_bytes())?;
-        if !volume.replica_sets.is_empty() {
-            write!(out, "\n{}", copies::table(volume))?;
-        }
-        match &self.attach {
-            Some(attach) => {
-                writeln!(out)?;
-                for (label, line) in attach.labelled() {
-                    writeln!(out, "{label:17}{line}")?;
-                }
-                Ok(())
-            }
-            None if !volume.publications.is_empty() => writeln!(
-                out,
-                "\nOnly the client nodes it is published to can open it. To attach it by hand: ashlar volume unpublish {}",
-                volume.name
-            ),
-            None => writeln!(
-                out,
-                "\nThe daemon has no NBD listener: start it with --listen-nbd to attach this volume."
-            ),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::output::Answer;
 
     fn volume() -> Volume {
         Volume::from(ashlar_proto::admin::Volume {

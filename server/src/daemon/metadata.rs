@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ashlar_core::records::{
-    ClusterId, ClusterRecord, MemberRecord, MemberState, MembershipRecord, Record, Transaction,
-    keys, put_member,
+    ClusterId, ClusterRecord, MemberRecord, MemberState, MembershipRecord, NodeRecord, Record,
+    Revision, Transaction, keys, put_member,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
+use uuid::Uuid;
 
 use crate::config::{Address, Config, EtcdAccess, Metadata};
 use crate::identity::{
@@ -20,10 +21,13 @@ use crate::meta::{
     self, ETCD_TIMEOUT_DEFAULT, EtcdConfig, EtcdConfigError, EtcdStore, EtcdTls, MetadataError,
     MetadataStore, OpenError, Outcome, SqliteStore,
 };
-use crate::volumes::node_record;
+use crate::volumes::unix_ms;
 
 /// The metadata in the data directory.
 const METADATA_FILE: &str = "metadata.db";
+
+/// Rounds of reading the record of this node and making it: a second process that does the same wins one of them.
+const ATTEMPTS: usize = 8;
 
 /// Why the metadata cannot be opened.
 #[derive(Debug, Error)]
@@ -292,5 +296,28 @@ fn read(setting: &'static str, path: &Path) -> Result<Vec<u8>, MetadataOpenError
         setting,
         path: path.to_owned(),
         source,
+    })
+}
+
+/// Reads the daemon's own record, or makes it at the first start. A second daemon that makes it at the same moment
+/// wins or loses the swap; both then have the same identity, and the lock on the store keeps one of them out.
+pub(crate) async fn node_record(store: &dyn MetadataStore) -> Result<NodeRecord, MetadataError> {
+    for _ in 0..ATTEMPTS {
+        if let Some(known) = meta::read::<NodeRecord>(store, keys::NODE).await? {
+            return Ok(known.record);
+        }
+        let fresh = NodeRecord {
+            id: NodeId(Uuid::new_v4()),
+            created_at_unix_ms: unix_ms(),
+        };
+        let swap = Transaction::new()
+            .when_absent(keys::NODE)
+            .put(keys::NODE, fresh.encode());
+        if let Outcome::Committed(Revision(_)) = store.commit(swap).await? {
+            return Ok(fresh);
+        }
+    }
+    Err(MetadataError::Unavailable {
+        reason: "the record of this node keeps changing".to_owned(),
     })
 }

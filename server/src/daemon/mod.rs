@@ -12,7 +12,7 @@ mod stores;
 
 pub use lock::DataDirError;
 pub(crate) use lock::DataDirLock;
-pub(crate) use metadata::{certificate_names, connect, open_local};
+pub(crate) use metadata::{certificate_names, connect, node_record, open_local};
 pub use process::Usage;
 pub use run::{DaemonError, run};
 pub use state::State;

@@ -444,6 +444,9 @@ impl Probe for State {
             scrape.scrubs = services.scrubs.all();
             scrape.threads = metrics.threads();
             scrape.cluster = cluster_scrape(services).await;
+            if let (Some(scrape), Some(own)) = (&mut scrape.cluster, &*self.cluster.borrow()) {
+                scrape.certificate_expires_s = own.identity.expires_at_unix_ms() / 1000;
+            }
         }
         scrape
     }

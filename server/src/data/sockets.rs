@@ -49,6 +49,9 @@ impl DataThread {
         if let Some(connection) = self.connections.get_mut(token as usize) {
             connection.readable = true;
             connection.hang_up |= hang_up;
+            if hang_up {
+                connection.stream.hung_up();
+            }
             connection.was_idle = false;
             if !connection.is_paused {
                 self.make_ready(token);

@@ -143,6 +143,11 @@ impl Identity {
         &self.sessions
     }
 
+    /// When this node's certificate ends, milliseconds since 1970-01-01 UTC.
+    pub fn expires_at_unix_ms(&self) -> u64 {
+        self.current().lifetime.expires_at_unix_ms
+    }
+
     fn current(&self) -> Current {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         current.clone()

@@ -9,10 +9,9 @@ use std::time::Duration;
 use ashlar_core::nbd::session::ReplyStyle;
 use ashlar_core::nbd::wire::command;
 use ashlar_core::records::{
-    HeadClaim, Placement, Record, Replica, ReplicaSet, Transaction, VolumeName, VolumeRecord,
-    VolumeState, default_min_in_sync, keys,
+    HeadClaim, Placement, Record, Replica, ReplicaSet, Transaction, VolumeName, VolumeRecord, keys,
 };
-use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, Version};
+use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId};
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -141,28 +140,17 @@ impl Cluster {
             .map(|daemon| Replica::in_sync(daemon.node, daemon.plane.stores()[0].id))
             .collect();
         let record = VolumeRecord {
-            id: VOLUME,
-            name: VolumeName::parse("v").expect("name"),
-            size_bytes: SIZE,
-            layers: vec![LayerId(1)],
-            replicas: daemons.len() as u32,
-            read_only: false,
-            write_through: false,
-            epoch: Epoch(0),
-            head: None,
-            created_at_unix_ms: 0,
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: Vec::new(),
-                sets: vec![ReplicaSet { replicas }],
-            },
-            min_in_sync: default_min_in_sync(daemons.len() as u32),
-            client_generation: 0,
-            settled: Version::NONE,
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
+            ..VolumeRecord::new(
+                VOLUME,
+                VolumeName::parse("v").expect("name"),
+                SIZE,
+                LayerId(1),
+                Placement {
+                    stores: Vec::new(),
+                    sets: vec![ReplicaSet { replicas }],
+                },
+            )
         };
         record.check_invariants().expect("sound");
         let put = Transaction::new().put(keys::volume(VOLUME), record.encode());

@@ -130,8 +130,8 @@ fn a_peer_that_breaks_the_session_is_an_error_not_data() {
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
 }
 
-#[test]
-fn a_cut_in_the_middle_of_a_record_ends_the_stream_without_half_of_it() {
+/// A session that was sent half a record, and the socket that the other half would come through.
+fn half_a_record() -> (Stream, UnixStream) {
     let (mut ours, theirs) = pair();
     send(&mut ours, &bytes(1000), 0);
     let mut record = vec![0; 4096];
@@ -145,11 +145,32 @@ fn a_cut_in_the_middle_of_a_record_ends_the_stream_without_half_of_it() {
     session.set_buffer_limit(None);
     let (front, mut back) = UnixStream::pair().expect("pair");
     front.set_nonblocking(true).expect("non-blocking");
-    let mut theirs = Stream::tls(front.into(), session);
     back.write_all(&record[..count / 2]).expect("write");
+    (Stream::tls(front.into(), session), back)
+}
+
+#[test]
+fn a_cut_in_the_middle_of_a_record_ends_the_stream_without_half_of_it() {
+    let (mut theirs, back) = half_a_record();
     let error = receive(&mut theirs, 100, 0).expect_err("half a record");
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     drop(back);
+    assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
+}
+
+/// Who is told of a socket only when something comes is told once of both, or of the end by itself.
+#[test]
+fn an_end_that_was_told_of_is_seen_behind_half_a_record() {
+    let (mut theirs, back) = half_a_record();
+    drop(back);
+    theirs.hung_up();
+    assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
+
+    let (mut theirs, back) = half_a_record();
+    drop(back);
+    let error = receive(&mut theirs, 100, 0).expect_err("not told of yet");
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    theirs.hung_up();
     assert_eq!(receive(&mut theirs, 100, 0).expect("end"), Vec::<u8>::new());
 }
 

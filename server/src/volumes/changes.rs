@@ -4,7 +4,7 @@ use ashlar_core::records::{
     ClientNodeId, FilesystemType, LayerCounter, NewPublication, NewVolume, PublishError,
     RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, begin_delete,
     begin_format, claim, configure, create, end_format, keys, lose_answers, mark_written, publish,
-    rename, resize, set_limits, unpublish,
+    rename, resize, set_limits, set_min_in_sync, unpublish,
 };
 use ashlar_core::units::VolumeId;
 use uuid::Uuid;
@@ -39,6 +39,10 @@ pub(super) enum Change<'a> {
     Limit {
         id: VolumeId,
         limits: VolumeLimits,
+    },
+    RequireInSync {
+        id: VolumeId,
+        min_in_sync: u32,
     },
     Publish {
         id: VolumeId,
@@ -133,6 +137,9 @@ impl Volumes {
                 Ok(Some(claim(&current, self.head, written)?))
             }
             Change::Limit { id, limits } => Ok(set_limits(&self.reread(id).await?, limits)?),
+            Change::RequireInSync { id, min_in_sync } => {
+                Ok(set_min_in_sync(&self.reread(id).await?, min_in_sync)?)
+            }
             Change::Publish { id, new } => {
                 let node = self.client_node(&new.node).await?;
                 let node = node.ok_or_else(|| PublishError::UnknownNode {

@@ -12,11 +12,16 @@ mod diagnosis;
 mod epochs;
 mod error;
 mod exports;
+mod following;
 mod formats;
+mod heads;
 mod host;
+mod lifecycle;
 mod nodes;
+mod placing;
 mod publications;
 mod replicated;
+mod serving;
 mod start;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,11 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
-    Annotations, AnnotationsRecord, HeadClaim, NameRecord, NewVolume, Placement, Record, Revision,
-    RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, VolumeState,
-    begin_delete, configure, finish_delete, first_annotations, keys, round_up_to_block,
+    Annotations, AnnotationsRecord, HeadClaim, NameRecord, Versioned, VolumeLimits, VolumeName,
+    VolumeRecord, keys, round_up_to_block,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
 use uuid::Uuid;
@@ -41,7 +44,7 @@ pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
 pub use publications::Unpublished;
 
 use crate::events::Events;
-use crate::meta::{self, MetadataError, MetadataStore, Outcome};
+use crate::meta::{self, MetadataStore};
 
 /// How often a change is decided again after a conflict. On one node only this process changes records, so a conflict
 /// is two requests at once; each round one of them wins.
@@ -63,6 +66,8 @@ pub struct VolumeSettings {
     /// Copies of each chunk; 0 is the daemon's default: three in a cluster of three nodes, as many as there are nodes in
     /// a smaller one, one on a single node.
     pub replicas: u32,
+    /// How many of them must be in sync for a write to be answered; 0: more than half of them, and one of two.
+    pub min_in_sync: u32,
 }
 
 /// A volume and what is going on with it.
@@ -232,6 +237,27 @@ impl Volumes {
         .await
     }
 
+    /// Changes how many copies must be in sync for a write to be answered. Nobody has to disconnect; the head, wherever it
+    /// is, follows the record.
+    pub async fn require_in_sync(
+        self: &Arc<Self>,
+        reference: &str,
+        min_in_sync: u32,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (before, _guard) = service.lock_volume(&reference).await?;
+            let id = before.record.id;
+            let change = Change::RequireInSync { id, min_in_sync };
+            if let Some(changed) = service.change(&change).await? {
+                tracing::info!(volume = %changed.record.name, id = %id.0, min_in_sync, "copies that must be in sync");
+                service.record_seen(changed).await;
+            }
+            service.get(&id.0.to_string())
+        })
+        .await
+    }
+
     /// Deletes a volume that nobody uses. Answers when its blocks are durably dropped.
     pub async fn delete(self: &Arc<Self>, reference: &str) -> Result<VolumeId, VolumeError> {
         let reference = reference.to_owned();
@@ -253,6 +279,12 @@ impl Volumes {
     pub fn list(&self) -> Vec<VolumeView> {
         let all = self.catalog().all();
         all.iter().map(|entry| self.view(entry)).collect()
+    }
+
+    /// Every volume that this daemon knows of: those with replicas, and its own.
+    pub(crate) fn records(&self) -> Vec<Versioned<VolumeRecord>> {
+        let all = self.catalog().all();
+        all.into_iter().map(|entry| entry.current).collect()
     }
 
     /// The volume that a layer belongs to.
@@ -334,291 +366,6 @@ impl Volumes {
         Ok((entry.current, guard))
     }
 
-    async fn create_now(
-        &self,
-        name: VolumeName,
-        size: RoundedSize,
-        settings: VolumeSettings,
-    ) -> Result<VolumeView, VolumeError> {
-        let id = VolumeId(Uuid::new_v4());
-        let (replicas, placement) = self.place(id, size.bytes, settings.replicas).await?;
-        let first_annotations = first_annotations(id, &settings.annotations);
-        let new = NewVolume {
-            id,
-            name,
-            size,
-            read_only: settings.read_only,
-            write_through: settings.write_through,
-            created_at_unix_ms: unix_ms(),
-            replicas,
-            placement,
-            limits: settings.limits,
-            annotations: settings.annotations,
-        };
-        let created = self.change(&Change::Create(new)).await?;
-        // `change` answers None only when the decision was to do nothing.
-        let created = created.ok_or(VolumeError::Contended)?;
-        let id = created.record.id;
-        tracing::info!(volume = %created.record.name, id = %id.0, size_bytes = size.bytes, "volume created");
-        let size_bytes = size.bytes;
-        self.events.tell_of(
-            &created.record,
-            None,
-            Occurrence::VolumeCreated { size_bytes },
-        );
-        if let Some((annotations, _)) = first_annotations {
-            lock(&self.annotations).insert(id, Arc::new(annotations));
-        }
-        // Locked before anybody can see it, so that nobody changes it while it is being opened.
-        let _guard = {
-            let mut catalog = self.catalog();
-            catalog.put(created.clone(), Serving::No(OPENING.to_owned()));
-            catalog
-                .get(id)
-                .and_then(|entry| entry.changing.clone().try_lock_owned().ok())
-        };
-        self.serve(created).await?;
-        self.get(&id.0.to_string())
-    }
-
-    async fn rename_now(
-        &self,
-        reference: &str,
-        name: &VolumeName,
-    ) -> Result<VolumeView, VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
-        let renamed = self.change(&Change::Rename { id, name }).await?;
-        if let Some(renamed) = renamed {
-            tracing::info!(volume = %name, id = %id.0, before = %before.record.name, "volume renamed");
-            let before = before.record.name.to_string();
-            self.events
-                .tell_of(&renamed.record, None, Occurrence::VolumeRenamed { before });
-            self.update(renamed);
-            self.host.rename_volume(id, name.as_str());
-        }
-        self.get(&id.0.to_string())
-    }
-
-    async fn resize_now(
-        &self,
-        reference: &str,
-        size: RoundedSize,
-    ) -> Result<(VolumeView, u64), VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
-        let grown = self.change(&Change::Resize { id, size }).await?;
-        if let Some(grown) = grown {
-            tracing::info!(volume = %grown.record.name, id = %id.0, size_bytes = size.bytes, "volume grown");
-            let size_bytes = size.bytes;
-            self.events
-                .tell_of(&grown.record, None, Occurrence::VolumeGrown { size_bytes });
-            let name = grown.record.name.to_string();
-            self.update(grown);
-            match self.host.resize_volume(id, size.bytes).await {
-                // It gets its new size when it is opened.
-                Ok(()) | Err(HostError::NotOpen) => {}
-                Err(error) => {
-                    let reason = format!(
-                        "its new size is recorded and comes with the next start of ashlard: {error}"
-                    );
-                    return Err(VolumeError::NotServed {
-                        reference: name,
-                        reason,
-                    });
-                }
-            }
-        }
-        Ok((self.get(&id.0.to_string())?, before.record.size_bytes))
-    }
-
-    async fn configure_now(
-        &self,
-        reference: &str,
-        read_only: Option<bool>,
-        write_through: Option<bool>,
-    ) -> Result<VolumeView, VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
-        if configure(&before, read_only, write_through, 0)?.is_some() {
-            self.is_here(&before)?;
-            let connections = self.close(id).await?;
-            if connections == 0 {
-                let closed = Serving::No("its settings are being changed".to_owned());
-                self.catalog().put(before.clone(), closed);
-            }
-            let decided = self
-                .change(&Change::Configure {
-                    id,
-                    read_only,
-                    write_through,
-                    connections,
-                })
-                .await;
-            // Refused or not, a volume that was closed for this is served again.
-            let current = match &decided {
-                Ok(Some(configured)) => configured.clone(),
-                Ok(None) | Err(_) => before,
-            };
-            let reopened = if connections == 0 {
-                self.serve(current).await
-            } else {
-                Ok(())
-            };
-            decided?;
-            reopened?;
-        }
-        self.get(&id.0.to_string())
-    }
-
-    async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
-        self.is_here(&before)?;
-        if before.record.state == VolumeState::Active {
-            // One that is published stays open: its node may be on its way back to it.
-            begin_delete(&before, 0)?;
-            let connections = self.close(id).await?;
-            let decided = self.change(&Change::BeginDelete { id, connections }).await;
-            match decided {
-                Ok(Some(tombstone)) => {
-                    tracing::info!(volume = %tombstone.record.name, id = %id.0, "volume deletion began");
-                    self.catalog()
-                        .put(tombstone, Serving::No("it is being deleted".to_owned()));
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    if connections == 0
-                        && let Err(error) = self.serve(before).await
-                    {
-                        tracing::error!(volume = reference, %error, "a volume whose deletion was refused could not be opened again");
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        self.bury(id).await?;
-        Ok(id)
-    }
-
-    /// Drops the layers of a tombstone, then the tombstone.
-    async fn bury(&self, id: VolumeId) -> Result<(), VolumeError> {
-        let Some(entry) = self.catalog().get(id).cloned() else {
-            return Ok(());
-        };
-        if entry.current.record.placement.is_replicated() {
-            return self.drop_replicas(id).await;
-        }
-        let name = entry.current.record.name.to_string();
-        let not_freed = |reason: String| VolumeError::NotFreed {
-            reference: name.clone(),
-            reason,
-        };
-        for layer in &entry.current.record.layers {
-            self.host
-                .delete_layer(*layer)
-                .await
-                .map_err(|error| not_freed(error.to_string()))?;
-        }
-        let tombstone = self
-            .reread(id)
-            .await
-            .map_err(|error| not_freed(error.to_string()))?;
-        match self.store.commit(finish_delete(&tombstone)).await {
-            Ok(Outcome::Committed(_)) => {}
-            Ok(Outcome::Conflict) => {
-                return Err(not_freed("its record changed meanwhile".to_owned()));
-            }
-            Err(error) => return Err(not_freed(error.to_string())),
-        }
-        self.catalog().remove(id);
-        lock(&self.annotations).remove(&id);
-        tracing::info!(volume = %name, id = %id.0, "volume deleted");
-        self.events
-            .tell_of(&tombstone.record, None, Occurrence::VolumeDeleted);
-        Ok(())
-    }
-
-    /// Claims a volume and opens it. The outcome is kept for those who ask why it is not served.
-    async fn serve(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
-        let id = current.record.id;
-        if current.record.placement.is_replicated() {
-            let current = self.reread(id).await?;
-            self.open_replicated(current).await?;
-            return self.wait_until_served(id).await;
-        }
-        let claimed = self.change(&Change::Claim { id }).await;
-        let outcome = match claimed {
-            Ok(Some(claimed)) => return self.open(claimed).await,
-            Ok(None) => VolumeError::Contended,
-            Err(error) => error,
-        };
-        self.catalog()
-            .put(current, Serving::No(outcome.to_string()));
-        Err(outcome)
-    }
-
-    /// Opens a volume under the epoch that was just claimed.
-    async fn open(&self, claimed: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
-        let record = &claimed.record;
-        let spec = VolumeSpec {
-            id: record.id,
-            name: record.name.to_string(),
-            size_bytes: record.size_bytes,
-            layers: record.layers.clone(),
-            epoch: record.epoch,
-            write_through: record.write_through,
-            read_only: record.read_only,
-            placement: record.placement.clone(),
-            admitted: record.admitted(),
-            never_written: record.never_written,
-            limits: record.limits,
-        };
-        let open_stores = self.host.stores();
-        let opened = match record
-            .placement
-            .stores
-            .iter()
-            .find(|store| !open_stores.contains(store))
-        {
-            Some(missing) => Err(HostError::StoreMissing { store: *missing }),
-            None => self.host.open_volume(spec).await,
-        };
-        match opened {
-            Ok(()) => {
-                self.events.tell_of(record, None, Occurrence::VolumeServed);
-                self.catalog().put(claimed, Serving::Yes);
-                Ok(())
-            }
-            Err(error) => {
-                let reference = record.name.to_string();
-                let reason = error.to_string();
-                let what = Occurrence::VolumeNotServed {
-                    reason: reason.clone(),
-                };
-                self.events.tell_of(record, None, what);
-                self.catalog().put(claimed, Serving::No(reason.clone()));
-                Err(VolumeError::NotServed { reference, reason })
-            }
-        }
-    }
-
-    /// Closes a volume in the data plane; answers how many connections kept it from being closed.
-    async fn close(&self, id: VolumeId) -> Result<u32, VolumeError> {
-        match self.host.close_volume(id).await {
-            Ok(()) | Err(HostError::NotOpen) => Ok(0),
-            Err(HostError::Busy { connections }) => Ok(connections),
-            Err(
-                source @ (HostError::StoreMissing { .. }
-                | HostError::ShuttingDown
-                | HostError::Store { .. }),
-            ) => Err(VolumeError::Host {
-                reference: id.0.to_string(),
-                source,
-            }),
-        }
-    }
-
     /// Replaces the record in the catalog, as a change that does not touch serving does.
     fn update(&self, current: Versioned<VolumeRecord>) {
         let mut catalog = self.catalog();
@@ -628,26 +375,6 @@ impl Volumes {
         {
             catalog.put(current, serving);
         }
-    }
-
-    /// Where a new volume goes, and in how many copies; the id decides where in the deal of a single node it begins.
-    async fn place(
-        &self,
-        id: VolumeId,
-        size_bytes: u64,
-        replicas: u32,
-    ) -> Result<(u32, Placement), VolumeError> {
-        if self.is_shared {
-            return self.place_replicas(size_bytes, replicas).await;
-        }
-        if replicas > 1 {
-            return Err(VolumeError::NoCluster { replicas });
-        }
-        let groups = self.host.store_groups().await;
-        let all = self.catalog().all();
-        let records = all.iter().map(|entry| &entry.current.record);
-        let placement = Placement::choose(&groups, records, id.0.as_u128() as u64);
-        Ok((1, placement))
     }
 
     async fn name_holder(&self, name: &VolumeName) -> Result<Option<NameRecord>, VolumeError> {
@@ -669,32 +396,6 @@ impl Volumes {
             }),
         }
     }
-}
-
-/// Reads the daemon's own record, or makes it at the first start. A second daemon that makes it at the same moment
-/// wins or loses the swap; both then have the same identity, and the lock on the store keeps one of them out.
-pub async fn node_record(
-    store: &dyn MetadataStore,
-) -> Result<ashlar_core::records::NodeRecord, MetadataError> {
-    use ashlar_core::records::NodeRecord;
-    for _ in 0..ATTEMPTS {
-        if let Some(known) = meta::read::<NodeRecord>(store, keys::NODE).await? {
-            return Ok(known.record);
-        }
-        let fresh = NodeRecord {
-            id: NodeId(Uuid::new_v4()),
-            created_at_unix_ms: unix_ms(),
-        };
-        let swap = Transaction::new()
-            .when_absent(keys::NODE)
-            .put(keys::NODE, fresh.encode());
-        if let Outcome::Committed(Revision(_)) = store.commit(swap).await? {
-            return Ok(fresh);
-        }
-    }
-    Err(MetadataError::Unavailable {
-        reason: "the record of this node keeps changing".to_owned(),
-    })
 }
 
 /// Now, in milliseconds since 1970-01-01 UTC.

@@ -1,211 +1,21 @@
+mod host;
+mod orchestration;
+mod unsteady;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::AtomicU32;
 
 use ashlar_core::nbd::session::Admitted;
-use ashlar_core::placement::StoreSpace;
+use ashlar_core::records::{NewVolume, Placement, VolumeState, create as decide_creation};
 use ashlar_core::units::{Epoch, StoreId};
-use async_trait::async_trait;
-
-use ashlar_core::records::create;
+use host::Host;
+use unsteady::Unsteady;
 
 use super::*;
-use crate::meta::{SqliteStore, Watch};
+use crate::daemon::node_record;
+use crate::meta::SqliteStore;
 use crate::nbd::{CatalogError, ExportCatalog};
 
-/// A data plane that serves nothing but remembers what it was told.
-#[derive(Default)]
-struct Host {
-    open: Mutex<BTreeMap<VolumeId, VolumeSpec>>,
-    connections: Mutex<BTreeMap<VolumeId, u32>>,
-    layers: Mutex<BTreeSet<LayerId>>,
-    /// Epochs served so far: none may come twice for one volume.
-    served: Mutex<BTreeSet<(VolumeId, Epoch)>>,
-    refuse_drops: AtomicBool,
-    /// What the stores were written under.
-    written: Mutex<BTreeMap<LayerId, Epoch>>,
-    /// Volumes that ask for a new epoch.
-    wanted: Mutex<Vec<VolumeId>>,
-    wants: tokio::sync::Notify,
-    /// Volumes whose first change waits.
-    changing: Mutex<Vec<VolumeId>>,
-    changes: tokio::sync::Notify,
-    recorded: tokio::sync::Notify,
-    renewed: tokio::sync::Notify,
-}
-
 const STORE: StoreId = StoreId(Uuid::from_u128(0xabc));
-
-#[async_trait]
-impl VolumeHost for Host {
-    async fn open_volume(&self, spec: VolumeSpec) -> Result<(), HostError> {
-        assert!(
-            lock(&self.served).insert((spec.id, spec.epoch)),
-            "an epoch was served twice"
-        );
-        lock(&self.layers).extend(spec.layers.iter().copied());
-        assert!(
-            lock(&self.open).insert(spec.id, spec).is_none(),
-            "opened twice"
-        );
-        Ok(())
-    }
-
-    async fn close_volume(&self, id: VolumeId) -> Result<(), HostError> {
-        match lock(&self.connections).get(&id) {
-            Some(&connections) if connections > 0 => Err(HostError::Busy { connections }),
-            _ => lock(&self.open)
-                .remove(&id)
-                .map(drop)
-                .ok_or(HostError::NotOpen),
-        }
-    }
-
-    async fn epoch_wanted(&self) -> Option<VolumeId> {
-        loop {
-            if let Some(id) = lock(&self.wanted).pop() {
-                return Some(id);
-            }
-            self.wants.notified().await;
-        }
-    }
-
-    async fn renew_epoch(&self, id: VolumeId, epoch: Epoch) -> Result<(), HostError> {
-        assert!(
-            lock(&self.served).insert((id, epoch)),
-            "an epoch was served twice"
-        );
-        let mut open = lock(&self.open);
-        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
-        assert!(spec.epoch < epoch);
-        spec.epoch = epoch;
-        self.renewed.notify_one();
-        Ok(())
-    }
-
-    async fn admit(&self, id: VolumeId, admitted: Admitted) -> Result<(), HostError> {
-        let connections = lock(&self.connections).get(&id).copied().unwrap_or(0);
-        let mut open = lock(&self.open);
-        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
-        if connections > 0 && spec.admitted == Admitted::Anyone {
-            return Err(HostError::Busy { connections });
-        }
-        spec.admitted = admitted;
-        Ok(())
-    }
-
-    async fn fence(&self, id: VolumeId, admitted: Option<Admitted>) -> Result<u32, HostError> {
-        let mut open = lock(&self.open);
-        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
-        if admitted.as_ref() == Some(&spec.admitted) {
-            return Ok(0);
-        }
-        spec.admitted = admitted.unwrap_or_else(|| spec.admitted.clone());
-        Ok(lock(&self.connections).remove(&id).unwrap_or(0))
-    }
-
-    async fn first_change(&self) -> Option<VolumeId> {
-        loop {
-            if let Some(id) = lock(&self.changing).pop() {
-                return Some(id);
-            }
-            self.changes.notified().await;
-        }
-    }
-
-    async fn first_change_recorded(&self, id: VolumeId) -> Result<(), HostError> {
-        let mut open = lock(&self.open);
-        let spec = open.get_mut(&id).ok_or(HostError::NotOpen)?;
-        spec.never_written = false;
-        self.recorded.notify_one();
-        Ok(())
-    }
-
-    async fn set_limits(&self, id: VolumeId, limits: VolumeLimits) -> Result<(), HostError> {
-        let mut open = lock(&self.open);
-        open.get_mut(&id).ok_or(HostError::NotOpen)?.limits = limits;
-        Ok(())
-    }
-
-    async fn open_replicated(&self, _: crate::data::ReplicatedSpec) -> Result<(), HostError> {
-        unreachable!("these volumes have one copy")
-    }
-
-    async fn replication_event(&self) -> Option<crate::replication::ReplicationEvent> {
-        std::future::pending().await
-    }
-
-    fn record_seen(&self, _: VolumeId, _: Option<Versioned<VolumeRecord>>) {}
-
-    async fn forget_replicas(&self, _: VolumeId) {}
-
-    async fn replication(&self, _: VolumeId) -> Option<crate::data::ReplicationStatus> {
-        None
-    }
-
-    async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), HostError> {
-        lock(&self.open)
-            .get_mut(&id)
-            .map(|spec| spec.size_bytes = size_bytes)
-            .ok_or(HostError::NotOpen)
-    }
-
-    fn rename_volume(&self, id: VolumeId, name: &str) {
-        if let Some(spec) = lock(&self.open).get_mut(&id) {
-            spec.name = name.to_owned();
-        }
-    }
-
-    async fn delete_layer(&self, layer: LayerId) -> Result<(), HostError> {
-        let open = lock(&self.open);
-        assert!(
-            open.values().all(|spec| !spec.layers.contains(&layer)),
-            "a layer that is served was dropped"
-        );
-        if self.refuse_drops.load(Ordering::Relaxed) {
-            return Err(HostError::Store {
-                reason: "poisoned".to_owned(),
-            });
-        }
-        lock(&self.layers).remove(&layer);
-        Ok(())
-    }
-
-    fn runtime(&self, id: VolumeId) -> Option<VolumeRuntime> {
-        let connections = lock(&self.connections).get(&id).copied().unwrap_or(0);
-        lock(&self.open).get(&id).map(|_| VolumeRuntime {
-            connections,
-            inflight_requests: 0,
-            resynced_bytes: 0,
-        })
-    }
-
-    fn stores(&self) -> Vec<StoreId> {
-        vec![STORE]
-    }
-
-    async fn store_groups(&self) -> Vec<Vec<StoreSpace>> {
-        vec![
-            vec![],
-            vec![StoreSpace {
-                id: STORE,
-                free_blocks: 1000,
-            }],
-        ]
-    }
-
-    async fn layers(&self) -> Result<BTreeMap<LayerId, Epoch>, HostError> {
-        let mut layers: BTreeMap<_, _> = lock(&self.layers)
-            .iter()
-            .map(|layer| (*layer, Epoch(0)))
-            .collect();
-        layers.extend(
-            lock(&self.written)
-                .iter()
-                .map(|(layer, epoch)| (*layer, *epoch)),
-        );
-        Ok(layers)
-    }
-}
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -252,6 +62,12 @@ impl Daemon {
     fn connect(&self, id: VolumeId, connections: u32) {
         lock(&self.host.connections).insert(id, connections);
     }
+}
+
+/// Creates a volume of one block.
+async fn create(service: &Arc<Volumes>, name: &str) -> VolumeRecord {
+    let made = service.create(name, 4096, VolumeSettings::default()).await;
+    made.expect("create").record
 }
 
 #[tokio::test]
@@ -395,12 +211,7 @@ async fn what_is_taken_in_use_or_too_small_is_refused() {
 async fn a_deletion_cut_short_is_finished_by_the_next_start() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
-    let id = service
-        .create("a", 4096, VolumeSettings::default())
-        .await
-        .expect("create")
-        .record
-        .id;
+    let id = create(&service, "a").await.id;
     daemon.host.refuse_drops.store(true, Ordering::Relaxed);
     assert!(matches!(
         service.delete("a").await,
@@ -457,11 +268,7 @@ async fn a_deletion_cut_short_is_finished_by_the_next_start() {
 async fn metadata_from_an_old_backup_takes_no_epoch_and_no_layer_again() {
     let daemon = Daemon::new();
     let service = daemon.start().await;
-    let old = service
-        .create("a", 4096, VolumeSettings::default())
-        .await
-        .expect("create")
-        .record;
+    let old = create(&service, "a").await;
     drop(service);
     // What happened after the backup: the volume was opened often, and others were made.
     lock(&daemon.host.written).insert(old.live_layer(), Epoch(50));
@@ -469,11 +276,7 @@ async fn metadata_from_an_old_backup_takes_no_epoch_and_no_layer_again() {
     let service = daemon.start().await;
     assert_eq!(daemon.spec(old.id).expect("open").epoch, Epoch(51));
     assert_eq!(service.unknown_layers(), [LayerId(30)]);
-    let new = service
-        .create("b", 4096, VolumeSettings::default())
-        .await
-        .expect("create")
-        .record;
+    let new = create(&service, "b").await;
     assert_eq!(new.live_layer(), LayerId(31));
     let view = service
         .configure("a", Some(true), None)
@@ -487,10 +290,7 @@ async fn a_layer_nobody_names_is_reported_and_kept() {
     let daemon = Daemon::new();
     lock(&daemon.host.layers).insert(LayerId(77));
     let service = daemon.start().await;
-    service
-        .create("a", 4096, VolumeSettings::default())
-        .await
-        .expect("create");
+    create(&service, "a").await;
     assert_eq!(service.unknown_layers(), [LayerId(77)]);
     assert!(lock(&daemon.host.layers).contains(&LayerId(77)));
 }
@@ -567,51 +367,15 @@ async fn exports_are_found_by_name_and_id_until_the_daemon_drains() {
     );
 }
 
-/// Is away for the next commits, so many as the number says.
-struct Away(Arc<dyn MetadataStore>, AtomicU32);
-
-#[async_trait]
-impl MetadataStore for Away {
-    async fn get(&self, key: &str) -> Result<Option<meta::Entry>, MetadataError> {
-        self.0.get(key).await
-    }
-
-    async fn list(&self, prefix: &str) -> Result<meta::Listing, MetadataError> {
-        self.0.list(prefix).await
-    }
-
-    async fn commit(&self, transaction: Transaction) -> Result<Outcome, MetadataError> {
-        let less = |left: u32| left.checked_sub(1);
-        if self
-            .1
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
-            .is_ok()
-        {
-            let reason = "away".to_owned();
-            return Err(MetadataError::Unavailable { reason });
-        }
-        self.0.commit(transaction).await
-    }
-
-    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, MetadataError> {
-        self.0.watch(prefix, after).await
-    }
-}
-
 #[tokio::test]
 async fn a_head_that_asks_gets_a_new_epoch_even_if_the_metadata_store_is_away_for_a_while() {
     let daemon = Daemon::new();
-    let store = Arc::new(Away(daemon.store(), AtomicU32::new(0)));
+    let store = Arc::new(Unsteady::over(daemon.store()));
     let service = daemon.start_over(store.clone()).await;
-    let id = service
-        .create("a", 4096, VolumeSettings::default())
-        .await
-        .expect("create")
-        .record
-        .id;
+    let id = create(&service, "a").await.id;
     daemon.connect(id, 1);
     for (failures, epoch) in [(0, 2), (1, 3)] {
-        store.1.store(failures, Ordering::Relaxed);
+        store.away.store(failures, Ordering::Relaxed);
         lock(&daemon.host.wanted).push(id);
         daemon.host.wants.notify_one();
         let renewed = daemon.host.renewed.notified();
@@ -632,39 +396,14 @@ async fn a_head_that_asks_gets_a_new_epoch_even_if_the_metadata_store_is_away_fo
     daemon.host.wants.notify_one();
 }
 
-/// Commits, and then says that it does not know.
-struct Forgetful(Arc<dyn MetadataStore>);
-
-#[async_trait]
-impl MetadataStore for Forgetful {
-    async fn get(&self, key: &str) -> Result<Option<meta::Entry>, MetadataError> {
-        self.0.get(key).await
-    }
-
-    async fn list(&self, prefix: &str) -> Result<meta::Listing, MetadataError> {
-        self.0.list(prefix).await
-    }
-
-    async fn commit(&self, transaction: Transaction) -> Result<Outcome, MetadataError> {
-        match self.0.commit(transaction).await? {
-            Outcome::Conflict => Ok(Outcome::Conflict),
-            Outcome::Committed(_) => Err(MetadataError::Unknown {
-                reason: "the answer was lost".to_owned(),
-            }),
-        }
-    }
-
-    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, MetadataError> {
-        self.0.watch(prefix, after).await
-    }
-}
-
 #[tokio::test]
 async fn an_unknown_outcome_is_looked_up_and_not_assumed() {
     let daemon = Daemon::new();
     let store = daemon.store();
     node_record(&*store).await.expect("node");
-    let service = daemon.start_over(Arc::new(Forgetful(store))).await;
+    let service = daemon
+        .start_over(Arc::new(Unsteady::forgetting(store)))
+        .await;
     let made = service
         .create("a", 4096, VolumeSettings::default())
         .await
@@ -687,6 +426,7 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         write_through: false,
         created_at_unix_ms: 0,
         replicas: 1,
+        min_in_sync: None,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(9))],
             sets: Vec::new(),
@@ -695,14 +435,15 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         annotations: Annotations::default(),
     };
     store
-        .commit(create(elsewhere, None, None).expect("create").transaction)
+        .commit(
+            decide_creation(elsewhere, None, None)
+                .expect("create")
+                .transaction,
+        )
         .await
         .expect("commit");
     let service = daemon.start_over(store).await;
-    service
-        .create("near", 4096, VolumeSettings::default())
-        .await
-        .expect("others are served");
+    create(&service, "near").await;
     let Serving::No(reason) = service.get("far").expect("listed").serving else {
         panic!("served from nowhere")
     };
@@ -715,5 +456,3 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         Err(CatalogError::Unavailable(_))
     ));
 }
-
-mod orchestration;

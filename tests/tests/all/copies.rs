@@ -39,7 +39,7 @@ fn warnings(node: &Node) -> String {
 fn a_copy_that_is_away_is_told_with_what_to_do_and_comes_back() {
     let scratch = Scratch::new("copies");
     let etcd = Etcd::start(&scratch);
-    let mut one = Node::first("copies-1", &etcd, Setup::default());
+    let one = Node::first("copies-1", &etcd, Setup::default());
     let two = one.joined("copies-2", &etcd, Setup::default());
     let mut three = one.joined("copies-3", &etcd, Setup::default());
     for part in [

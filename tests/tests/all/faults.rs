@@ -11,6 +11,23 @@ use ashlar_tests::seed::{self, Rng};
 
 const BLOCKS: u64 = 4_000;
 
+/// What the daemon says of faults that it makes itself.
+const OF_INJECTING: [&str; 2] = [
+    "faults are being injected into disk operations",
+    "injecting a fault",
+];
+/// What it says of a disk that fails.
+const OF_FAILING: [&str; 2] = [
+    "the store stopped: a write or sync failed; restart the daemon once the device is sound",
+    "the store's file could not be made larger; trying again in a minute",
+];
+
+fn expect_faults(daemon: &Daemon) {
+    for part in OF_INJECTING.iter().chain(&OF_FAILING) {
+        daemon.log.expect(part);
+    }
+}
+
 struct Failing {
     daemon: Daemon,
     ledger: Ledger,
@@ -25,7 +42,7 @@ impl Failing {
     fn start(test: &str) -> Failing {
         let mut rng = Rng::new(seed::of_run(test));
         let mut daemon = Setup::default().store_size("256MiB").start(test);
-        daemon.log.expect("");
+        expect_faults(&daemon);
         daemon.create("disk", &(BLOCKS * BLOCK as u64).to_string());
         let mut ledger = Ledger::new(rng.next() | 1, BLOCKS);
         let mut client = daemon.open("disk", Wishes::SIMPLE);
@@ -56,6 +73,11 @@ impl Failing {
         self.daemon.start();
         std::fs::write(&self.armed, "").unwrap();
         let refused = self.work(plan);
+        let errors_counted = ["read_errors", "disk_errors"].map(|name| {
+            let name = format!("ashlar_store_{name}_total");
+            let metrics = self.daemon.metrics();
+            metrics.sum(&name, &[]).expect("a counter of the store")
+        });
         let killed = self.rng.chance(50);
         if killed {
             self.daemon.kill();
@@ -69,9 +91,11 @@ impl Failing {
         assert!(!said.contains("panicked"), "{plan}:\n{said}");
         if refused {
             self.seen += 1;
+            // A read that failed is counted; what failed for good is told, too.
+            let is_told = OF_FAILING.iter().any(|part| said.contains(part));
             assert!(
-                said.contains("ERROR") || said.contains("WARN"),
-                "{plan}: errors for clients, silence in the log:\n{said}"
+                is_told || errors_counted.iter().all(|count| *count > 0.0),
+                "{plan}: errors for clients, silence in the log, {errors_counted:?} counted:\n{said}"
             );
         }
         self.check(plan);
@@ -192,7 +216,7 @@ fn the_making_of_a_store_fails() {
             let mut daemon = Setup::default()
                 .store_size("256MiB")
                 .prepare("fault-format");
-            daemon.log.expect("");
+            expect_faults(&daemon);
             daemon
                 .setup
                 .set_fault(Some(&format!("any:nth={nth},count=all,errno={errno}")));

@@ -7,7 +7,7 @@ use super::{
     Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
     VolumeState, default_min_in_sync, first_annotations, keys,
 };
-use crate::units::{Epoch, LayerId, Version, VolumeId};
+use crate::units::{Epoch, LayerId, VolumeId};
 
 /// A volume to create. The id was drawn by the caller, who can therefore tell, when the outcome of the transaction is
 /// unknown, whether it happened: the record of that id is there or it is not.
@@ -27,6 +27,8 @@ pub struct NewVolume {
     pub created_at_unix_ms: u64,
     /// Copies of each chunk, at least 1.
     pub replicas: u32,
+    /// How many of them must be in sync for a write to be answered; `None`: as [`default_min_in_sync`] says.
+    pub min_in_sync: Option<u32>,
     /// Where its chunks will lie: with replica sets exactly when `replicas` is more than 1 or the daemon is in a cluster.
     pub placement: Placement,
     /// Bounds on what its clients may ask of it.
@@ -61,6 +63,32 @@ pub enum CreateError {
     /// All 2^64 layer ids are used.
     #[error("every layer id has been given out; no volume can be created any more")]
     LayersExhausted,
+    /// See [`MinInSyncError`].
+    #[error(transparent)]
+    MinInSync(#[from] MinInSyncError),
+}
+
+/// So many copies cannot be in sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "of {replicas} copies {wanted} cannot be in sync; at least 1 must be, and at most all of them"
+)]
+pub struct MinInSyncError {
+    /// How many were to be.
+    pub wanted: u32,
+    /// How many there are.
+    pub replicas: u32,
+}
+
+impl MinInSyncError {
+    /// Whether `wanted` of `replicas` copies can be in sync.
+    pub fn check(wanted: u32, replicas: u32) -> Result<u32, MinInSyncError> {
+        if (1..=replicas).contains(&wanted) {
+            Ok(wanted)
+        } else {
+            Err(MinInSyncError { wanted, replicas })
+        }
+    }
 }
 
 /// Decides the creation of a volume from the holder of its name and the layer counter (absent before the first
@@ -96,25 +124,16 @@ pub fn create(
     };
     let next = LayerId(layer.0.checked_add(1).ok_or(CreateError::LayersExhausted)?);
     let record = VolumeRecord {
-        id: new.id,
-        name: new.name,
-        size_bytes: new.size.bytes,
-        layers: vec![layer],
         replicas: new.replicas,
-        min_in_sync: default_min_in_sync(new.replicas),
-        client_generation: 0,
-        settled: Version::NONE,
+        min_in_sync: match new.min_in_sync {
+            None => default_min_in_sync(new.replicas),
+            Some(wanted) => MinInSyncError::check(wanted, new.replicas)?,
+        },
         read_only: new.read_only,
         write_through: new.write_through,
-        epoch: Epoch(0),
-        head: None,
         created_at_unix_ms: new.created_at_unix_ms,
-        state: VolumeState::Active,
-        placement: new.placement,
-        never_written: true,
-        filesystem: None,
         limits: new.limits,
-        publications: Vec::new(),
+        ..VolumeRecord::new(new.id, new.name, new.size.bytes, layer, new.placement)
     };
     let mut transaction = Transaction {
         conditions: vec![
@@ -352,6 +371,33 @@ pub enum ConfigureError {
         /// Its name.
         name: VolumeName,
     },
+    /// See [`MinInSyncError`].
+    #[error(transparent)]
+    MinInSync(#[from] MinInSyncError),
+}
+
+/// Decides how many copies must be in sync from now on for a write to be answered. Clients may be connected: what was
+/// answered before keeps what it was promised. `None`: it is so already.
+pub fn set_min_in_sync(
+    current: &Versioned<VolumeRecord>,
+    wanted: u32,
+) -> Result<Option<(VolumeRecord, Transaction)>, ConfigureError> {
+    let record = &current.record;
+    if record.state == VolumeState::Deleting {
+        return Err(ConfigureError::Deleting {
+            name: record.name.clone(),
+        });
+    }
+    let min_in_sync = MinInSyncError::check(wanted, record.replicas)?;
+    if min_in_sync == record.min_in_sync {
+        return Ok(None);
+    }
+    let changed = VolumeRecord {
+        min_in_sync,
+        ..record.clone()
+    };
+    let transaction = rewrite(current, &changed);
+    Ok(Some((changed, transaction)))
 }
 
 /// Decides a change of settings; `None` leaves one as it is. Answers `None` when nothing would change.

@@ -10,6 +10,7 @@ mod client_node;
 mod cluster;
 mod fabric;
 mod filesystem;
+pub mod keys;
 mod leader;
 mod leftover;
 mod limits;
@@ -18,6 +19,8 @@ mod name;
 mod publication;
 mod record;
 mod replica;
+#[cfg(test)]
+mod sample;
 mod size;
 mod transaction;
 
@@ -26,9 +29,9 @@ pub use annotations::{
     annotate, first_annotations,
 };
 pub use change::{
-    ClaimError, ConfigureError, CreateError, Creation, DeleteError, NewVolume, RenameError,
-    ResizeError, begin_delete, claim, configure, create, finish_delete, pass_over_layers, rename,
-    resize,
+    ClaimError, ConfigureError, CreateError, Creation, DeleteError, MinInSyncError, NewVolume,
+    RenameError, ResizeError, begin_delete, claim, configure, create, finish_delete,
+    pass_over_layers, rename, resize, set_min_in_sync,
 };
 pub use client_node::{
     ClientNodeError, ClientNodeId, ClientNodeRecord, register_node, unregister_node,
@@ -55,7 +58,7 @@ pub use publication::{
 };
 pub use record::{
     DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, PLACEMENT_ENTRIES_MAX, Placement,
-    Record, ScrubRecord, StoreRecord, VolumeRecord, VolumeState, keys,
+    Record, ScrubRecord, StoreRecord, VolumeRecord, VolumeState,
 };
 pub use replica::{
     COPIES_MAX, REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, default_min_in_sync,

@@ -10,120 +10,11 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::publication::{self, Publication};
-use super::{Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName};
+use super::{
+    Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName, default_min_in_sync,
+};
 use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
-
-/// The keys of the metadata store.
-pub mod keys {
-    use super::super::{ClientNodeId, SetIndex};
-    use super::{NodeId, StoreId, VolumeId, VolumeName};
-
-    /// Every [`VolumeRecord`](super::VolumeRecord) has this prefix.
-    pub const VOLUMES: &str = "volumes/";
-    /// Every [`NameRecord`](super::NameRecord) has this prefix.
-    pub const NAMES: &str = "names/";
-    /// Every [`StoreRecord`](super::StoreRecord) has this prefix.
-    pub const STORES: &str = "stores/";
-    /// Every [`ScrubRecord`](super::ScrubRecord) has this prefix.
-    pub const SCRUBS: &str = "scrubs/";
-    /// Every [`AnnotationsRecord`](super::super::AnnotationsRecord) has this prefix.
-    pub const ANNOTATIONS: &str = "annotations/";
-    /// Every [`ClientNodeRecord`](super::super::ClientNodeRecord) has this prefix.
-    pub const CLIENT_NODES: &str = "client-nodes/";
-    /// Every [`LinkRecord`](super::super::LinkRecord) has this prefix.
-    pub const LINKS: &str = "links/";
-    /// Every [`SpaceRecord`](super::super::SpaceRecord) has this prefix.
-    pub const SPACES: &str = "spaces/";
-    /// Every [`LeftoverRecord`](super::super::LeftoverRecord) has this prefix.
-    pub const LEFTOVERS: &str = "leftovers/";
-    /// The [`LeaderRecord`](super::super::LeaderRecord).
-    pub const LEADER: &str = "controller/leader";
-    /// The [`LayerCounter`](super::LayerCounter).
-    pub const NEXT_LAYER: &str = "layers/next";
-    /// The [`NodeRecord`](super::NodeRecord) of a single node.
-    pub const NODE: &str = "node";
-    /// The [`ClusterRecord`](crate::records::ClusterRecord).
-    pub const CLUSTER: &str = "cluster";
-    /// The [`MembershipRecord`](crate::records::MembershipRecord), which a node keeps for itself.
-    pub const MEMBERSHIP: &str = "membership";
-    /// Every [`MemberRecord`](crate::records::MemberRecord) has this prefix.
-    pub const MEMBERS: &str = "nodes/";
-    /// Every [`TokenRecord`](crate::records::TokenRecord) has this prefix.
-    pub const TOKENS: &str = "tokens/";
-    /// Every [`ClientRecord`](crate::records::ClientRecord) has this prefix.
-    pub const CLIENTS: &str = "clients/";
-
-    /// The key of a volume's record.
-    pub fn volume(id: VolumeId) -> String {
-        format!("{VOLUMES}{}", id.0)
-    }
-
-    /// The key that holds a name for one volume.
-    pub fn name(name: &VolumeName) -> String {
-        format!("{NAMES}{name}")
-    }
-
-    /// Node `node` has dropped what it had of a volume that is being deleted.
-    pub fn dropped(volume: VolumeId, node: NodeId) -> String {
-        format!("dropped/{}/{}", volume.0, node.0)
-    }
-
-    /// Every [`dropped`] of a volume has this prefix.
-    pub fn dropped_by(volume: VolumeId) -> String {
-        format!("dropped/{}/", volume.0)
-    }
-
-    /// What a store is left with of a set of a volume.
-    pub fn leftover(volume: VolumeId, set: SetIndex, store: StoreId) -> String {
-        format!("{LEFTOVERS}{}/{}/{}", volume.0, set.0, store.0)
-    }
-
-    /// Where a daemon's links are.
-    pub fn link(id: NodeId) -> String {
-        format!("{LINKS}{}", id.0)
-    }
-
-    /// The room of a store.
-    pub fn space(id: StoreId) -> String {
-        format!("{SPACES}{}", id.0)
-    }
-
-    /// The key of a store's record.
-    pub fn store(id: StoreId) -> String {
-        format!("{STORES}{}", id.0)
-    }
-
-    /// The key of a volume's annotations.
-    pub fn annotations(id: VolumeId) -> String {
-        format!("{ANNOTATIONS}{}", id.0)
-    }
-
-    /// The key of a client node's record.
-    pub fn client_node(id: &ClientNodeId) -> String {
-        format!("{CLIENT_NODES}{id}")
-    }
-
-    /// The key of a cluster's node.
-    pub fn member(id: NodeId) -> String {
-        format!("{MEMBERS}{}", id.0)
-    }
-
-    /// The key of a join token, by the SHA-256 of its secret in hexadecimal digits.
-    pub fn token(sha256: &str) -> String {
-        format!("{TOKENS}{sha256}")
-    }
-
-    /// The key of a client's certificate.
-    pub fn client(name: &str) -> String {
-        format!("{CLIENTS}{name}")
-    }
-
-    /// The key of what the last scrub of a store found.
-    pub fn scrub(id: StoreId) -> String {
-        format!("{SCRUBS}{}", id.0)
-    }
-}
 
 /// Something kept in the metadata store.
 pub trait Record: Serialize + DeserializeOwned {
@@ -168,7 +59,7 @@ pub struct VolumeRecord {
     pub layers: Vec<LayerId>,
     /// Copies of each chunk that there should be.
     pub replicas: u32,
-    /// Copies that must be in sync for a write to be answered; see [`default_min_in_sync`](super::default_min_in_sync).
+    /// Copies that must be in sync for a write to be answered; see [`default_min_in_sync`].
     /// Absent in records of unreplicated volumes, where it is 1.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub min_in_sync: u32,
@@ -229,6 +120,40 @@ fn is_none_yet(version: &Version) -> bool {
 }
 
 impl VolumeRecord {
+    /// A volume as it begins: never claimed, never written, given to nobody and without limits. It has as many copies as
+    /// its placement has, and as many of them must be in sync as [`default_min_in_sync`] says.
+    pub fn new(
+        id: VolumeId,
+        name: VolumeName,
+        size_bytes: u64,
+        layer: LayerId,
+        placement: Placement,
+    ) -> VolumeRecord {
+        let replicas = placement.sets.first().map_or(1, |set| set.replicas.len());
+        let replicas = replicas as u32;
+        VolumeRecord {
+            id,
+            name,
+            size_bytes,
+            layers: vec![layer],
+            replicas,
+            min_in_sync: default_min_in_sync(replicas),
+            client_generation: 0,
+            settled: Version::NONE,
+            read_only: false,
+            write_through: false,
+            epoch: Epoch(0),
+            head: None,
+            created_at_unix_ms: 0,
+            state: VolumeState::Active,
+            placement,
+            never_written: true,
+            filesystem: None,
+            limits: VolumeLimits::default(),
+            publications: Vec::new(),
+        }
+    }
+
     /// The layer that writes go to.
     pub fn live_layer(&self) -> LayerId {
         self.layers[0]
@@ -462,32 +387,14 @@ impl Record for ScrubRecord {}
 mod tests {
     use proptest::prelude::{any, proptest};
 
+    use super::super::sample::volume;
     use super::*;
 
     fn sample() -> VolumeRecord {
         VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("db").expect("name"),
-            size_bytes: 8192,
-            layers: vec![LayerId(3)],
-            replicas: 1,
-            min_in_sync: 1,
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
-            epoch: Epoch(2),
-            head: None,
             created_at_unix_ms: 1_700_000_000_000,
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: vec![StoreId(Uuid::from_u128(7))],
-                sets: Vec::new(),
-            },
             never_written: false,
-            filesystem: None,
-            limits: VolumeLimits::default(),
-            publications: vec![],
+            ..volume()
         }
     }
 

@@ -43,7 +43,7 @@ pub struct SessionRef {
 pub struct Seal {
     /// Sessions of a smaller epoch are refused.
     pub epoch: Epoch,
-    /// Who sealed it.
+    /// Who sealed it. Absent when only the store's blocks tell the epoch.
     pub claim: Option<HeadClaim>,
     /// Open for writing since this boot. Absent after an orderly close: all that was answered is on stable storage.
     pub opened_under: Option<BootId>,
@@ -204,7 +204,12 @@ impl Acceptor {
         if rules.power_loss_is_out {
             seal.lost |= other_boot || unknown || started.store_failed;
         }
-        seal.epoch = seal.epoch.max(started.store_epoch.unwrap_or(Epoch(0)));
+        if let Some(epoch) = started.store_epoch.filter(|epoch| *epoch > seal.epoch) {
+            // The head that it was sealed for has renewed its epoch since, or the database is an older one. Whose epoch it
+            // is is not known; the record gives each to one head.
+            seal.epoch = epoch;
+            seal.claim = None;
+        }
         Acceptor {
             rules,
             boot: started.boot,
@@ -279,8 +284,8 @@ impl Acceptor {
         resync: bool,
         actions: &mut Vec<AcceptorAction>,
     ) {
-        let again =
-            epoch == self.seal.epoch && self.seal.claim == Some(claim) && opening > self.opening;
+        let may_be_its = self.seal.claim.is_none_or(|known| known == claim);
+        let again = epoch == self.seal.epoch && may_be_its && opening > self.opening;
         let status = if self.failed {
             super::wire::Status::Poisoned
         } else if epoch > self.seal.epoch || again {
@@ -456,5 +461,97 @@ impl Acceptor {
             self.waiting.iter().filter(opens).count() <= 1,
             "only the last opening is answered"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::NodeId;
+
+    const BOOT: BootId = BootId(Uuid::from_u128(1));
+
+    fn claim(n: u128) -> HeadClaim {
+        HeadClaim {
+            node: NodeId(Uuid::from_u128(n)),
+            incarnation: Uuid::from_u128(n),
+        }
+    }
+
+    /// What a head hears that opens the volume at an acceptor that found these.
+    fn opened(seal: Option<Seal>, store_epoch: u32, by: HeadClaim, epoch: u32) -> AcceptorAction {
+        let mut acceptor = Acceptor::new(
+            Rules::default(),
+            StartedWith {
+                seal,
+                store_epoch: Some(Epoch(store_epoch)),
+                boot: BOOT,
+                store_failed: false,
+            },
+        );
+        let session = SessionRef {
+            link: LinkId(1),
+            tag: 1,
+        };
+        let mut actions = Vec::new();
+        let open = AcceptorEvent::Open {
+            session,
+            claim: by,
+            epoch: Epoch(epoch),
+            opening: 1,
+            resync: true,
+        };
+        acceptor.on_event(open, &mut actions);
+        if let Some(AcceptorAction::Persist { serial, .. }) = actions.last().copied() {
+            acceptor.on_event(AcceptorEvent::Persisted { serial }, &mut actions);
+        }
+        acceptor.check_invariants();
+        actions.pop().expect("an answer")
+    }
+
+    fn is_refused(answer: &AcceptorAction) -> bool {
+        matches!(answer, AcceptorAction::Refused { .. })
+    }
+
+    #[test]
+    fn an_epoch_that_only_the_blocks_know_is_opened_by_whoever_has_it() {
+        let old = Seal {
+            epoch: Epoch(4),
+            claim: Some(claim(4)),
+            opened_under: Some(BOOT),
+            lost: false,
+        };
+        // Without any seal there is no word that they were flushed either.
+        for (seal, is_lost) in [(None, true), (Some(old), false)] {
+            let answer = opened(seal, 5, claim(5), 5);
+            let is_believed = matches!(
+                answer,
+                AcceptorAction::Opened { lost_power, .. } if lost_power == is_lost
+            );
+            assert!(is_believed, "{answer:?}");
+            let answer = opened(seal, 5, claim(4), 4);
+            assert!(is_refused(&answer), "an older head: {answer:?}");
+        }
+    }
+
+    #[test]
+    fn an_epoch_that_is_sealed_is_opened_again_by_its_head_alone() {
+        let seal = Seal {
+            epoch: Epoch(5),
+            claim: Some(claim(5)),
+            opened_under: Some(BOOT),
+            lost: false,
+        };
+        let answer = opened(Some(seal), 5, claim(5), 5);
+        let is_sound = matches!(
+            answer,
+            AcceptorAction::Opened {
+                lost_power: false,
+                ..
+            }
+        );
+        assert!(is_sound, "{answer:?}");
+        assert!(is_refused(&opened(Some(seal), 5, claim(6), 5)));
+        assert!(is_refused(&opened(Some(seal), 5, claim(4), 4)));
     }
 }

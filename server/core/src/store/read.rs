@@ -167,9 +167,7 @@ impl Store {
                 Lookup::Lost => {
                     let key = self.index.row(row).key;
                     if next.reader == Reader::Scrub {
-                        // Whether anything was here is not known: written again, a hole would take room that the good
-                        // copies may not have. Only counted.
-                        self.counters.scrub_damaged += 1;
+                        self.scrub.found_damaged(block, 1);
                     }
                     next.error.get_or_insert(StoreError::Lost {
                         layer: key.layer,

@@ -18,8 +18,27 @@ pub(crate) type At = (u32, u32);
 pub(crate) struct Cell {
     pub(crate) version: Version,
     pub(crate) content: Content,
+    pub(crate) rot: Rot,
+}
+
+/// How a block is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rot {
+    None,
     /// What is read does not match its checksum.
-    pub(crate) rotten: bool,
+    Bytes,
+    /// The leaf that mapped it is lost: whether anything was there is not known.
+    Mapping,
+}
+
+pub(crate) fn leaf_of(at: At) -> (u32, u32) {
+    (at.0, at.1 / LEAF_BLOCKS)
+}
+
+impl Cell {
+    pub(crate) fn is_rotten(&self) -> bool {
+        self.rot != Rot::None
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -49,7 +68,8 @@ impl Disk {
             return Status::Poisoned;
         }
         let blocks = || (first..).take(contents.len()).map(|block| (chunk, block));
-        let is_new = |at: At| self.now.get(&at).is_none_or(|cell| cell.content == 0);
+        let is_empty = |cell: &Cell| cell.content == 0 && cell.rot != Rot::Mapping;
+        let is_new = |at: At| self.now.get(&at).is_none_or(is_empty);
         if self.full && !zeros && blocks().any(is_new) {
             return Status::NoSpace;
         }
@@ -57,7 +77,7 @@ impl Disk {
             let cell = Cell {
                 version,
                 content: *content,
-                rotten: false,
+                rot: Rot::None,
             };
             self.now.insert(at, cell);
             self.unsynced.entry(at).or_default().push(cell);
@@ -74,7 +94,7 @@ impl Disk {
         }
         (first..first + count)
             .map(|block| match self.now.get(&(chunk, block)) {
-                Some(cell) if cell.rotten => Err(Status::Corrupt),
+                Some(cell) if cell.is_rotten() => Err(Status::Corrupt),
                 Some(cell) => Ok(cell.content),
                 None => Ok(0),
             })
@@ -135,7 +155,6 @@ impl Disk {
 
     /// Makes zeros of chunks that this store is not to hold any more, durably, as the store proper does.
     pub(crate) fn give_back(&mut self, unwanted: impl Fn(ChunkIndex) -> bool) {
-        let leaf_of = |at: At| (at.0, at.1 / LEAF_BLOCKS);
         let mut newest: BTreeMap<(u32, u32), Version> = BTreeMap::new();
         for (at, cell) in &self.now {
             let version = newest.entry(leaf_of(*at)).or_default();
@@ -144,12 +163,13 @@ impl Disk {
         let left = self
             .now
             .iter_mut()
-            .filter(|(at, cell)| unwanted(ChunkIndex(at.0)) && cell.content != 0);
+            .filter(|(at, _)| unwanted(ChunkIndex(at.0)))
+            .filter(|(_, cell)| cell.content != 0 || cell.is_rotten());
         for (at, cell) in left {
             *cell = Cell {
                 version: newest[&leaf_of(*at)],
                 content: 0,
-                rotten: false,
+                rot: Rot::None,
             };
             self.durable.insert(*at, *cell);
             self.unsynced.remove(at);
@@ -157,9 +177,19 @@ impl Disk {
     }
 
     pub(crate) fn rot(&mut self, at: At) {
-        if let Some(cell) = self.now.get_mut(&at) {
-            cell.rotten = cell.content != 0;
+        if let Some(cell) = self.now.get_mut(&at).filter(|cell| cell.content != 0) {
+            cell.rot = Rot::Bytes;
         }
+    }
+
+    /// What the store has of a block is lost with the leaf that mapped it.
+    pub(crate) fn lose_mapping(&mut self, at: At) {
+        let hole = Cell {
+            version: Version::NONE,
+            content: 0,
+            rot: Rot::None,
+        };
+        self.now.entry(at).or_insert(hole).rot = Rot::Mapping;
     }
 
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (At, Cell)> {
@@ -204,11 +234,14 @@ impl Disk {
         let first = leaf * LEAF_BLOCKS;
         for ((_, block), cell) in self.now.range((chunk, first)..(chunk, first + LEAF_BLOCKS)) {
             states.0[(block - first) as usize] = BlockState {
-                version: cell.version,
-                content: if cell.content == 0 {
-                    BlockContent::Zeros
-                } else {
-                    BlockContent::Data
+                version: match cell.rot {
+                    Rot::Mapping => Version::NONE,
+                    Rot::None | Rot::Bytes => cell.version,
+                },
+                content: match cell.rot {
+                    Rot::Mapping => BlockContent::Lost,
+                    _ if cell.content == 0 => BlockContent::Zeros,
+                    Rot::None | Rot::Bytes => BlockContent::Data,
                 },
             };
         }

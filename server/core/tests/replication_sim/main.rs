@@ -7,6 +7,8 @@ mod client;
 mod disk;
 mod driver;
 mod faults;
+mod healing;
+mod injecting;
 mod message;
 mod meta;
 mod replica;

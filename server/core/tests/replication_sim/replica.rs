@@ -26,7 +26,10 @@ impl World {
             match action {
                 AcceptorAction::Persist { serial, seal } => {
                     let delay_us = self.rng.between(100, 2_000);
-                    let run = self.nodes[node].run;
+                    let n = &mut self.nodes[node];
+                    let run = n.run;
+                    n.seals_until_us = (self.now_us + delay_us).max(n.seals_until_us + 1);
+                    let delay_us = n.seals_until_us - self.now_us;
                     self.after(
                         delay_us,
                         Ev::Persisted {

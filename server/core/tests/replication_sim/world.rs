@@ -1,27 +1,28 @@
 //! The world of a run: nodes, connections, the metadata store, one clock. Everything that happens is an event of one
 //! queue, so a seed replays exactly.
 
+mod event;
 mod nodes;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use ashlar_core::records::{
-    HeadClaim, Placement, Replica, ReplicaSet, Revision, Transaction, Versioned, VolumeName,
-    VolumeRecord, VolumeState,
+    HeadClaim, Placement, Replica, ReplicaSet, Revision, Versioned, VolumeName, VolumeRecord,
 };
 use ashlar_core::replication::{
-    Acceptor, BootId, Event as HeadEvent, Rules, Seal, SessionRef, StartedWith, SwapOutcome,
+    Acceptor, BootId, Event as HeadEvent, Rules, Seal, StartedWith, SwapOutcome,
 };
-use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
+use ashlar_core::units::{LayerId, NodeId, StoreId, VolumeId};
+pub(crate) use event::Ev;
+use event::Queued;
 use uuid::Uuid;
 
 use crate::check::Violation;
-use crate::client::{Client, ClientOp};
-use crate::disk::{At, Cell, Disk};
+use crate::client::Client;
+use crate::disk::Disk;
 use crate::driver::Driver;
 use crate::faults::Faults;
-use crate::message::{Answer, Ask, Found};
 use crate::rng::Rng;
 
 pub(crate) const LEASE_US: u64 = 200_000;
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     pub(crate) disk: Disk,
     /// What is durable of the acceptor.
     pub(crate) seal: Option<Seal>,
+    /// When the last one that was to be made durable is: one after the other.
+    pub(crate) seals_until_us: u64,
     pub(crate) boot: u64,
     /// Of the process; what belongs to an earlier run of it is void.
     pub(crate) run: u64,
@@ -58,160 +61,9 @@ pub(crate) struct Conn {
     pub(crate) asks_from_us: u64,
 }
 
-#[derive(Clone, Debug)]
-pub(crate) enum Ev {
-    Ask {
-        conn: u64,
-        node: usize,
-        run: u64,
-        ask: Ask,
-    },
-    Answer {
-        conn: u64,
-        node: usize,
-        run: u64,
-        head: u64,
-        answer: Answer,
-    },
-    ClosedAtHead {
-        conn: u64,
-    },
-    ClosedAtReplica {
-        conn: u64,
-    },
-    Connect {
-        node: usize,
-        run: u64,
-        head: u64,
-        member: u8,
-    },
-    Persisted {
-        node: usize,
-        run: u64,
-        serial: u64,
-        seal: Seal,
-    },
-    Executed {
-        node: usize,
-        run: u64,
-        session: SessionRef,
-        op: u64,
-        result: Box<Result<Found, ashlar_core::replication::wire::Status>>,
-        synced: Option<BTreeMap<At, Cell>>,
-    },
-    Tick {
-        node: usize,
-        run: u64,
-        head: u64,
-    },
-    SwapArrives {
-        node: usize,
-        run: u64,
-        head: u64,
-        serial: u64,
-        transaction: Transaction,
-        is_known: bool,
-    },
-    Swapped {
-        node: usize,
-        run: u64,
-        head: u64,
-        serial: u64,
-        outcome: SwapOutcome,
-    },
-    ReadRecord {
-        node: usize,
-        run: u64,
-        head: u64,
-    },
-    Watch {
-        node: usize,
-        run: u64,
-        head: u64,
-    },
-    Submit {
-        node: usize,
-        run: u64,
-        head: u64,
-        op: u64,
-        what: ClientOp,
-    },
-    StartHead {
-        node: usize,
-    },
-    StartNode {
-        node: usize,
-    },
-    StopNode {
-        node: usize,
-        run: u64,
-    },
-    Thaw {
-        node: usize,
-    },
-    EndCut {
-        from: usize,
-        to: usize,
-    },
-    MetaBack,
-    Roomy {
-        node: usize,
-    },
-    ReadsBack {
-        node: usize,
-    },
-    /// A scrub at the node came to the block.
-    Scrubbed {
-        node: usize,
-        at: crate::disk::At,
-    },
-    Client,
-    Fault,
-    Steer,
-}
-
-impl Ev {
-    /// The node whose process has to run for it.
-    fn node(&self) -> Option<usize> {
-        match self {
-            Ev::Ask { node, .. }
-            | Ev::Answer { node, .. }
-            | Ev::Connect { node, .. }
-            | Ev::Persisted { node, .. }
-            | Ev::Executed { node, .. }
-            | Ev::Tick { node, .. }
-            | Ev::Swapped { node, .. }
-            | Ev::ReadRecord { node, .. }
-            | Ev::Watch { node, .. }
-            | Ev::Submit { node, .. }
-            | Ev::StartHead { node } => Some(*node),
-            _ => None,
-        }
-    }
-}
-
 /// The store of a node.
 pub(crate) fn store_of(node: usize) -> StoreId {
     StoreId(Uuid::from_u128(200 + node as u128))
-}
-
-struct Queued(u64, u64, Ev);
-
-impl PartialEq for Queued {
-    fn eq(&self, other: &Self) -> bool {
-        (self.0, self.1) == (other.0, other.1)
-    }
-}
-impl Eq for Queued {}
-impl PartialOrd for Queued {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Queued {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.0, self.1).cmp(&(other.0, other.1))
-    }
 }
 
 pub(crate) struct World {
@@ -259,6 +111,7 @@ impl World {
                 store: store_of(n),
                 disk: Disk::default(),
                 seal: None,
+                seals_until_us: 0,
                 boot: 1,
                 run: 1,
                 is_up: true,
@@ -282,31 +135,19 @@ impl World {
                 })
                 .collect(),
         };
-        let record = VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("sim").expect("a name"),
-            size_bytes: 4 * (64 << 20),
-            layers: vec![LayerId(1)],
-            replicas: replicas as u32,
-            min_in_sync: if rng.chance(70) {
-                ashlar_core::records::default_min_in_sync(replicas as u32)
-            } else {
-                1
-            },
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
-            epoch: Epoch(0),
-            head: None,
-            created_at_unix_ms: 0,
+        let mut record = VolumeRecord {
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
-            state: VolumeState::Active,
-            placement,
+            ..VolumeRecord::new(
+                VolumeId(Uuid::from_u128(1)),
+                VolumeName::parse("sim").expect("a name"),
+                4 * (64 << 20),
+                LayerId(1),
+                placement,
+            )
         };
+        if !rng.chance(70) {
+            record.min_in_sync = 1;
+        }
         assert_eq!(record.check_invariants(), Ok(()));
         // Blocks on both sides of the border of two leaves, in chunks of different sets.
         let mut blocks = Vec::new();

@@ -161,6 +161,9 @@ impl DataThread {
         if let Some(link) = self.cluster.links.get_mut(key) {
             link.wire.readable = true;
             link.wire.hang_up |= hang_up;
+            if hang_up {
+                link.wire.stream.hung_up();
+            }
             self.make_link_busy(key);
         }
     }

@@ -251,6 +251,24 @@ impl Drop for Impostor {
 /// Its name, what is on it, its size, what nbdkit is told, and how the volume is refused.
 type Disk<'a> = (&'a str, &'a [u8], u64, &'a [&'a str], Code, &'a str);
 
+/// Leads a claim to such a disk: it is refused, the disk is as it was, and nothing stays attached.
+fn refused(driver: &Driver, claim: &mut Claim, disk: Disk<'_>) {
+    let (name, contents, size, more, code, words) = disk;
+    let impostor = Impostor::start(driver, name, contents, size, more);
+    let before = fs::read(&impostor.disk).expect("read");
+    impostor.lure(claim);
+    let (found, why) = claim.stage(driver).expect_err(name);
+    assert!(
+        found == code && why.contains(words),
+        "{name}: {found:?} {why}"
+    );
+    assert!(
+        fs::read(&impostor.disk).expect("read") == before,
+        "{name}: it was written to"
+    );
+    assert_eq!(driver.leftovers(), Vec::<String>::new(), "{name}");
+}
+
 #[test]
 fn a_wrong_device_is_never_formatted() {
     let driver = Driver::start("csi-impostor", Setup::default());
@@ -345,21 +363,9 @@ fn a_wrong_device_is_never_formatted() {
             "cannot be read",
         ),
     ];
-    for (name, contents, size, more, code, words) in cases {
-        let impostor = Impostor::start(&driver, name, contents, size, more);
-        let before = fs::read(&impostor.disk).expect("read");
+    for disk in cases {
+        refused(&driver, &mut claim, disk);
         claim.publish_context = own.clone();
-        impostor.lure(&mut claim);
-        let (found, why) = claim.stage(&driver).expect_err(name);
-        assert!(
-            found == code && why.contains(words),
-            "{name}: {found:?} {why}"
-        );
-        assert!(
-            fs::read(&impostor.disk).expect("read") == before,
-            "{name}: it was written to"
-        );
-        assert_eq!(driver.leftovers(), Vec::<String>::new(), "{name}");
     }
     // Nothing was announced for it: it is formatted when it is really there, ...
     claim.publish_context = own.clone();
@@ -370,23 +376,14 @@ fn a_wrong_device_is_never_formatted() {
     let made = beginning(&driver, &claim);
     let uuid = uuid_of(&made);
     // ... and with a file system of its own it takes neither a blank disk nor one with another for damage to mend.
-    for (name, contents, code, words) in [
-        ("blank", &b""[..], Code::Internal, "NOT formatted"),
-        ("another", &ext4[..], Code::Internal, "not touched"),
-    ] {
-        let impostor = Impostor::start(&driver, name, contents, size, &[&says]);
-        let before = fs::read(&impostor.disk).expect("read");
+    let says = [says.as_str()];
+    let cases: [Disk<'_>; 2] = [
+        ("blank", b"", size, &says, Code::Internal, "NOT formatted"),
+        ("another", &ext4, size, &says, Code::Internal, "not touched"),
+    ];
+    for disk in cases {
+        refused(&driver, &mut claim, disk);
         claim.publish_context = own.clone();
-        impostor.lure(&mut claim);
-        let (found, why) = claim.stage(&driver).expect_err(name);
-        assert!(
-            found == code && why.contains(words),
-            "{name}: {found:?} {why}"
-        );
-        assert!(
-            fs::read(&impostor.disk).expect("read") == before,
-            "{name}: it was written to"
-        );
     }
     claim.publish_context = own;
     claim.bring_up(&driver);

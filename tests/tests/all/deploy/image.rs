@@ -109,13 +109,20 @@ fn ours() -> Vec<String> {
         .collect()
 }
 
+/// What the image has on its PATH, as far as anything runs it.
+pub(super) fn programs() -> BTreeSet<String> {
+    let packages = packages();
+    let is_there = |package: &&str| packages.contains(*package) || ESSENTIAL.contains(package);
+    let debians = PROGRAMS
+        .iter()
+        .filter(|(_, package)| is_there(package))
+        .map(|(name, _)| (*name).to_owned());
+    debians.chain(ours()).collect()
+}
+
 /// True when the image has `program` on its PATH.
 pub(super) fn has_program(program: &str) -> bool {
-    let packages = packages();
-    ours().iter().any(|own| own == program)
-        || PROGRAMS.iter().any(|(name, package)| {
-            *name == program && (packages.contains(*package) || ESSENTIAL.contains(package))
-        })
+    programs().contains(program)
 }
 
 /// Programs that a source file starts, before its tests.

@@ -7,7 +7,10 @@ use serde_json::Value;
 use super::{array, both, objects, read};
 
 /// Where the daemon says what it measures.
-const SCRAPE: &str = "server/src/http/scrape.rs";
+const SCRAPE: [&str; 2] = [
+    "server/src/http/scrape.rs",
+    "server/src/http/scrape/stores.rs",
+];
 const DASHBOARD: &str = "deploy/charts/ashlar/files/dashboard.json";
 const ALERTS: &str = "deploy/charts/ashlar/files/alerts.yaml";
 
@@ -87,7 +90,7 @@ fn names_are_read_as_prometheus_stores_them() {
 
 #[test]
 fn the_dashboard_shows_metrics_that_exist() {
-    let known = names_in(&read(SCRAPE));
+    let known = names_in(&SCRAPE.map(read).concat());
     assert!(known.len() > 50, "{known:?}");
     let expressions = dashboard_expressions();
     assert!(expressions.len() > 30);
@@ -118,7 +121,7 @@ fn the_dashboards_panels_have_ids_of_their_own_and_do_not_overlap() {
 
 #[test]
 fn alerts_watch_metrics_that_exist_and_say_what_to_do() {
-    let known = names_in(&read(SCRAPE));
+    let known = names_in(&SCRAPE.map(read).concat());
     let rules = alerts();
     assert!(rules.len() >= 10);
     for rule in rules {

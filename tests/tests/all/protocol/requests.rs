@@ -1,13 +1,9 @@
 //! Single requests: which are served, which are refused and with what, and that a refusal leaves the connection in step.
 
-use std::time::Duration;
-
-use ashlar_tests::nbd::{Failure, HeaderStyle, Request, Transmission, Wishes, wire};
+use ashlar_tests::nbd::{HeaderStyle, Request, Transmission, Wishes, wire};
 use ashlar_tests::seed::{self, Rng};
 
 use super::{Fixture, Row, SIZE, STYLES};
-
-const SOON: Duration = Duration::from_secs(5);
 
 #[test]
 fn every_row_of_the_requests() {
@@ -44,35 +40,14 @@ const ROWS: &[Row] = &[
         "32 MiB in one READ and one WRITE; 33 MiB in one READ refused or served",
         largest_payload,
     ),
-    (
-        "WRITE of 33 MiB: dropped, refused or served; nobody else notices",
-        too_large_write,
-    ),
-    ("WRITE of 4 GiB - 1: dropped, not waited for", absurd_write),
     ("CACHE of 64 MiB and of the whole volume: answered", cache),
-    ("WRITE_ZEROES and TRIM of the whole volume", whole_volume),
-    (
-        "TRIM and WRITE_ZEROES that are not aligned leave their neighbours alone",
-        unaligned_zeroes,
-    ),
-    ("WRITE_ZEROES: NO_HOLE and FAST_ZERO", zero_flags),
-    ("a bad request magic: dropped", bad_request_magic),
-    ("the other header style: dropped", wrong_header_style),
-    (
-        "lengths beyond 32 bits under extended headers",
-        extended_lengths,
-    ),
-    (
-        "PAYLOAD_LEN where it does not belong: refused and in step, or dropped",
-        misplaced_payload,
-    ),
     (
         "1 to 4097 bytes at odd offsets, against a model",
         unaligned_model,
     ),
 ];
 
-fn each_style(fixture: &Fixture, check: impl Fn(&mut Transmission)) {
+pub(super) fn each_style(fixture: &Fixture, check: impl Fn(&mut Transmission)) {
     for wishes in STYLES {
         let mut client = fixture.open(wishes);
         check(&mut client);
@@ -85,7 +60,13 @@ fn each_style(fixture: &Fixture, check: impl Fn(&mut Transmission)) {
     }
 }
 
-fn errno(client: &mut Transmission, command: u16, offset: u64, length: u64, flags: u16) -> u32 {
+pub(super) fn errno(
+    client: &mut Transmission,
+    command: u16,
+    offset: u64,
+    length: u64,
+    flags: u16,
+) -> u32 {
     let payload = if command == wire::CMD_WRITE {
         vec![0xee; length as usize]
     } else {
@@ -318,52 +299,6 @@ fn largest_payload(fixture: &Fixture) {
     rng.next();
 }
 
-fn too_large_write(fixture: &Fixture) {
-    for wishes in STYLES {
-        let mut client = fixture.open(wishes);
-        let payload = vec![0x55; 33 << 20];
-        let request = Request {
-            command: wire::CMD_WRITE,
-            length: payload.len() as u64,
-            payload: &payload,
-            ..Request::default()
-        };
-        match client.ask(&request) {
-            Ok(answer)
-                if answer.errno == 0
-                    || answer.errno == wire::EINVAL
-                    || answer.errno == wire::EOVERFLOW =>
-            {
-                client.read(0, 512).expect("in step after an answer");
-            }
-            Ok(answer) => panic!("errno {}", answer.errno),
-            Err(Failure::Io(_)) => {}
-            Err(other) => panic!("{other}"),
-        }
-    }
-}
-
-fn absurd_write(fixture: &Fixture) {
-    for wishes in STYLES {
-        let mut client = fixture.open(wishes);
-        let header = client.header(
-            &Request {
-                command: wire::CMD_WRITE,
-                length: 0xffff_ffff,
-                ..Request::default()
-            },
-            5,
-        );
-        client.connection.send(&header).unwrap();
-        // A little of it, then silence: the server must not wait for 4 GiB.
-        let _ = client.connection.send(&[0; 4096]);
-        client
-            .connection
-            .until_closed(SOON)
-            .unwrap_or_else(|error| panic!("{wishes:?}: {error}"));
-    }
-}
-
 fn cache(fixture: &Fixture) {
     each_style(fixture, |client| {
         for (offset, length) in [(0, 64 << 20), (0, SIZE), (1, 511)] {
@@ -374,208 +309,6 @@ fn cache(fixture: &Fixture) {
             );
         }
     });
-}
-
-fn whole_volume(fixture: &Fixture) {
-    each_style(fixture, |client| {
-        for command in [wire::CMD_WRITE_ZEROES, wire::CMD_TRIM] {
-            for offset in [0, 70 << 20, SIZE - 5000] {
-                client.write(offset, &[0x77; 5000]).unwrap();
-            }
-            assert_eq!(errno(client, command, 0, SIZE, 0), 0);
-            for offset in [0, 70 << 20, SIZE - 5000] {
-                assert_eq!(
-                    client.read(offset, 5000).unwrap(),
-                    [0; 5000],
-                    "command {command}, at {offset}"
-                );
-            }
-        }
-    });
-}
-
-fn unaligned_zeroes(fixture: &Fixture) {
-    each_style(fixture, |client| {
-        for command in [wire::CMD_WRITE_ZEROES, wire::CMD_TRIM] {
-            for (from, to) in [
-                (1, 2),
-                (4095, 4097),
-                (100, 12_000),
-                (4096, 9000),
-                (511, 8192),
-                (4000, 4096 * 4 + 1),
-            ] {
-                client.write(0, &[0x66; 24_576]).unwrap();
-                assert_eq!(errno(client, command, from, to - from, 0), 0);
-                let data = client.read(0, 24_576).unwrap();
-                let (from, to) = (from as usize, to as usize);
-                assert!(
-                    data[..from]
-                        .iter()
-                        .chain(&data[to..])
-                        .all(|byte| *byte == 0x66),
-                    "neighbours of {from}..{to}"
-                );
-                if command == wire::CMD_WRITE_ZEROES {
-                    assert!(
-                        data[from..to].iter().all(|byte| *byte == 0),
-                        "{from}..{to} is not zero"
-                    );
-                }
-                // Whole blocks that are trimmed read as zeros; for parts of a block trim is only a hint.
-                let (first, last) = (from.next_multiple_of(4096), to / 4096 * 4096);
-                assert!(
-                    first >= last || data[first..last].iter().all(|byte| *byte == 0),
-                    "{first}..{last} was discarded"
-                );
-            }
-        }
-    });
-}
-
-fn zero_flags(fixture: &Fixture) {
-    each_style(fixture, |client| {
-        for flags in [
-            0,
-            wire::CMD_FLAG_NO_HOLE,
-            wire::CMD_FLAG_FAST_ZERO,
-            wire::CMD_FLAG_NO_HOLE | wire::CMD_FLAG_FAST_ZERO,
-        ] {
-            client.write(4096, &[0x44; 8192]).unwrap();
-            let errno = errno(
-                client,
-                wire::CMD_WRITE_ZEROES,
-                4096,
-                8192,
-                flags | wire::CMD_FLAG_FUA,
-            );
-            let may_decline = flags & wire::CMD_FLAG_FAST_ZERO != 0;
-            assert!(
-                errno == 0 || (may_decline && errno == wire::ENOTSUP),
-                "flags {flags:#x}: {errno}"
-            );
-            let expected = if errno == 0 { 0 } else { 0x44 };
-            assert_eq!(
-                client.read(4096, 8192).unwrap(),
-                [expected; 8192],
-                "flags {flags:#x}"
-            );
-        }
-    });
-}
-
-fn bad_request_magic(fixture: &Fixture) {
-    for wishes in STYLES {
-        for magic in [0_u32, 0x2560_9514, wire::SIMPLE_REPLY_MAGIC, 0x1234_5678] {
-            let mut client = fixture.open(wishes);
-            let mut header = client.header(
-                &Request {
-                    length: 512,
-                    ..Request::default()
-                },
-                9,
-            );
-            header[..4].copy_from_slice(&magic.to_be_bytes());
-            client.connection.send(&header).unwrap();
-            let came = client
-                .connection
-                .until_closed(SOON)
-                .unwrap_or_else(|error| panic!("{wishes:?}: {error}"));
-            assert!(came.is_empty(), "{magic:#x} was answered");
-        }
-    }
-}
-
-fn wrong_header_style(fixture: &Fixture) {
-    for (negotiated, magic) in [
-        (Wishes::SIMPLE, wire::EXTENDED_REQUEST_MAGIC),
-        (Wishes::STRUCTURED, wire::EXTENDED_REQUEST_MAGIC),
-        (Wishes::EXTENDED, wire::REQUEST_MAGIC),
-    ] {
-        let mut client = fixture.open(negotiated);
-        let mut bytes = magic.to_be_bytes().to_vec();
-        bytes.resize(64, 0);
-        client.connection.send(&bytes).unwrap();
-        client
-            .connection
-            .until_closed(SOON)
-            .unwrap_or_else(|error| panic!("{negotiated:?}: {error}"));
-    }
-}
-
-fn extended_lengths(fixture: &Fixture) {
-    let mut client = fixture.open(Wishes::EXTENDED);
-    for length in [SIZE + 1, 1 << 32, (1 << 32) + 4096, 1 << 62, u64::MAX] {
-        let mut ask = |command| errno(&mut client, command, 4096, length, 0);
-        let read = ask(wire::CMD_READ);
-        assert!(
-            [wire::EINVAL, wire::EOVERFLOW].contains(&read),
-            "read of {length}: {read}"
-        );
-        assert_eq!(ask(wire::CMD_TRIM), wire::EINVAL, "{length}");
-        assert_eq!(ask(wire::CMD_CACHE), wire::EINVAL, "{length}");
-        assert_eq!(ask(wire::CMD_BLOCK_STATUS), wire::EINVAL, "{length}");
-        assert_eq!(ask(wire::CMD_WRITE_ZEROES), wire::ENOSPC, "{length}");
-    }
-    client.read(0, 512).unwrap();
-    // A payload of more than 4 GiB is announced: dropped.
-    let flags = wire::CMD_FLAG_PAYLOAD_LEN;
-    let header = client.header(
-        &Request {
-            flags,
-            command: wire::CMD_WRITE,
-            length: 1 << 40,
-            ..Request::default()
-        },
-        1,
-    );
-    client.connection.send(&header).unwrap();
-    client.connection.until_closed(SOON).unwrap();
-}
-
-fn misplaced_payload(fixture: &Fixture) {
-    for command in [
-        wire::CMD_READ,
-        wire::CMD_TRIM,
-        wire::CMD_FLUSH,
-        wire::CMD_WRITE_ZEROES,
-        wire::CMD_CACHE,
-        99,
-    ] {
-        let mut client = fixture.open(Wishes::EXTENDED);
-        let request = Request {
-            flags: wire::CMD_FLAG_PAYLOAD_LEN,
-            command,
-            length: 16,
-            payload: &[1; 16],
-            offset: 0,
-        };
-        match client.ask(&request) {
-            Ok(answer) => {
-                assert_eq!(answer.errno, wire::EINVAL, "command {command}");
-                client
-                    .read(0, 512)
-                    .unwrap_or_else(|error| panic!("command {command} is out of step: {error}"));
-            }
-            Err(Failure::Io(_)) => {}
-            Err(other) => panic!("command {command}: {other}"),
-        }
-    }
-    // And the flag only exists under extended headers.
-    for wishes in [Wishes::SIMPLE, Wishes::STRUCTURED] {
-        let mut client = fixture.open(wishes);
-        assert_eq!(
-            errno(
-                &mut client,
-                wire::CMD_READ,
-                0,
-                16,
-                wire::CMD_FLAG_PAYLOAD_LEN
-            ),
-            wire::EINVAL
-        );
-        client.read(0, 512).unwrap();
-    }
 }
 
 fn unaligned_model(fixture: &Fixture) {

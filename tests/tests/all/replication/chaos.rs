@@ -166,6 +166,7 @@ impl Harm<'_> {
             }
             let new = (at + 1 + self.rng.below(2) as usize) % 3;
             let admin = self.trio.nodes[new].daemon.admin();
+            self.trio.expect_move(new);
             let opened = admin.try_run(["volume", "open", &name(number)]);
             if opened.status.success() {
                 self.shared.heads[number].store(new, Ordering::Release);
@@ -307,6 +308,7 @@ fn nothing_is_lost_whatever_happens_to_one_at_a_time() {
         // Every copy has it: each node serves from its own.
         for at in [0, 1, 2] {
             let admin = trio.nodes[at].daemon.admin();
+            trio.expect_move(at);
             // It may have been away until a moment ago.
             wait::until(HEALING_LIMIT, "it is served there", || {
                 let said = admin.try_run(["volume", "open", &name(number)]);

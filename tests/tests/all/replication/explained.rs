@@ -97,6 +97,26 @@ fn a_volume_says_why_it_is_as_it_is() {
         }
     });
 
+    // Fewer may be made enough, and what waited goes on.
+    let waiting = std::thread::spawn(move || {
+        client.write(4096, &[8; 4096]).expect("written");
+        client
+    });
+    let least = |n: &str| {
+        let admin = trio.nodes[0].daemon.admin();
+        admin.try_run(["volume", "set", "disk", "--min-in-sync", n])
+    };
+    let refused = least("4").to_string();
+    assert!(
+        refused.contains("of 3 copies 4 cannot be in sync"),
+        "{refused}"
+    );
+    assert!(least("1").status.success());
+    let client = waiting.join().expect("answered");
+    wait_explained(&trio, 0, "degraded", "copy-out");
+    assert!(least("2").status.success());
+    wait_explained(&trio, 0, "stuck", "writes-wait");
+
     trio.nodes[1].daemon.start();
     trio.nodes[2].daemon.start();
     trio.wait_in_sync(0, "disk", 3);

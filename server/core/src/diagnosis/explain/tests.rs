@@ -2,11 +2,9 @@ use uuid::Uuid;
 
 use super::*;
 use crate::diagnosis::{CopyFact, Filling, StoreFact, VolumeFact};
-use crate::records::{
-    HeadClaim, Placement, ReplicaSet, VolumeLimits, VolumeName, VolumeRecord, default_min_in_sync,
-};
+use crate::records::{HeadClaim, Placement, ReplicaSet, VolumeName, VolumeRecord};
 use crate::replication::wire::Status;
-use crate::units::{Epoch, LayerId, Version, VolumeId};
+use crate::units::{Epoch, LayerId, VolumeId};
 
 const NOW: u64 = 1_700_000_000_000;
 
@@ -25,33 +23,24 @@ fn facts(states: &[ReplicaState]) -> Facts {
         ..Replica::in_sync(node(n), store(n))
     });
     let record = VolumeRecord {
-        id: VolumeId(Uuid::from_u128(9)),
-        name: VolumeName::parse("db").expect("a name"),
-        size_bytes: 4096,
-        layers: vec![LayerId(1)],
-        replicas: states.len() as u32,
-        min_in_sync: default_min_in_sync(states.len() as u32),
-        client_generation: 0,
-        settled: Version::NONE,
-        read_only: false,
-        write_through: false,
         epoch: Epoch(3),
         head: Some(HeadClaim {
             node: node(0),
             incarnation: Uuid::from_u128(1),
         }),
-        created_at_unix_ms: 0,
-        state: VolumeState::Active,
-        placement: Placement {
-            stores: Vec::new(),
-            sets: vec![ReplicaSet {
-                replicas: replicas.collect(),
-            }],
-        },
         never_written: false,
-        filesystem: None,
-        limits: VolumeLimits::default(),
-        publications: Vec::new(),
+        ..VolumeRecord::new(
+            VolumeId(Uuid::from_u128(9)),
+            VolumeName::parse("db").expect("a name"),
+            4096,
+            LayerId(1),
+            Placement {
+                stores: Vec::new(),
+                sets: vec![ReplicaSet {
+                    replicas: replicas.collect(),
+                }],
+            },
+        )
     };
     let nodes = (0..states.len() as u8).map(|n| NodeFact {
         id: node(n),

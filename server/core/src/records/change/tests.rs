@@ -111,6 +111,7 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
         write_through: false,
         created_at_unix_ms: 0,
         replicas: 1,
+        min_in_sync: None,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(1))],
             sets: Vec::new(),
@@ -118,6 +119,41 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
         limits: VolumeLimits::default(),
         annotations: Annotations::default(),
     }
+}
+
+#[test]
+fn at_least_one_and_at_most_all_copies_have_to_be_in_sync() {
+    for (wanted, expected) in [(None, Ok(2)), (Some(1), Ok(1)), (Some(3), Ok(3))]
+        .into_iter()
+        .chain([0, 4].map(|wanted| {
+            let replicas = 3;
+            (Some(wanted), Err(MinInSyncError { wanted, replicas }))
+        }))
+    {
+        let new = NewVolume {
+            replicas: 3,
+            min_in_sync: wanted,
+            ..new_volume(1, "a")
+        };
+        let made = create(new, None, None).map(|made| made.record.min_in_sync);
+        assert_eq!(made, expected.map_err(CreateError::from), "{wanted:?}");
+    }
+    let mut memory = Memory::default();
+    let mut current = created(&mut memory, 1, "a");
+    current.record.replicas = 3;
+    current.record.min_in_sync = 2;
+    let least = |wanted| {
+        set_min_in_sync(&current, wanted)
+            .map(|changed| changed.map(|(record, _)| record.min_in_sync))
+    };
+    assert_eq!(
+        (least(1), least(2), least(3)),
+        (Ok(Some(1)), Ok(None), Ok(Some(3)))
+    );
+    assert!(least(0).is_err() && least(4).is_err());
+    let (changed, transaction) = set_min_in_sync(&current, 3).expect("allowed").expect("new");
+    assert!(transaction.effects.len() == 1 && transaction.conditions.len() == 1);
+    assert_eq!(changed.epoch, current.record.epoch, "clients stay");
 }
 
 fn created(memory: &mut Memory, number: u128, called: &str) -> Versioned<VolumeRecord> {

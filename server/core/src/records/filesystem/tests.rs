@@ -1,36 +1,6 @@
 use super::*;
-use crate::records::{Placement, Record, Revision, VolumeLimits};
-use crate::units::{Epoch, LayerId, StoreId, VolumeId};
-
-fn blank() -> Versioned<VolumeRecord> {
-    Versioned {
-        record: VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("db").expect("name"),
-            size_bytes: 8192,
-            layers: vec![LayerId(3)],
-            replicas: 1,
-            read_only: false,
-            write_through: false,
-            epoch: Epoch(2),
-            head: None,
-            created_at_unix_ms: 0,
-            state: VolumeState::Active,
-            min_in_sync: 1,
-            client_generation: 0,
-            settled: Default::default(),
-            placement: Placement {
-                stores: vec![StoreId(Uuid::from_u128(7))],
-                sets: Vec::new(),
-            },
-            never_written: true,
-            filesystem: None,
-            limits: VolumeLimits::default(),
-            publications: vec![],
-        },
-        changed_at: Revision(1),
-    }
-}
+use crate::records::Record;
+use crate::records::sample::read_volume;
 
 fn ext4() -> FilesystemType {
     FilesystemType::parse("ext4").expect("type")
@@ -41,7 +11,7 @@ const OTHER: Uuid = Uuid::from_u128(0x22);
 
 #[test]
 fn a_blank_volume_is_formatted_once() {
-    let mut volume = blank();
+    let mut volume = read_volume();
     assert!(matches!(
         end_format(&volume, ONE),
         Err(FormatError::NotBegun { .. })
@@ -89,7 +59,7 @@ fn a_blank_volume_is_formatted_once() {
 
 #[test]
 fn a_volume_that_may_hold_data_is_never_formatted() {
-    let mut volume = blank();
+    let mut volume = read_volume();
     assert!(matches!(
         begin_format(&volume, &ext4(), ONE, true),
         Err(FormatError::Written { .. })
@@ -111,7 +81,7 @@ fn a_volume_that_may_hold_data_is_never_formatted() {
 
 #[test]
 fn a_first_write_and_a_format_cannot_both_win() {
-    let volume = blank();
+    let volume = read_volume();
     let (_, format) = begin_format(&volume, &ext4(), ONE, false)
         .expect("blank")
         .expect("new");

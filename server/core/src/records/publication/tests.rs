@@ -1,38 +1,9 @@
 use uuid::Uuid;
 
 use super::*;
-use crate::records::{Placement, Record, Revision, VolumeLimits, begin_delete, configure};
-use crate::units::{LayerId, NodeId, StoreId};
-
-fn volume() -> Versioned<VolumeRecord> {
-    Versioned {
-        record: VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("db").expect("name"),
-            size_bytes: 8192,
-            layers: vec![LayerId(3)],
-            replicas: 1,
-            read_only: false,
-            write_through: false,
-            epoch: Epoch(2),
-            head: None,
-            created_at_unix_ms: 0,
-            state: VolumeState::Active,
-            min_in_sync: 1,
-            client_generation: 0,
-            settled: Default::default(),
-            placement: Placement {
-                stores: vec![StoreId(Uuid::from_u128(7))],
-                sets: Vec::new(),
-            },
-            never_written: true,
-            filesystem: None,
-            limits: VolumeLimits::default(),
-            publications: vec![],
-        },
-        changed_at: Revision(1),
-    }
-}
+use crate::records::sample::read_volume;
+use crate::records::{Record, Revision, begin_delete, configure};
+use crate::units::NodeId;
 
 fn head() -> HeadClaim {
     HeadClaim {
@@ -90,7 +61,7 @@ fn one_writer_or_many_readers() {
     ];
     for first in all {
         for second in all {
-            let mut volume = volume();
+            let mut volume = read_volume();
             assert_eq!(ask(&mut volume, "a", first, false), Ok(true));
             assert_eq!(
                 ask(&mut volume, "a", first, false),
@@ -117,7 +88,7 @@ fn one_writer_or_many_readers() {
 
 #[test]
 fn a_mode_that_only_reads_is_read_only_whatever_is_asked() {
-    let mut volume = volume();
+    let mut volume = read_volume();
     assert_eq!(
         ask(&mut volume, "a", AccessMode::MultiNodeReader, false),
         Ok(true)
@@ -140,7 +111,7 @@ fn a_mode_that_only_reads_is_read_only_whatever_is_asked() {
 
 #[test]
 fn taking_a_volume_back_raises_its_epoch_and_leaves_the_others() {
-    let mut volume = volume();
+    let mut volume = read_volume();
     for to in ["a", "b", "c"] {
         ask(&mut volume, to, AccessMode::MultiNodeReader, false).expect("published");
     }
@@ -168,7 +139,7 @@ fn taking_a_volume_back_raises_its_epoch_and_leaves_the_others() {
 
 #[test]
 fn a_published_volume_is_neither_deleted_nor_reconfigured() {
-    let mut volume = volume();
+    let mut volume = read_volume();
     ask(&mut volume, "a", AccessMode::SingleNodeWriter, false).expect("published");
     let refusal = begin_delete(&volume, 0).expect_err("published").to_string();
     assert!(refusal.contains("node a"), "{refusal}");
@@ -178,7 +149,7 @@ fn a_published_volume_is_neither_deleted_nor_reconfigured() {
 
 #[test]
 fn the_number_of_readers_is_bounded() {
-    let mut volume = volume();
+    let mut volume = read_volume();
     for number in 0..PUBLICATIONS_MAX {
         assert_eq!(
             ask(
@@ -198,7 +169,7 @@ fn the_number_of_readers_is_bounded() {
 
 #[test]
 fn an_export_name_leads_back_and_its_secret_is_not_printed() {
-    let mut volume = volume();
+    let mut volume = read_volume();
     ask(&mut volume, "a", AccessMode::SingleNodeWriter, false).expect("published");
     let publication = &volume.record.publications[0];
     let name = publication.export_name(volume.record.id);
@@ -224,7 +195,7 @@ fn an_export_name_leads_back_and_its_secret_is_not_printed() {
 
 #[test]
 fn impossible_publications_are_seen() {
-    let mut two = volume();
+    let mut two = read_volume();
     ask(&mut two, "a", AccessMode::MultiNodeReader, true).expect("published");
     ask(&mut two, "b", AccessMode::MultiNodeReader, true).expect("published");
     let broken = |change: &dyn Fn(&mut VolumeRecord)| {

@@ -4,7 +4,7 @@ use super::*;
 use crate::placement::spread;
 use crate::records::{HeadClaim, Placement, Revision, Versioned, VolumeName};
 use crate::replication::membership::change;
-use crate::units::{CHUNK_BYTES, Epoch, LayerId, StoreId, Version};
+use crate::units::{CHUNK_BYTES, Epoch, LayerId, StoreId};
 use uuid::Uuid;
 
 struct Sim {
@@ -43,32 +43,24 @@ impl Sim {
             replicas: set.into_iter().map(replica).collect(),
         });
         let volume = VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("v").expect("a name"),
-            size_bytes: 2 << 30,
-            layers: vec![LayerId(1)],
-            replicas,
             min_in_sync: 1,
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
             epoch: Epoch(1),
             // Its last node: the tests let the first ones die.
             head: Some(HeadClaim {
                 node: id(count),
                 incarnation: Uuid::from_u128(5),
             }),
-            created_at_unix_ms: 0,
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: vec![],
-                sets: sets.collect(),
-            },
+            ..VolumeRecord::new(
+                VolumeId(Uuid::from_u128(1)),
+                VolumeName::parse("v").expect("a name"),
+                2 << 30,
+                LayerId(1),
+                Placement {
+                    stores: vec![],
+                    sets: sets.collect(),
+                },
+            )
         };
         let nodes = (1..=count)
             .map(|n| NodeView {

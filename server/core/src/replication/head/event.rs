@@ -400,13 +400,13 @@ pub enum News {
         /// Which.
         member: MemberId,
     },
-    /// A damaged block was written again from a good copy.
+    /// Damaged blocks were written again from a good copy.
     Repaired {
         /// Where.
         extent: ExtentKey,
-        /// First block.
+        /// The first of them.
         first_block: u32,
-        /// How many.
+        /// How many: those between them may have been sound.
         count: u32,
     },
 }

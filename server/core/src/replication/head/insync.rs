@@ -65,6 +65,7 @@ impl ReplicatedHead {
             return;
         }
         self.jobs_lost(member, actions);
+        self.repair_without(member, |_| true, actions);
         self.settle_all(actions);
         self.settle_flushes(actions);
     }
@@ -114,10 +115,11 @@ impl ReplicatedHead {
             if self
                 .resyncs
                 .iter()
-                .any(|r| r.set == set && r.source == member)
+                .any(|r| r.set == set && self.sources_of(r).contains(&member))
             {
                 self.jobs_lost(member, actions);
             }
+            self.repair_without(member, |of| of == set, actions);
         }
         record.settled = record.settled.max(floor);
         self.settled = self.settled.max(floor);

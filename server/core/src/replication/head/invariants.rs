@@ -57,7 +57,7 @@ impl ReplicatedHead {
             let set = self.set(resync.set);
             assert!(set.mirrored & set.bit_of(resync.member) != 0);
         }
-        self.check_copies();
+        self.check_jobs();
         for (index, member) in self.members.iter().enumerate() {
             let id = MemberId(index as u8);
             if member.session != Session::None {

@@ -23,8 +23,10 @@ const WINDOW_BLOCKS: u32 = 128;
 const GAP_BLOCKS: u32 = 16;
 /// Copies of one job under way at a time.
 const COPIES: u32 = 32;
-/// Repairs at a time; what is damaged beyond that is found again by the next read.
+/// Repairs at a time.
 const REPAIRS: usize = 8;
+/// Repairs that wait for their turn; what is damaged beyond that is found again by the next read or scrub.
+const REPAIRS_WAITING: usize = 1024;
 
 /// Whom a job is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +78,19 @@ pub(super) struct LeafJob {
     bad: Vec<(MemberId, Window)>,
     /// One of them not because it is damaged: it may be readable later.
     is_transient: bool,
+    /// Of a repair: what was written again.
+    repaired: Vec<Window>,
+    /// Of a repair: a replica has no room for it. What is under way ends, nothing more is begun.
+    is_given_up: bool,
+}
+
+/// Blocks that cannot be read somewhere, to be written again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Damage {
+    /// The replica that cannot read them, where it is known.
+    bad: Option<MemberId>,
+    extent: ExtentKey,
+    blocks: Window,
 }
 
 /// A copy to be made.
@@ -107,11 +122,15 @@ pub(super) struct Copy {
     since_us: u64,
 }
 
+fn is_in((first, count): Window, block: u32) -> bool {
+    (first..first + count).contains(&block)
+}
+
 impl LeafJob {
     fn is_bad(&self, member: MemberId, block: u32) -> bool {
         self.bad
             .iter()
-            .any(|(m, (first, count))| *m == member && (*first..first + count).contains(&block))
+            .any(|(m, window)| *m == member && is_in(*window, block))
     }
 
     /// What a member has of a block; what it cannot read is lost.
@@ -142,7 +161,8 @@ impl LeafJob {
                 .filter(|at| states[*at].content != BlockContent::Lost)
                 .max_by_key(|at| (states[*at].version, states.len() - at))?,
             // Whatever the replicas in sync have.
-            JobFor::Resync(_) | JobFor::Repair => 0,
+            JobFor::Resync(_) => 0,
+            JobFor::Repair => return self.plan_repaired(block, &states),
         };
         let source = states[best];
         let lack: SmallVec<[MemberId; 3]> = (0..states.len())
@@ -163,6 +183,29 @@ impl LeafJob {
         };
         let from = (!source.reads_as_zeros()).then_some(self.states[best].0);
         Some(Planned { blocks, from, to })
+    }
+
+    /// A block that some replica in sync cannot read is written again, to all, with what the others have. Where those have
+    /// nothing, zeros do: bytes would take room that a full store does not have. Where some have bytes and some have not,
+    /// one of their disks went back in time: that is left as it is, for somebody to look at.
+    fn plan_repaired(&self, block: u32, states: &[BlockState]) -> Option<Planned> {
+        if self.repaired.iter().any(|window| is_in(*window, block)) {
+            return None;
+        }
+        let sound = |at: &usize| states[*at].content != BlockContent::Lost;
+        let newest = |at: &usize| (states[*at].version, states.len() - at);
+        let source = (0..states.len()).filter(sound).max_by_key(newest)?;
+        let zeros = states.iter().filter(|state| state.reads_as_zeros()).count();
+        let has_bytes = |state: &BlockState| state.content == BlockContent::Data;
+        if zeros == states.len() || (zeros > 0 && states.iter().any(has_bytes)) {
+            return None;
+        }
+        let from = (zeros == 0).then_some(self.states[source].0);
+        Some(Planned {
+            blocks: (block, 1),
+            from,
+            to: To::Everybody,
+        })
     }
 
     /// Copies for a window, neighbours that are alike together.
@@ -274,6 +317,8 @@ impl ReplicatedHead {
             again: false,
             bad: Vec::new(),
             is_transient: false,
+            repaired: Vec::new(),
+            is_given_up: false,
         });
         JobKey { place, serial }
     }
@@ -292,7 +337,11 @@ impl ReplicatedHead {
                 let source = self.resync_of(member).map(|resync| resync.source);
                 source.into_iter().chain([member]).collect()
             }
-            JobFor::Repair => SmallVec::new(),
+            JobFor::Repair => self
+                .set(set)
+                .members(self.set(set).readable())
+                .into_iter()
+                .collect(),
         };
         if let Some(job) = self.job(key) {
             job.states = members.iter().map(|member| (*member, None)).collect();
@@ -323,7 +372,15 @@ impl ReplicatedHead {
         let states = match result {
             Ok(states) => states,
             Err(status) => {
-                self.lose(asked.member, Some(status), actions);
+                let is_unreadable = matches!(status, Status::Corrupt | Status::Device);
+                match self.job(key) {
+                    // Its disk is what a repair is about: others may know.
+                    Some(job) if job.what == JobFor::Repair && is_unreadable => {
+                        job.states.retain(|(member, _)| *member != asked.member);
+                        self.states_known(key, actions);
+                    }
+                    _ => self.lose(asked.member, Some(status), actions),
+                }
                 return;
             }
         };
@@ -334,6 +391,12 @@ impl ReplicatedHead {
                 break;
             }
         }
+        self.states_known(key, actions);
+    }
+
+    /// Goes on when everybody asked has answered.
+    fn states_known(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(job) = self.job(key) else { return };
         if job.states.iter().any(|(_, states)| states.is_none()) {
             return;
         }
@@ -356,6 +419,11 @@ impl ReplicatedHead {
                 job.windows = job.differing();
                 job.windows.reverse();
                 self.next_window(key, actions);
+            }
+            (Stage::Comparing, JobFor::Repair) => {
+                job.stage = Stage::Copying;
+                job.plan(job.window);
+                self.go_on_copying(key, actions);
             }
             (Stage::Comparing, _) => {
                 job.stage = Stage::Copying;
@@ -398,6 +466,10 @@ impl ReplicatedHead {
                 return;
             };
             let held = self.settled_ranges(job);
+            // It would lock a range behind writes that wait for more replicas, and have reads wait with it.
+            if job.what == JobFor::Repair && !self.can_repair(job.set) {
+                self.give_up_repair(key);
+            }
             let Some(job) = self.job(key) else { return };
             let Some((first, count)) = job.windows.pop() else {
                 self.jobs.remove(key.place);
@@ -467,11 +539,16 @@ impl ReplicatedHead {
     fn compare_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
         let Some(job) = self.job(key) else { return };
         job.again = false;
-        if job.what == JobFor::Repair {
-            self.plan_repair(key, actions);
+        job.stage = Stage::Comparing;
+        let (what, set) = (job.what, job.set);
+        if what == JobFor::Repair && !self.can_repair(set) {
+            self.give_up_repair(key);
+            if let Some(job) = self.job(key) {
+                job.stage = Stage::Copying;
+            }
+            self.go_on_copying(key, actions);
             return;
         }
-        job.stage = Stage::Comparing;
         self.ask_leaf(key, actions);
     }
 
@@ -487,6 +564,7 @@ impl ReplicatedHead {
             .filter(|(_, job)| {
                 let (first, count) = job.window;
                 job.ticket.is_none()
+                    || (job.what == JobFor::Repair && !self.can_repair(job.set))
                     || self
                         .settled_ranges(job)
                         .iter()

@@ -285,7 +285,6 @@ impl ReplicatedHead {
             query: None,
         });
         self.queries.retain(|_, query| query.member != member);
-        self.fail_copies_of(member, actions);
         match self.phase {
             Phase::Serving => self.fail_replicas_of(member, status, actions),
             Phase::Closing => self.stop(StopReason::Closed, actions),

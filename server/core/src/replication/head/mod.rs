@@ -38,6 +38,8 @@ pub use event::{
 pub use members::MemberPlace;
 pub use status::{HeadStatus, MemberStatus, PhaseName, ResyncProgress};
 
+use std::collections::VecDeque;
+
 use hashbrown::HashMap;
 use slab::Slab;
 use smallvec::SmallVec;
@@ -49,7 +51,7 @@ use crate::volume::{self, Access, Began, BlockRange, HeadSpec, Refusal, Started,
 
 use claim::PendingSwap;
 use flush::FlushOp;
-use leaf::{Copy, LeafJob};
+use leaf::{Copy, Damage, LeafJob};
 use members::{Member, Query};
 use opening::Opening;
 use resync::Resync;
@@ -151,6 +153,8 @@ pub struct ReplicatedHead {
     queries: HashMap<QueryId, Query>,
     query_serial: u64,
     jobs: Slab<LeafJob>,
+    /// Repairs that wait for their turn.
+    damages: VecDeque<Damage>,
     job_serial: u64,
     copies: HashMap<CopyId, Copy>,
     copy_serial: u64,
@@ -209,6 +213,7 @@ impl ReplicatedHead {
             queries: HashMap::new(),
             query_serial: 0,
             jobs: Slab::new(),
+            damages: VecDeque::new(),
             job_serial: 0,
             copies: HashMap::new(),
             copy_serial: 0,

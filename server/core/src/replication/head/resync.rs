@@ -427,6 +427,7 @@ impl ReplicatedHead {
     /// Everything that compares and copies is given up.
     pub(super) fn abandon_work(&mut self, actions: &mut Vec<Action>) {
         self.resyncs.clear();
+        self.damages.clear();
         self.drop_all_jobs(actions);
         for set in &mut self.sets {
             set.mirrored = 0;

@@ -149,7 +149,7 @@ impl ReplicatedHead {
             }
         }
         for member in ended {
-            self.fail_copies_of(member, actions);
+            self.repair_without(member, |_| true, actions);
         }
     }
 

@@ -1,13 +1,14 @@
 //! What a head answers while a newer one may serve that it has not heard of: single steps that the simulator meets too
 //! rarely to be relied on.
 
-use super::super::wire::{Rows, Status};
+use super::super::wire::{LeafStates, RowVersions, Rows, Status};
+use super::super::{BlockContent, BlockState};
 use super::*;
 use crate::records::{
-    HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName, VolumeState,
+    HeadClaim, Placement, Replica, ReplicaSet, ReplicaState, Revision, VolumeName,
 };
 use crate::store::ExtentKey;
-use crate::units::{LayerId, StoreId, Version, VolumeId};
+use crate::units::{CHUNK_LEAVES, LayerId, StoreId, Version, VolumeId};
 use uuid::Uuid;
 
 /// A head and members that do what they are asked at once, as long as they can be reached. What is asked of the metadata
@@ -22,6 +23,23 @@ struct Bench {
     /// Whose rows were asked for.
     compared: Vec<MemberId>,
     flushed: Vec<u64>,
+    /// Changes to be sent again.
+    redone: Vec<u64>,
+    /// What members have of a leaf, where it is something.
+    leaves: Vec<(MemberId, LeafStates)>,
+    /// Some leaf of the first chunk may differ.
+    differs: bool,
+    /// Answers to copies that were written wait for the test.
+    holds_copies: bool,
+    held: Vec<(MemberId, Event)>,
+    /// Whose index cannot be read.
+    unreadable: Vec<MemberId>,
+    /// Who has no room for what it has not.
+    full: Vec<MemberId>,
+    /// Whom copies were read from.
+    read_from: Vec<MemberId>,
+    /// Copies that were written: to whom, from which block on, how many, and whether as zeros.
+    copied: Vec<(MemberId, u32, u32, bool)>,
     stopped: bool,
 }
 
@@ -36,6 +54,10 @@ fn store(n: u8) -> StoreId {
 impl Bench {
     /// A volume with these sets of replicas, some of them out; the head is on the node of the first.
     fn new(sets: &[&[u8]], out: &[u8]) -> Bench {
+        Bench::with_min_in_sync(1, sets, out)
+    }
+
+    fn with_min_in_sync(min_in_sync: u32, sets: &[&[u8]], out: &[u8]) -> Bench {
         let replica = |n: &u8| {
             let mut replica = Replica::in_sync(node(*n), store(*n));
             if out.contains(n) {
@@ -47,28 +69,19 @@ impl Bench {
             replicas: of.iter().map(replica).collect(),
         };
         let record = VolumeRecord {
-            id: VolumeId(Uuid::from_u128(1)),
-            name: VolumeName::parse("v").expect("a name"),
-            size_bytes: 4 * (64 << 20),
-            layers: vec![LayerId(1)],
-            replicas: sets[0].len() as u32,
-            min_in_sync: 1,
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
+            min_in_sync,
             epoch: Epoch(1),
-            head: None,
-            created_at_unix_ms: 0,
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: vec![],
-                sets: sets.iter().map(set).collect(),
-            },
+            ..VolumeRecord::new(
+                VolumeId(Uuid::from_u128(1)),
+                VolumeName::parse("v").expect("a name"),
+                4 * (64 << 20),
+                LayerId(1),
+                Placement {
+                    stores: vec![],
+                    sets: sets.iter().map(set).collect(),
+                },
+            )
         };
         let claim = HeadClaim {
             node: node(sets[0][0]),
@@ -90,6 +103,15 @@ impl Bench {
             opened: Vec::new(),
             compared: Vec::new(),
             flushed: Vec::new(),
+            redone: Vec::new(),
+            leaves: Vec::new(),
+            differs: false,
+            holds_copies: false,
+            held: Vec::new(),
+            unreadable: Vec::new(),
+            full: Vec::new(),
+            read_from: Vec::new(),
+            copied: Vec::new(),
             stopped: false,
         };
         bench.carry_out(actions);
@@ -117,8 +139,13 @@ impl Bench {
 
     fn carry_out(&mut self, actions: Vec<Action>) {
         for action in actions {
-            let empty = Rows {
-                rows: vec![],
+            let mut row = RowVersions {
+                chunk: ChunkIndex(0),
+                leaves: [Version::NONE; CHUNK_LEAVES as usize],
+            };
+            row.leaves[0] = Version(9);
+            let rows = Rows {
+                rows: self.differs.then_some(row).into_iter().collect(),
                 more: false,
             };
             let done = match action {
@@ -137,8 +164,52 @@ impl Bench {
                 }
                 Action::ReadRows { query, member, .. } => {
                     self.compared.push(member);
-                    let result = Ok(empty);
+                    let result = Ok(rows);
                     (member, Event::Rows { query, result })
+                }
+                Action::ReadLeaf { query, member, .. } => {
+                    let known = self.leaves.iter().find(|(of, _)| *of == member);
+                    let states = known.map_or_else(LeafStates::holes, |(_, states)| states.clone());
+                    let result = if self.unreadable.contains(&member) {
+                        Err(Status::Device)
+                    } else {
+                        Ok(states)
+                    };
+                    (member, Event::Leaf { query, result })
+                }
+                Action::CopyRead { copy, member, .. } => {
+                    self.read_from.push(member);
+                    let status = Status::Ok;
+                    (member, Event::CopyRead { copy, status })
+                }
+                Action::CopyWrite {
+                    copy,
+                    member,
+                    first_block,
+                    count,
+                    zeros,
+                    ..
+                } => {
+                    self.copied.push((member, first_block, count, zeros));
+                    let status = if self.full.contains(&member) && !zeros {
+                        Status::NoSpace
+                    } else {
+                        Status::Ok
+                    };
+                    let event = Event::CopyWritten {
+                        copy,
+                        member,
+                        status,
+                    };
+                    if self.holds_copies {
+                        self.held.push((member, event));
+                        continue;
+                    }
+                    (member, event)
+                }
+                Action::Redo { tag, .. } => {
+                    self.redone.push(tag);
+                    continue;
                 }
                 Action::Flush { query, member } | Action::Whole { query, member } => {
                     let status = Status::Ok;
@@ -162,6 +233,7 @@ impl Bench {
                 self.event(done.1);
             }
         }
+        self.head.check_invariants();
     }
 
     /// The swap under way is heard to have happened.
@@ -371,4 +443,176 @@ fn what_was_forgotten_and_added_again_is_filled_before_it_is_in_sync() {
     bench.tick();
     assert_eq!(times(&bench), 2);
     assert!(bench.swap.is_some(), "filled anew, and being added");
+}
+
+#[test]
+fn what_is_held_for_a_replica_that_gave_back_its_blocks_is_sent_to_it_again() {
+    let mut bench = Bench::with_min_in_sync(2, &[&[1, 2, 3]], &[3]);
+    assert!(bench.swap.is_some(), "filled, and being added");
+    let (op, targets) = bench.begin_write(0);
+    assert_eq!(targets, ReplicaMask(0b111));
+    bench.lose(2);
+    bench.answer_write(op, ReplicaMask(0b101));
+    // Held for the third, which has it and is about to be in sync. But others forget it, and add it again.
+    let mut record = bench.head.record().clone();
+    for replica in &mut record.placement.sets[0].replicas {
+        if replica.store == store(3) {
+            *replica = Replica::joining(node(3), store(3), Revision(7));
+        }
+    }
+    bench.conflict(record);
+    bench.swapped();
+    bench.tick();
+    assert_eq!(bench.redone, [77]);
+}
+
+/// Of a leaf: two blocks with data, the others never written; or all of it lost.
+fn leaf(is_lost: bool) -> LeafStates {
+    let mut states = LeafStates::holes();
+    for (block, state) in states.0.iter_mut().enumerate() {
+        if is_lost {
+            state.content = BlockContent::Lost;
+        } else if block == 1 || block == 30 {
+            *state = BlockState {
+                version: Version(5),
+                content: BlockContent::Data,
+            };
+        }
+    }
+    states
+}
+
+/// Three copies, of which the third has lost a leaf.
+fn with_a_lost_leaf() -> Bench {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[]);
+    for n in 1..=3 {
+        let member = bench.member(n);
+        bench.leaves.push((member, leaf(n == 3)));
+    }
+    bench
+}
+
+fn repair(bench: &mut Bench, bad: Option<MemberId>, first_block: u32, count: u32) {
+    let extent = ExtentKey {
+        layer: LayerId(1),
+        chunk: ChunkIndex(0),
+    };
+    let mut actions = Vec::new();
+    let head = &mut bench.head;
+    head.repair(bad, extent, first_block, count, &mut actions);
+    bench.carry_out(actions);
+}
+
+#[test]
+fn a_repair_writes_bytes_only_where_the_good_copies_have_some() {
+    let mut bench = with_a_lost_leaf();
+    let third = bench.member(3);
+    for bad in [None, Some(third)] {
+        bench.copied.clear();
+        repair(&mut bench, bad, 0, 3);
+        let of_third = bench.copied.iter().filter(|(member, ..)| *member == third);
+        let of_third = of_third.map(|(_, first, count, zeros)| (*first, *count, *zeros));
+        assert_eq!(
+            of_third.collect::<Vec<_>>(),
+            [(0, 1, true), (1, 1, false), (2, 1, true)]
+        );
+        assert_eq!(bench.copied.len(), 9, "to all: {:?}", bench.copied);
+    }
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn a_repair_that_some_have_no_room_for_puts_nobody_out() {
+    for full in [&[1, 2][..], &[2], &[3], &[1, 2, 3]] {
+        let mut bench = with_a_lost_leaf();
+        bench.full = full.iter().map(|n| bench.member(*n)).collect();
+        repair(&mut bench, None, 0, 3);
+        bench.tick();
+        assert_eq!(bench.swap, None, "nobody is to be recorded as out");
+        assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b111);
+        assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0, "given up");
+        // The range is free again.
+        bench.write(0);
+    }
+}
+
+#[test]
+fn many_repairs_take_turns() {
+    let mut bench = with_a_lost_leaf();
+    let third = bench.member(3);
+    bench.away.push(third);
+    for first_block in 0..40 {
+        repair(&mut bench, Some(third), first_block, 1);
+    }
+    // It does not answer, and then it is lost: the others go on.
+    bench.away.clear();
+    bench.lose(3);
+    bench.swapped();
+    let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
+    assert_eq!(bench.copied.iter().filter(of_first).count(), 2);
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn a_repair_goes_on_without_a_replica_whose_index_cannot_be_read() {
+    let mut bench = with_a_lost_leaf();
+    bench.unreadable = vec![bench.member(1)];
+    repair(&mut bench, None, 0, 3);
+    bench.tick();
+    assert_eq!((bench.swap, bench.copied.len()), (None, 9));
+    bench.copied.clear();
+    bench.unreadable.push(bench.member(2));
+    repair(&mut bench, None, 0, 3);
+    assert_eq!(bench.copied, [], "nobody has it");
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);
+    // The third has a newer block that counts for nothing: all get what the others have, as a new write.
+    for n in 1..=3 {
+        let member = bench.member(n);
+        let mut states = leaf(false);
+        if n == 3 {
+            states.0[1].version = Version(9);
+        }
+        bench.leaves.push((member, states));
+    }
+    (bench.differs, bench.holds_copies) = (true, true);
+    let mut record = bench.head.record().clone();
+    for replica in &mut record.placement.sets[0].replicas {
+        if replica.store == store(3) {
+            *replica = Replica::joining(node(3), store(3), Revision(7));
+        }
+    }
+    bench.conflict(record);
+    bench.tick();
+    let asked: Vec<MemberId> = bench.held.iter().map(|(member, _)| *member).collect();
+    assert_eq!(asked, [1, 2, 3].map(|n| bench.member(n)));
+    let (_, first) = bench.held.remove(0);
+    bench.event(first);
+    bench.lose(3);
+    assert_eq!(bench.head.ops.len(), 1, "the second has it to answer");
+    let (_, second) = bench.held.remove(0);
+    bench.event(second);
+    // The third may be in sync by the swap that met the other record.
+    bench.swapped();
+    assert_eq!(bench.head.ops.len(), 0);
+    assert_eq!(bench.head.copies.len(), 0);
+    assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b011);
+}
+
+#[test]
+fn a_repair_takes_the_newest_and_leaves_alone_what_sound_copies_do_not_agree_on() {
+    let mut bench = with_a_lost_leaf();
+    // The first went back to what it had before.
+    bench.leaves[0].1.0[1].version = Version(3);
+    bench.leaves[0].1.0[30] = BlockState::HOLE;
+    repair(&mut bench, None, 1, 1);
+    let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
+    assert_eq!(bench.copied.iter().filter(of_first).count(), 1);
+    assert_eq!(bench.read_from, [bench.member(2)]);
+    repair(&mut bench, None, 30, 1);
+    assert_eq!(bench.copied.len(), 3, "block 30 is not written");
 }

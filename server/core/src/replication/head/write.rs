@@ -185,7 +185,13 @@ impl ReplicatedHead {
         let outcome = match self.settled_as(&op) {
             Settled::Pending => {
                 if op.waiting == 0 && op.refused != 0 {
-                    self.lose_refusing(at, actions);
+                    if op.tag < super::INTERNAL_TAG {
+                        self.lose_refusing(at, actions);
+                    } else {
+                        self.ops.remove(at);
+                        let refused = Outcome::Fail(op.tag, Status::NoSpace);
+                        self.rewritten(op.tag, refused, actions);
+                    }
                 }
                 return Outcome::Pending;
             }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::records::{Placement, ReplicaSet, Revision, VolumeName};
-use crate::units::{Epoch, LayerId, Version, VolumeId};
+use crate::units::{Epoch, LayerId, VolumeId};
 use uuid::Uuid;
 
 fn node(n: u128) -> NodeId {
@@ -20,28 +20,18 @@ fn volume() -> Versioned<VolumeRecord> {
     };
     Versioned {
         record: VolumeRecord {
-            id: VolumeId(Uuid::from_u128(7)),
-            name: VolumeName::parse("v").expect("a name"),
-            size_bytes: 2 << 30,
-            layers: vec![LayerId(1)],
-            replicas: 3,
-            min_in_sync: 2,
-            client_generation: 0,
-            settled: Version::NONE,
-            read_only: false,
-            write_through: false,
             epoch: Epoch(4),
-            head: None,
-            created_at_unix_ms: 0,
             never_written: false,
-            filesystem: None,
-            limits: Default::default(),
-            publications: Vec::new(),
-            state: VolumeState::Active,
-            placement: Placement {
-                stores: vec![],
-                sets: vec![set.clone(), set],
-            },
+            ..VolumeRecord::new(
+                VolumeId(Uuid::from_u128(7)),
+                VolumeName::parse("v").expect("a name"),
+                2 << 30,
+                LayerId(1),
+                Placement {
+                    stores: vec![],
+                    sets: vec![set.clone(), set],
+                },
+            )
         },
         changed_at: Revision(9),
     }

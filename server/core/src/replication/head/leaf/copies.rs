@@ -4,10 +4,14 @@ use smallvec::SmallVec;
 
 use super::super::super::wire::{MAX_MESSAGE_BLOCKS, Status};
 use super::super::members::Purpose;
+use super::super::write::{op_key, op_place};
 use super::super::{
     Action, CopyId, INTERNAL_TAG, MemberId, News, Outcome, Phase, ReplicatedHead, WriteAdmission,
 };
-use super::{COPIES, Copy, JobFor, JobKey, LeafJob, Planned, REPAIRS, Stage, To, Window};
+use super::{
+    COPIES, Copy, Damage, JobFor, JobKey, LeafJob, REPAIRS, REPAIRS_WAITING, Stage, To, Window,
+};
+use crate::records::SetIndex;
 use crate::store::ExtentKey;
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS};
 use crate::volume::Ticket;
@@ -16,7 +20,8 @@ impl ReplicatedHead {
     pub(super) fn go_on_copying(&mut self, key: JobKey, actions: &mut Vec<Action>) {
         loop {
             let Some(job) = self.job(key) else { return };
-            if job.copying >= COPIES {
+            // A copy that ended at once may have ended the window too.
+            if job.copying >= COPIES || job.stage != Stage::Copying {
                 return;
             }
             let Some(planned) = job.planned.pop_front() else {
@@ -56,7 +61,7 @@ impl ReplicatedHead {
 
     fn window_done(&mut self, key: JobKey, actions: &mut Vec<Action>) {
         let Some(job) = self.job(key) else { return };
-        if job.again {
+        if job.again && !job.is_given_up {
             if job.what == JobFor::Reconcile {
                 job.again = false;
                 job.stage = Stage::Scanning;
@@ -68,6 +73,13 @@ impl ReplicatedHead {
         }
         let ticket = job.ticket.take();
         let what = job.what;
+        if let Some(first_block) = job.repaired.iter().map(|(first, _)| *first).min() {
+            actions.push(Action::News(News::Repaired {
+                extent: job.extent,
+                first_block,
+                count: job.repaired.iter().map(|(_, count)| count).sum(),
+            }));
+        }
         if let Some(ticket) = ticket {
             self.release(ticket, actions);
         }
@@ -175,9 +187,11 @@ impl ReplicatedHead {
         blocks: Window,
         actions: &mut Vec<Action>,
     ) {
-        let Some(job) = self.job(key) else { return };
+        let Some(job) = self.job(key).filter(|job| !job.is_given_up) else {
+            return;
+        };
         // Block by block: one that is damaged says nothing of its neighbours.
-        if blocks.1 > 1 && job.what != JobFor::Repair {
+        if blocks.1 > 1 {
             for block in blocks.0..blocks.0 + blocks.1 {
                 if let Some(mut single) = job.plan_block(block) {
                     single.blocks = (block, 1);
@@ -217,9 +231,10 @@ impl ReplicatedHead {
             return;
         };
         known.waiting.swap_remove(at);
-        let (key, op, done) = (known.job, known.op, known.waiting.is_empty());
+        let (op, done) = (known.op, known.waiting.is_empty());
         if let Some(op) = op {
-            let set = self.job(key).map(|job| job.set);
+            // Its job may have been given up meanwhile: the change is under way all the same.
+            let set = self.ops.get(op_place(op).0).map(|op| op.set);
             let place = set.and_then(|set| self.set(set).place_of(member));
             if let Some(place) = place {
                 let outcome = self.answered(op, place as u8, status, self.now_us, actions);
@@ -246,6 +261,17 @@ impl ReplicatedHead {
     ) {
         let copy = CopyId(tag & !INTERNAL_TAG);
         let again = !matches!(outcome, Outcome::Acknowledge(_));
+        if let (Outcome::Fail(..), Some(known)) = (outcome, self.copies.get(&copy)) {
+            // What was refused is what those in sync have: they lack nothing by it.
+            let key = known.job;
+            match self.job(key).map(|job| job.what) {
+                Some(JobFor::Resync(joiner)) => {
+                    self.lose(joiner, Some(Status::NoSpace), actions);
+                    return;
+                }
+                _ => self.give_up_repair(key),
+            }
+        }
         self.end_copy(copy, again, actions);
     }
 
@@ -259,13 +285,17 @@ impl ReplicatedHead {
         };
         job.copying -= 1;
         job.again |= again;
-        let what = job.what;
-        if !again
-            && let JobFor::Resync(member) = what
-            && let Some(resync) = self.resync_of(member)
-        {
-            resync.copied_blocks += u64::from(copy.planned.blocks.1);
-            self.note_filled(copy.planned.blocks.1);
+        let (what, (first_block, count)) = (job.what, copy.planned.blocks);
+        match what {
+            _ if again => {}
+            JobFor::Reconcile => {}
+            JobFor::Resync(member) => {
+                if let Some(resync) = self.resync_of(member) {
+                    resync.copied_blocks += u64::from(count);
+                    self.note_filled(count);
+                }
+            }
+            JobFor::Repair => job.repaired.push((first_block, count)),
         }
         self.go_on_copying(copy.job, actions);
     }
@@ -276,12 +306,38 @@ impl ReplicatedHead {
         of.flat_map(|(_, job)| job.states.iter().map(|(member, _)| *member))
     }
 
-    /// Panics when a copy can never end.
-    pub(in super::super) fn check_copies(&self) {
+    /// Panics when a job, a copy or a change of the head's own can never end.
+    pub(in super::super) fn check_jobs(&self) {
+        for (at, op) in self.ops.iter().filter(|(_, op)| op.tag >= INTERNAL_TAG) {
+            let copy = self.copies.get(&CopyId(op.tag & !INTERNAL_TAG));
+            let is_its = copy.is_some_and(|copy| copy.op == Some(op_key(at, op.serial)));
+            assert!(is_its, "{op:?} is a copy's");
+        }
+        for (place, job) in &self.jobs {
+            let serial = job.serial;
+            let purpose = Purpose::Leaf {
+                job: JobKey { place, serial },
+            };
+            let is_asked = |member: MemberId| {
+                let mut queries = self.queries.values();
+                queries.any(|query| query.member == member && query.purpose == purpose)
+            };
+            if matches!(job.stage, Stage::Scanning | Stage::Comparing) {
+                let mut unknown = job.states.iter().filter(|(_, states)| states.is_none());
+                assert!(
+                    unknown.clone().count() > 0,
+                    "{job:?} compares without asking"
+                );
+                assert!(
+                    unknown.all(|(member, _)| self.at(*member).is_open() && is_asked(*member)),
+                    "{job:?} waits for somebody who was not asked"
+                );
+            }
+        }
         for (id, copy) in &self.copies {
             let job = self.jobs.get(copy.job.place);
             assert!(
-                job.is_some_and(|job| job.serial == copy.job.serial),
+                copy.op.is_some() || job.is_some_and(|job| job.serial == copy.job.serial),
                 "{id:?} is for a job"
             );
             let asked: SmallVec<[MemberId; 3]> = match (copy.reading, copy.op) {
@@ -307,30 +363,48 @@ impl ReplicatedHead {
         })
     }
 
-    /// A member is lost: repairs that read from it try another. Other jobs that need it are given up by those they are
-    /// for.
-    pub(in super::super) fn fail_copies_of(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+    /// A member is lost, or what it has of a set is not to be read any more: repairs go on with others. Other jobs that
+    /// need it are given up by those they are for.
+    pub(in super::super) fn repair_without(
+        &mut self,
+        member: MemberId,
+        of: impl Fn(SetIndex) -> bool,
+        actions: &mut Vec<Action>,
+    ) {
+        let mut waiting: SmallVec<[JobKey; REPAIRS]> = SmallVec::new();
+        for (place, job) in &mut self.jobs {
+            if job.what != JobFor::Repair || !of(job.set) {
+                continue;
+            }
+            job.states.retain(|(m, _)| *m != member);
+            let before = job.planned.len();
+            job.planned.retain(|planned| planned.from != Some(member));
+            job.again |= job.planned.len() != before;
+            if job.stage == Stage::Comparing {
+                let serial = job.serial;
+                waiting.push(JobKey { place, serial });
+            }
+        }
+        let is_repair = |key: JobKey| {
+            let job = self.jobs.get(key.place);
+            job.is_some_and(|job| job.what == JobFor::Repair && of(job.set))
+        };
         let mut reading: SmallVec<[CopyId; 8]> = self
             .copies
             .iter()
             .filter(|(_, copy)| copy.reading && copy.planned.from == Some(member))
-            .filter(|(_, copy)| {
-                self.jobs
-                    .get(copy.job.place)
-                    .is_some_and(|job| job.what == JobFor::Repair)
-            })
+            .filter(|(_, copy)| is_repair(copy.job))
             .map(|(id, _)| *id)
             .collect();
         reading.sort_unstable_by_key(|id| id.0);
         for id in reading {
-            let job = self
-                .copies
-                .get(&id)
-                .map(|copy| (copy.job, copy.planned.blocks));
-            if let Some((key, blocks)) = job {
-                self.read_failed(key, member, blocks, actions);
-            }
             self.end_copy(id, true, actions);
+        }
+        for key in waiting {
+            self.queries.retain(|_, query| {
+                query.member != member || query.purpose != Purpose::Leaf { job: key }
+            });
+            self.states_known(key, actions);
         }
     }
 
@@ -359,7 +433,8 @@ impl ReplicatedHead {
             let mut copies: SmallVec<[CopyId; 16]> = self
                 .copies
                 .iter()
-                .filter(|(_, copy)| copy.job == key)
+                // A change that was sent goes on until it is answered: those that take it must not seem silent.
+                .filter(|(_, copy)| copy.job == key && copy.op.is_none())
                 .map(|(id, _)| *id)
                 .collect();
             copies.sort_unstable_by_key(|id| id.0);
@@ -393,52 +468,57 @@ impl ReplicatedHead {
         let before = u64::from(extent.chunk.0) * u64::from(CHUNK_BLOCKS) + u64::from(first_block);
         let count = blocks.saturating_sub(before).min(u64::from(count)) as u32;
         if self.phase != Phase::Serving
-            || count == 0
             || count > MAX_MESSAGE_BLOCKS
             || extent.layer != self.record.record.live_layer()
-            || self.jobs_of(JobFor::Repair) >= REPAIRS
         {
             return;
         }
-        let set = self.set_of(extent.chunk);
-        let key = self.insert_job(JobFor::Repair, set, extent.chunk, first_block / LEAF_BLOCKS);
-        if let Some(job) = self.job(key) {
-            job.windows.push((first_block, count));
-            job.bad
-                .extend(bad.map(|member| (member, (first_block, count))));
+        let (mut first, end) = (first_block, first_block + count);
+        while first < end {
+            let next = end.min((first / LEAF_BLOCKS + 1) * LEAF_BLOCKS);
+            let damage = Damage {
+                bad,
+                extent,
+                blocks: (first, next - first),
+            };
+            if self.damages.len() < REPAIRS_WAITING && !self.damages.contains(&damage) {
+                self.damages.push_back(damage);
+            }
+            first = next;
         }
-        self.next_window(key, actions);
+        self.advance_repairs(actions);
     }
 
-    pub(super) fn plan_repair(&mut self, key: JobKey, actions: &mut Vec<Action>) {
-        let Some(job) = self.job(key) else { return };
-        job.stage = Stage::Copying;
-        let (set, window, extent) = (job.set, job.window, job.extent);
-        let bad: SmallVec<[MemberId; 3]> = job.bad.iter().map(|(m, _)| *m).collect();
-        let members = self.set(set).members(self.set(set).readable());
-        let from = members.iter().find(|m| !bad.contains(m)).copied();
-        let enough = self.set(set).usable().count_ones() >= self.min_in_sync();
-        let Some(job) = self.job(key) else { return };
-        match from {
-            Some(_) if enough => {
-                job.planned.push_back(Planned {
-                    blocks: window,
-                    from,
-                    to: To::Everybody,
-                });
-                actions.push(Action::News(News::Repaired {
-                    extent,
-                    first_block: window.0,
-                    count: window.1,
-                }));
-            }
-            // No good copy, or too few replicas for a new write: left as it is.
-            _ => job.windows.clear(),
+    /// Whether a new write could be made: with too few replicas for one, what is damaged is left as it is.
+    pub(super) fn can_repair(&self, set: SetIndex) -> bool {
+        self.set(set).usable().count_ones() >= self.min_in_sync()
+    }
+
+    pub(super) fn give_up_repair(&mut self, key: JobKey) {
+        if let Some(job) = self.job(key) {
+            job.is_given_up = true;
+            job.planned.clear();
+            job.windows.clear();
         }
-        self.go_on_copying(key, actions);
     }
 
     pub(in super::super) fn advance_repairs(&mut self, actions: &mut Vec<Action>) {
+        while !self.damages.is_empty()
+            && self.jobs_of(JobFor::Repair) < REPAIRS
+            && let Some(damage) = self.damages.pop_front()
+        {
+            let (extent, (first_block, count)) = (damage.extent, damage.blocks);
+            let set = self.set_of(extent.chunk);
+            let leaf = first_block / LEAF_BLOCKS;
+            let key = self.insert_job(JobFor::Repair, set, extent.chunk, leaf);
+            if let Some(job) = self.job(key) {
+                job.windows.push(damage.blocks);
+                let bad = damage.bad.into_iter();
+                job.bad
+                    .extend(bad.map(|member| (member, (first_block, count))));
+            }
+            self.next_window(key, actions);
+        }
         self.unblock_jobs(actions);
     }
 }

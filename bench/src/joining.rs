@@ -1,0 +1,227 @@
+//! What a client notices while a fourth node joins a cluster and gets its share of the copies.
+//!
+//! One run of fio goes on before, meanwhile and after, so that the same client on the same machine is compared with
+//! itself. Its log has every write; the 99th percentile of each second is taken, and of the seconds the median.
+
+use std::fs;
+use std::iter::once;
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+use crate::cluster::{self, Cluster};
+use crate::fio::Target;
+use crate::http::Http;
+use crate::measure::Field;
+use crate::rows::{Contender, Medium};
+use crate::servers::{ServerProcess, end_of, spawn, wait_for};
+
+/// Writes that fio has under way.
+const DEPTH: u32 = 8;
+/// By how much the fullest node may hold more than the emptiest, of what the fullest holds.
+const SPREAD_MAX: f64 = 0.05;
+/// How many times as long a write may take meanwhile.
+const RATIO_MAX: f64 = 2.0;
+/// Longest wait for the load to be even.
+const SPREAD_LIMIT: Duration = Duration::from_secs(300);
+/// What fio takes beyond that to begin and to write its log.
+const FIO_GRACE: Duration = Duration::from_secs(30);
+/// What fio says when it begins.
+const CONNECTED: &str = "connected to NBD server";
+const WINDOW_MS: u64 = 1000;
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Joining {
+    pub(crate) medium: Medium,
+    /// From the start of the node until the load was even.
+    pub(crate) even_after_seconds: f64,
+    /// How much more the fullest node held than the emptiest then, of what the fullest held.
+    pub(crate) spread: f64,
+    /// Before it was started and after the load was even.
+    pub(crate) undisturbed_p99_us: f64,
+    /// In between.
+    pub(crate) moving_p99_us: f64,
+}
+
+impl Joining {
+    pub(crate) fn ratio(&self) -> f64 {
+        self.moving_p99_us / self.undisturbed_p99_us
+    }
+
+    pub(crate) fn meets_latency(&self) -> bool {
+        self.ratio() <= RATIO_MAX
+    }
+}
+
+/// Has a fourth node join the cluster of `field`, which it keeps from then on.
+pub(crate) fn measure(
+    field: &mut Field,
+    medium: Medium,
+    size_bytes: u64,
+    calm: Duration,
+    scratch: &Path,
+) -> Result<Joining> {
+    let cluster = field.cluster.as_mut().context("no cluster runs")?;
+    let running = field.running.get_mut(&Contender::Cluster);
+    let running = running.context("no cluster runs")?;
+    let log = scratch.join("joining");
+    let mut fio = start_fio(&running.target, size_bytes, 2 * calm, &log)?;
+    let is_writing = wait_for(FIO_GRACE, || {
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        !fio.is_alive() || said.contains(CONNECTED)
+    });
+    ensure!(is_writing && fio.is_alive(), "fio: {}", end_of(&log));
+    let began = unix_ms();
+    std::thread::sleep(calm);
+    let joining = unix_ms();
+    running.servers.push(cluster.add()?);
+    let mut spread = spread_of(cluster);
+    let is_even = wait_for(SPREAD_LIMIT, || {
+        spread = spread_of(cluster);
+        let whole = cluster::epoch_in_sync(cluster.first()).is_ok();
+        whole && spread.as_ref().is_ok_and(|spread| *spread <= SPREAD_MAX)
+    });
+    let even = unix_ms();
+    let spread = spread?;
+    ensure!(
+        is_even,
+        "the fullest node still holds {:.0} % more than the emptiest",
+        100.0 * spread
+    );
+    std::thread::sleep(calm);
+    let ended = unix_ms();
+    fio.interrupt();
+    ensure!(
+        wait_for(FIO_GRACE, || !fio.is_alive()),
+        "fio does not end when it is asked to"
+    );
+    let path = latencies(&log);
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let writes = parse(&text);
+    let calm = [began..joining, even..ended];
+    Ok(Joining {
+        medium,
+        even_after_seconds: (even - joining) as f64 / 1e3,
+        spread,
+        undisturbed_p99_us: typical_p99_us(&writes, calm).context("fio wrote nothing")?,
+        moving_p99_us: typical_p99_us(&writes, once(joining..even)).context("fio wrote nothing")?,
+    })
+}
+
+/// How much more the fullest node holds than the emptiest, of what the fullest holds.
+fn spread_of(cluster: &Cluster) -> Result<f64> {
+    let held = cluster.nodes().iter().map(|node| live_bytes(&node.http));
+    let held: Vec<f64> = held.collect::<Result<_>>()?;
+    let most = held.iter().copied().fold(0.0, f64::max);
+    let least = held.iter().copied().fold(f64::MAX, f64::min);
+    Ok((most - least) / most)
+}
+
+fn live_bytes(node: &Http) -> Result<f64> {
+    node.live_bytes()?
+        .context("a node does not say what it holds")
+}
+
+/// The name that fio gives to the log of whole latencies of its first job.
+fn latencies(log: &Path) -> String {
+    format!("{}_lat.1.log", log.display())
+}
+
+/// fio without an end of its own for long enough; its log is read when it is interrupted.
+fn start_fio(
+    target: &Target,
+    size_bytes: u64,
+    calm: Duration,
+    log: &Path,
+) -> Result<ServerProcess> {
+    let Target::Nbd(uri) = target else {
+        anyhow::bail!("the cluster is not reached over NBD");
+    };
+    let limit = SPREAD_LIMIT + calm + FIO_GRACE;
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=joining", "--rw=randwrite", "--bs=4096"])
+        .args([
+            "--time_based",
+            "--norandommap",
+            "--thread",
+            "--ioengine=nbd",
+        ])
+        .arg(format!("--iodepth={DEPTH}"))
+        .arg(format!("--size={size_bytes}"))
+        .arg(format!("--runtime={}", limit.as_secs()))
+        .arg(format!("--uri={uri}"))
+        .arg(format!("--write_lat_log={}", log.display()))
+        .args(["--log_unix_epoch=1", "--eta=never"]);
+    spawn(command, log)
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
+/// When each write of fio's log ended, in milliseconds since 1970, and how many nanoseconds it took.
+fn parse(log: &str) -> Vec<(u64, u64)> {
+    let number = |text: Option<&str>| text?.trim().parse().ok();
+    let write = |line: &str| {
+        let mut fields = line.split(',');
+        Some((number(fields.next())?, number(fields.next())?))
+    };
+    log.lines().filter_map(write).collect()
+}
+
+/// Of each second of these times the 99th percentile, and of those the median.
+fn typical_p99_us(
+    writes: &[(u64, u64)],
+    times: impl IntoIterator<Item = Range<u64>>,
+) -> Option<f64> {
+    let mut of_windows = Vec::new();
+    for time in times {
+        let windows = (time.end - time.start).div_ceil(WINDOW_MS);
+        let mut windows = vec![Vec::new(); windows as usize];
+        for &(at, took) in writes.iter().filter(|(at, _)| time.contains(at)) {
+            windows[((at - time.start) / WINDOW_MS) as usize].push(took);
+        }
+        for mut took in windows {
+            took.sort_unstable();
+            let p99 = took.get(took.len().saturating_sub(1) * 99 / 100);
+            of_windows.extend(p99.map(|nanoseconds| *nanoseconds as f64 / 1e3));
+        }
+    }
+    crate::measure::median(of_windows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_taken_of_the_seconds() {
+        // Three calm seconds of a hundred writes each, with two slow writes in the second one.
+        let mut log = String::new();
+        for write in 0..300_u64 {
+            let took = if (150..152).contains(&write) {
+                9_000_000
+            } else {
+                1_000 + write
+            };
+            log += &format!("{}, {took}, 1, 4096, 0\n", 5_000 + write * 10);
+        }
+        let writes = parse(&log);
+        assert_eq!(writes.len(), 300);
+        let p99 = |time: Range<u64>| typical_p99_us(&writes, once(time));
+        assert_eq!(p99(5_000..8_000), Some(1.298));
+        assert_eq!(p99(6_000..7_000), Some(9_000.0));
+        assert_eq!(
+            typical_p99_us(&writes, [5_000..6_000, 7_000..8_000]),
+            Some((1.098 + 1.298) / 2.0)
+        );
+        assert_eq!(p99(0..1_000), None);
+    }
+}

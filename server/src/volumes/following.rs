@@ -1,0 +1,222 @@
+//! The records of volumes with replicas, followed as other daemons change them.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use ashlar_core::diagnosis::events::Occurrence;
+use ashlar_core::records::{
+    Record, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
+};
+use ashlar_core::units::{NodeId, VolumeId};
+
+use super::replicated::SEALING;
+use super::{HostError, Serving, VolumeError, Volumes};
+use crate::meta::{Batch, Change, Outcome, WatchEnd};
+
+/// Until a watch that ended begins anew.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+impl Volumes {
+    /// Follows the records that other daemons change.
+    pub(super) fn follow_records(self: &Arc<Self>) {
+        tokio::spawn(follow(Arc::downgrade(self)));
+    }
+
+    async fn follow_once(self: &Arc<Self>) -> Result<(), VolumeError> {
+        let listing = self.store.list(keys::VOLUMES).await?;
+        let revision = listing.revision;
+        let mut listed = BTreeSet::new();
+        for entry in listing.entries {
+            let current = entry.read::<VolumeRecord>()?;
+            listed.insert(current.record.id);
+            self.record_seen(current).await;
+        }
+        // Deleted while nothing was watched. What was made here since the listing is newer than it.
+        for known in self.records() {
+            let id = known.record.id;
+            let was_there = known.changed_at <= revision && known.record.placement.is_replicated();
+            if was_there && !listed.contains(&id) {
+                self.gone(id);
+            }
+        }
+        let mut watch = self.store.watch(keys::VOLUMES, revision).await?;
+        loop {
+            match watch.next().await {
+                Ok(batch) => self.batch_seen(batch).await?,
+                Err(WatchEnd::Lagged | WatchEnd::Closed) => return Ok(()),
+            }
+        }
+    }
+
+    async fn batch_seen(self: &Arc<Self>, batch: Batch) -> Result<(), VolumeError> {
+        for change in batch.changes {
+            match change {
+                Change::Put { key, value } => {
+                    let record = VolumeRecord::decode(&key, &value).map_err(|error| {
+                        crate::meta::MetadataError::Unreadable {
+                            reason: error.to_string(),
+                        }
+                    })?;
+                    let changed_at = batch.revision;
+                    self.record_seen(Versioned { record, changed_at }).await;
+                }
+                Change::Deleted { key } => {
+                    let id = key.strip_prefix(keys::VOLUMES).unwrap_or("");
+                    if let Ok(id) = uuid::Uuid::try_parse(id) {
+                        self.gone(VolumeId(id));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The record of a volume is not there any more.
+    fn gone(&self, id: VolumeId) {
+        self.host.record_seen(id, None);
+        self.catalog().remove(id);
+        self.served.send_replace(());
+    }
+
+    /// A record as it is now: the head, if it is here, and the catalog get to know.
+    pub(super) async fn record_seen(self: &Arc<Self>, current: Versioned<VolumeRecord>) {
+        let record = &current.record;
+        if record.check_invariants().is_err() || !record.placement.is_replicated() {
+            return;
+        }
+        let id = record.id;
+        self.host.record_seen(id, Some(current.clone()));
+        let is_deleting = record.state == VolumeState::Deleting;
+        // In one step: what a head says meanwhile must not be written over by what was known before.
+        let (is_published_anew, may_be_served) = {
+            let mut catalog = self.catalog();
+            let known = catalog.get(id);
+            if known.is_some_and(|known| known.current.changed_at >= current.changed_at) {
+                return;
+            }
+            let is_published_anew =
+                known.is_some_and(|known| known.current.record.publications != record.publications);
+            let serving = match known.map(|known| &known.serving) {
+                Some(Serving::Yes) => Serving::Yes,
+                Some(Serving::No(reason)) if reason == SEALING => Serving::No(reason.clone()),
+                Some(Serving::No(_)) | None => Serving::No(elsewhere(record)),
+            };
+            let may_be_served =
+                serving == Serving::Yes || serving == Serving::No(SEALING.to_owned());
+            catalog.put(current, serving);
+            (is_published_anew, may_be_served)
+        };
+        if is_published_anew && may_be_served && !is_deleting {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = service.follow_publications(id).await {
+                    tracing::warn!(id = %id.0, %error, "the publications of a volume, changed elsewhere, could not be followed");
+                }
+            });
+        }
+        if is_deleting {
+            let service = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = service.drop_replicas(id).await {
+                    tracing::error!(id = %id.0, %error, "the replicas of a deleted volume could not be dropped");
+                }
+            });
+        }
+    }
+
+    /// Lets in whom the record names, and ends the connections of others. After another daemon changed the publications of
+    /// a volume that is served here, which it does only when it was the head a moment ago.
+    async fn follow_publications(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let (_, _guard) = self.lock_volume(&id.0.to_string()).await?;
+        let current = self.reread(id).await?;
+        match self.host.fence(id, Some(current.record.admitted())).await {
+            Ok(_) | Err(HostError::NotOpen) => Ok(()),
+            Err(source) => Err(VolumeError::Host {
+                reference: current.record.name.to_string(),
+                source,
+            }),
+        }
+    }
+
+    /// Drops what this daemon has of a volume that is being deleted.
+    pub(super) async fn drop_replicas(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let Some(entry) = self.catalog().get(id).cloned() else {
+            return Ok(());
+        };
+        match self.host.close_volume(id).await {
+            Ok(()) | Err(HostError::NotOpen) => {}
+            Err(source) => {
+                return Err(VolumeError::Host {
+                    reference: id.0.to_string(),
+                    source,
+                });
+            }
+        }
+        self.host.forget_replicas(id).await;
+        let record = &entry.current.record;
+        for layer in &record.layers {
+            let dropped = self.host.delete_layer(*layer).await;
+            dropped.map_err(|source| VolumeError::Host {
+                reference: id.0.to_string(),
+                source,
+            })?;
+        }
+        // The record goes when every node that had a copy has dropped it, whichever of them is the last.
+        let mine = Transaction::new().put(keys::dropped(id, self.head.node), b"{}".to_vec());
+        self.store.commit(mine).await?;
+        let dropped = self.store.list(&keys::dropped_by(id)).await?.entries;
+        let sets = record.placement.sets.iter();
+        let mut holders = sets
+            .flat_map(|set| &set.replicas)
+            .map(|replica| replica.node);
+        let has_dropped = |node: NodeId| {
+            let key = keys::dropped(id, node);
+            dropped.iter().any(|entry| entry.key == key)
+        };
+        if holders.all(has_dropped) {
+            let tombstone = match self.reread(id).await {
+                // Another node saw that it was the last, too.
+                Err(VolumeError::NotFound { .. }) => return Ok(()),
+                read => read?,
+            };
+            let mut transaction = finish_delete(&tombstone);
+            for entry in &dropped {
+                transaction = transaction.delete(entry.key.clone());
+            }
+            if let Outcome::Committed(_) = self.store.commit(transaction).await? {
+                self.catalog().remove(id);
+                tracing::info!(volume = %record.name, id = %id.0, "volume deleted");
+                self.events.tell_of(record, None, Occurrence::VolumeDeleted);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a volume that is not served here is served.
+fn elsewhere(record: &VolumeRecord) -> String {
+    match record.head {
+        Some(head) => format!("node {} serves it", head.node.0),
+        None => "no node serves it; open it with `ashlar volume open`".to_owned(),
+    }
+}
+
+async fn follow(service: Weak<Volumes>) {
+    while let Some(volumes) = service.upgrade() {
+        if volumes.is_draining() {
+            return;
+        }
+        let followed = volumes.follow_once().await;
+        drop(volumes);
+        if let Err(error) = followed {
+            tracing::warn!(%error, "the records of volumes cannot be followed; trying again");
+            if let Some(volumes) = service.upgrade() {
+                let reason = error.to_string();
+                let what = Occurrence::RecordsAway { reason };
+                volumes.events.tell_of_node(None, what);
+            }
+        }
+        tokio::time::sleep(TRY_AGAIN).await;
+    }
+}
