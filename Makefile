@@ -14,7 +14,7 @@ ARGS ?=
 .PHONY: help build demo demo-cluster run test test-kubernetes test-kubernetes-cluster check fix bench bench-cluster
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## ashlard, ashlar and ashlar-csi, into target/release
 	@scripts/setup.sh build
