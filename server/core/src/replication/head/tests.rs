@@ -567,10 +567,10 @@ fn a_repair_goes_on_without_a_replica_whose_index_cannot_be_read() {
     assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
 }
 
-#[test]
-fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
+/// Three replicas, of which the third is being filled and has a newer block that counts for nothing: all are sent what the
+/// others have, as a new write, and have yet to answer.
+fn filling_over_a_newer_block() -> Bench {
     let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);
-    // The third has a newer block that counts for nothing: all get what the others have, as a new write.
     for n in 1..=3 {
         let member = bench.member(n);
         let mut states = leaf(false);
@@ -590,6 +590,31 @@ fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
     bench.tick();
     let asked: Vec<MemberId> = bench.held.iter().map(|(member, _)| *member).collect();
     assert_eq!(asked, [1, 2, 3].map(|n| bench.member(n)));
+    bench
+}
+
+#[test]
+fn a_fill_that_somebody_has_no_room_for_ends_without_the_one_that_is_filled() {
+    let mut bench = filling_over_a_newer_block();
+    for (n, (member, event)) in std::mem::take(&mut bench.held).into_iter().enumerate() {
+        let Event::CopyWritten { copy, .. } = event else {
+            panic!("not an answer: {event:?}")
+        };
+        let status = if n == 1 { Status::NoSpace } else { Status::Ok };
+        bench.event(Event::CopyWritten {
+            copy,
+            member,
+            status,
+        });
+    }
+    assert_eq!((bench.head.ops.len(), bench.head.copies.len()), (0, 0));
+    assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b011);
+    assert_eq!(bench.head.set(SetIndex(0)).mirrored, 0);
+}
+
+#[test]
+fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
+    let mut bench = filling_over_a_newer_block();
     let (_, first) = bench.held.remove(0);
     bench.event(first);
     bench.lose(3);

@@ -23,22 +23,20 @@ impl Driver {
         }
         let (chunk, first) = world.client.histories[what.blocks.start].at;
         let count = what.blocks.len() as u32;
-        let access = match what.kind {
+        let mut request = Request {
+            what,
+            chunk,
+            first,
+            count,
+            ticket: None,
+            version: Version::NONE,
+            tried: ReplicaMask(0),
+        };
+        let access = match request.what.kind {
             Kind::Write { .. } => Access::Exclusive,
             Kind::Read { .. } => Access::Shared,
             Kind::Flush { .. } => {
-                self.requests.insert(
-                    id,
-                    Request {
-                        what,
-                        chunk,
-                        first,
-                        count,
-                        ticket: None,
-                        version: Version::NONE,
-                        tried: ReplicaMask(0),
-                    },
-                );
+                self.requests.insert(id, request);
                 self.go_on(world, node, id);
                 return;
             }
@@ -48,15 +46,6 @@ impl Driver {
         let began = match self.head.begin(access, range, id) {
             Ok(began) => began,
             Err(refusal) => panic!("a request was refused: {refusal}"),
-        };
-        let mut request = Request {
-            what,
-            chunk,
-            first,
-            count,
-            ticket: None,
-            version: Version::NONE,
-            tried: ReplicaMask(0),
         };
         match began {
             Began::Now(started) => {

@@ -267,7 +267,6 @@ impl ReplicatedHead {
             match self.job(key).map(|job| job.what) {
                 Some(JobFor::Resync(joiner)) => {
                     self.lose(joiner, Some(Status::NoSpace), actions);
-                    return;
                 }
                 _ => self.give_up_repair(key),
             }
@@ -287,15 +286,14 @@ impl ReplicatedHead {
         job.again |= again;
         let (what, (first_block, count)) = (job.what, copy.planned.blocks);
         match what {
-            _ if again => {}
-            JobFor::Reconcile => {}
-            JobFor::Resync(member) => {
+            JobFor::Resync(member) if !again => {
                 if let Some(resync) = self.resync_of(member) {
                     resync.copied_blocks += u64::from(count);
                     self.note_filled(count);
                 }
             }
-            JobFor::Repair => job.repaired.push((first_block, count)),
+            JobFor::Repair if !again => job.repaired.push((first_block, count)),
+            _ => {}
         }
         self.go_on_copying(copy.job, actions);
     }
@@ -335,11 +333,17 @@ impl ReplicatedHead {
             }
         }
         for (id, copy) in &self.copies {
-            let job = self.jobs.get(copy.job.place);
-            assert!(
-                copy.op.is_some() || job.is_some_and(|job| job.serial == copy.job.serial),
-                "{id:?} is for a job"
-            );
+            let is_for_something = match copy.op {
+                Some(op) => {
+                    let (at, serial) = op_place(op);
+                    self.ops.get(at).is_some_and(|op| op.serial == serial)
+                }
+                None => {
+                    let job = self.jobs.get(copy.job.place);
+                    job.is_some_and(|job| job.serial == copy.job.serial)
+                }
+            };
+            assert!(is_for_something, "{id:?} is for a change or a job");
             let asked: SmallVec<[MemberId; 3]> = match (copy.reading, copy.op) {
                 (true, _) => copy.planned.from.into_iter().collect(),
                 (false, None) => copy.waiting.clone(),
