@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use ashlar_tests::seed;
+use ashlar_tests::suites::CsiSanity;
 use ashlar_tests::vm::wire::End;
 use ashlar_tests::vm::{GuestDaemon, Machine};
 use ashlar_tests::wait;
@@ -344,33 +345,26 @@ fn a_path_that_leads_to_another_device_is_never_formatted() {
 fn sanity(access: &str) {
     let (machine, _scratch) = machine(&format!("csi_sanity_{access}"));
     let _daemon = GuestDaemon::first(&machine, "2GiB");
-    let plugin = Plugin::start(&machine, &["--max-volumes", "10"]);
-    machine.write(
-        "/run/mutable.yaml",
-        "iops: \"2000\"\nbytesPerSecond: \"104857600\"\n",
-    );
-    let (size, grown) = (64 << 20, 96 << 20);
-    let outcome = machine.run_within(
-        &[
-            "csi-sanity",
-            &format!("--csi.endpoint=unix:{SOCKET}"),
-            "--csi.mountdir=/var/lib/kubelet/mount",
-            "--csi.stagingdir=/var/lib/kubelet/staging",
-            &format!("--csi.testvolumeaccesstype={access}"),
-            &format!("--csi.testvolumesize={size}"),
-            &format!("--csi.testvolumeexpandsize={grown}"),
-            "--csi.testvolumemutableparameters=/run/mutable.yaml",
-            "--csi.testnodevolumeattachlimit",
-            "--ginkgo.no-color",
-        ],
-        Duration::from_secs(600),
-    );
-    let took = outcome.took;
-    let said = outcome.success();
-    let summary = said.lines().rev().find(|line| line.contains("Passed"));
-    let summary = summary.unwrap_or_else(|| panic!("no summary in {said}"));
-    println!("csi-sanity {access} over the kernel's nbd in {took:?}: {summary}");
-    assert!(summary.contains("| 0 Failed |"), "{said}\n{}", plugin.log());
+    let _plugin = Plugin::start(&machine, &["--max-volumes", "10"]);
+    let mutable = "/run/mutable.yaml";
+    machine.write(mutable, CsiSanity::MUTABLE);
+    let suite = CsiSanity {
+        socket: SOCKET,
+        mount: "/var/lib/kubelet/mount",
+        staging: "/var/lib/kubelet/staging",
+        access,
+        mutable,
+    };
+    let summary = suite.pass(|arguments| {
+        let words: Vec<&str> = ["csi-sanity"]
+            .into_iter()
+            .chain(arguments.iter().map(String::as_str))
+            .collect();
+        machine
+            .run_within(&words, Duration::from_secs(600))
+            .to_string()
+    });
+    println!("{summary}, over the kernel's nbd");
     no_leftovers(&machine);
 }
 
