@@ -108,6 +108,14 @@ seLinuxOptions:
   ports:
     - name: {{ $name }}
       containerPort: {{ index . 2 }}
+  # It listens once the driver is ready, which in a new cluster takes as long as etcd and the daemons do.
+  startupProbe:
+    httpGet:
+      path: /healthz/leader-election
+      port: {{ $name }}
+    periodSeconds: 5
+    timeoutSeconds: 5
+    failureThreshold: 180
   livenessProbe:
     httpGet:
       path: /healthz/leader-election
