@@ -132,6 +132,11 @@ seLinuxOptions:
       mountPath: /csi
 {{- end }}
 
+{{- /* The name that the program answers with: not a choice. */ -}}
+{{- define "ashlar.driverName" -}}
+csi.ashlar.io
+{{- end }}
+
 {{- define "ashlar.etcdName" -}}
 {{ .Release.Name }}-etcd
 {{- end }}

@@ -155,3 +155,47 @@ fn each_sidecar_has_a_role_of_its_own_and_no_role_has_a_wildcard() {
         }
     }
 }
+
+/// Whoever asks for a class asks for a driver by its name, and there is only the one that the program answers with.
+#[test]
+fn every_object_names_the_driver_as_the_program_does() {
+    let mut named = 0;
+    for (from, objects) in every() {
+        for object in &objects {
+            let name = match object["kind"].as_str() {
+                Some("CSIDriver") => &object["metadata"]["name"],
+                Some("StorageClass") => &object["provisioner"],
+                Some("VolumeAttributesClass" | "VolumeSnapshotClass") => &object["driverName"],
+                _ => continue,
+            };
+            assert_eq!(
+                *name,
+                ashlar_csi::service::NAME,
+                "{from}: {}",
+                title(object)
+            );
+            named += 1;
+        }
+    }
+    assert!(named >= 2, "{named}");
+}
+
+/// A claim that is made with a VolumeAttributesClass is read with it by the provisioner, one that is changed by the resizer.
+#[test]
+fn the_sidecars_may_read_classes_of_attributes() {
+    for (name, objects) in every() {
+        for sidecar in ["provisioner", "resizer"] {
+            let role = format!("ashlar-csi-controller-{sidecar}");
+            let role = objects
+                .iter()
+                .find(|o| o["kind"] == "ClusterRole" && o["metadata"]["name"] == role.as_str());
+            let may = array(&role.expect("there is one")["rules"])
+                .iter()
+                .any(|rule| {
+                    strings(&rule["resources"]).contains(&"volumeattributesclasses".to_owned())
+                        && strings(&rule["verbs"]).contains(&"get".to_owned())
+                });
+            assert!(may, "{name}: {sidecar}");
+        }
+    }
+}
