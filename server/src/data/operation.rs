@@ -205,6 +205,7 @@ pub(super) fn op_key(op: OpId) -> (usize, u32) {
 pub(super) fn refusal_of(error: &StoreError) -> RequestError {
     match error {
         StoreError::Poisoned(_) => RequestError::Poisoned,
+        StoreError::Closed => RequestError::ShuttingDown,
         StoreError::Device(_) => RequestError::Device,
         StoreError::Corrupt { .. } | StoreError::Lost { .. } => RequestError::Corrupt,
         StoreError::DirectoryFull => RequestError::NoSpace,

@@ -513,6 +513,13 @@ impl DataThread {
             return;
         }
         self.give_heads_up();
+        if self
+            .drain
+            .as_ref()
+            .is_some_and(|drain| drain.closing.is_none())
+        {
+            self.end_incoming_links();
+        }
         let Some(drain) = &mut self.drain else { return };
         match &mut drain.closing {
             None => {

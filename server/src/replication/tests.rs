@@ -16,6 +16,9 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+mod stopping;
+mod strangers;
+
 use super::*;
 use crate::data::tests::{Client, Random, Reply, VOLUME};
 use crate::data::{DataConfig, DataPlane, LinkEnds, LinkPeer, ReplicatedSpec, StoreConfig};
@@ -174,6 +177,20 @@ impl Cluster {
         daemon
             .until(|event| matches!(event, ReplicationEvent::Serving { .. }))
             .await;
+    }
+
+    /// With what one copy has, whatever the others may have.
+    async fn open_alone(&self, daemon: &mut Daemon) {
+        let mut record = self.record().await;
+        for replica in &mut record.placement.sets[0].replicas {
+            if replica.node != daemon.node {
+                replica.state = ashlar_core::records::ReplicaState::Out;
+            }
+        }
+        record.min_in_sync = 1;
+        let put = Transaction::new().put(keys::volume(VOLUME), record.encode());
+        self.records.commit(put).await.expect("recorded");
+        self.open(daemon).await;
     }
 
     fn stop(&self, daemon: &Daemon) {
@@ -355,16 +372,7 @@ async fn a_daemon_that_goes_is_left_out_and_comes_back() {
         daemon.plane.drain().await;
     }
     let mut three = three;
-    let mut record = cluster.record().await;
-    for replica in &mut record.placement.sets[0].replicas {
-        if replica.node != three.node {
-            replica.state = ashlar_core::records::ReplicaState::Out;
-        }
-    }
-    record.min_in_sync = 1;
-    let put = Transaction::new().put(keys::volume(VOLUME), record.encode());
-    cluster.records.commit(put).await.expect("recorded");
-    cluster.open(&mut three).await;
+    cluster.open_alone(&mut three).await;
     let plane = three.plane.clone();
     blocking(move || {
         let mut client = Client::attach(&plane, ReplyStyle::Extended, SIZE);

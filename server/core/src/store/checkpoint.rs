@@ -73,6 +73,11 @@ impl CheckpointState {
         self.wanted = true;
     }
 
+    /// The last one was asked for.
+    pub(super) fn is_last(&self) -> bool {
+        self.clean_close
+    }
+
     pub(super) fn running(&self) -> bool {
         self.phase != Phase::Idle
     }
@@ -122,8 +127,8 @@ impl Store {
         self.checkpoint.asked.push((self.hot.last_acked_seq(), op));
     }
 
-    /// Takes the last checkpoint: it says that the store was closed in order and wants no tail. Nothing may be
-    /// written any more.
+    /// Takes the last checkpoint: it says that the store was closed in order and wants no tail. From now on every change is
+    /// refused with [`StoreError::Closed`], so that nothing is acknowledged that only the tail has.
     pub fn close(&mut self, op: OpId) {
         self.checkpoint.clean_close = true;
         self.checkpoint(op);
@@ -313,7 +318,8 @@ impl Store {
         let bytes = encode_checkpoint(&head, rows.into_iter());
         let mut area = AlignedBuf::zeroed(bytes.len().next_multiple_of(BLOCK_BYTES));
         area[..bytes.len()].copy_from_slice(&bytes);
-        let clean = self.checkpoint.clean_close && !self.checkpoint.serving.is_empty();
+        let has_all = self.hot.last_acked_seq() <= self.hot.applied_seq;
+        let clean = self.checkpoint.clean_close && !self.checkpoint.serving.is_empty() && has_all;
         self.checkpoint.next = Some(Superblock {
             generation: self.superblock.generation + 1,
             checkpoint_seq: head.seq,

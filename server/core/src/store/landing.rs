@@ -39,7 +39,7 @@ impl Store {
     pub fn reserve_landing(&mut self, count: u32) -> Option<Landing> {
         if !(1..=MAX_LANDING_BLOCKS).contains(&count)
             || self.landing.is_some()
-            || self.healthy().is_err()
+            || self.takes_changes().is_err()
         {
             return None;
         }

@@ -157,6 +157,15 @@ impl Store {
         }
     }
 
+    /// Whether anything may still be written.
+    pub(super) fn takes_changes(&self) -> Result<(), StoreError> {
+        self.healthy()?;
+        if self.checkpoint.is_last() {
+            return Err(StoreError::Closed);
+        }
+        Ok(())
+    }
+
     pub(super) fn start_io(&mut self, io: Io) -> IoId {
         self.ios.insert(io) as IoId
     }

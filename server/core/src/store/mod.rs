@@ -138,6 +138,9 @@ pub enum StoreError {
         "the store stopped after an I/O error ({0}); restart the daemon once the device is sound"
     )]
     Poisoned(Errno),
+    /// [`Store::close`] was called: what came now would lie in a tail that nobody looks at again.
+    #[error("the store is being closed")]
+    Closed,
     /// The device could not read.
     #[error("the device failed to read ({0})")]
     Device(Errno),

@@ -123,7 +123,7 @@ impl Store {
         durable: Option<OpId>,
     ) -> Result<(), WriteError> {
         assert!(count > 0 && first_block + count <= CHUNK_BLOCKS);
-        self.healthy()?;
+        self.takes_changes()?;
         if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
@@ -190,7 +190,7 @@ impl Store {
     /// Puts the end of a layer into the log; its space comes back in the background. `Done` follows when the end is
     /// durable. Nothing may use the layer any more.
     pub fn drop_layer(&mut self, op: OpId, layer: LayerId) -> Result<(), WriteError> {
-        self.healthy()?;
+        self.takes_changes()?;
         if !self.open_frame(ENTRY_BYTES, false) {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });
@@ -227,7 +227,7 @@ impl Store {
         count: u32,
     ) -> Result<u64, WriteError> {
         assert!(first_block + count <= CHUNK_BLOCKS);
-        self.healthy()?;
+        self.takes_changes()?;
         if self.backlog_is_full() {
             self.want_ready = true;
             return Err(WriteError::Busy { accepted: 0 });

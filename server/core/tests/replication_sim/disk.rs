@@ -74,6 +74,12 @@ impl Disk {
             return Status::NoSpace;
         }
         for (at, content) in blocks().zip(contents) {
+            // A store takes an older write for one that came late, and drops it when it maps what it has acknowledged.
+            let before = self.now.get(&at).map_or(Version::NONE, |cell| cell.version);
+            assert!(
+                before <= version,
+                "block {at:?} has {before:?} and is written with {version:?}"
+            );
             let cell = Cell {
                 version,
                 content: *content,

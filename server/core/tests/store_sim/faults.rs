@@ -5,7 +5,7 @@ use ashlar_core::store::{
 };
 use ashlar_core::units::BLOCK_BYTES;
 
-use crate::ram::Ram;
+use crate::ram::{Ram, key};
 use crate::rng::Rng;
 use crate::world::SharedTail;
 
@@ -266,9 +266,6 @@ fn a_tail_is_needed_until_the_store_was_closed() {
         ram.run();
     }
     assert!(ram.store().needs_no_tail());
-    // Nobody should write after that. Should it happen, the tail has it.
-    ram.write(0, 2, &[3; BLOCK_BYTES]).expect("room");
-    assert!(!ram.store().needs_no_tail());
     // Closed, and without its tail: nothing is missing.
     ram.flush().expect("flushes");
     let (geometry, params) = small();
@@ -282,4 +279,38 @@ fn a_tail_is_needed_until_the_store_was_closed() {
     ram.tail = SharedTail::new();
     ram.open().expect("opens");
     assert_eq!(ram.read(0, 0).expect("reads")[..], [4; BLOCK_BYTES]);
+}
+
+/// A store that says that its tail is not needed was given nothing after that which only the tail has: changes are refused
+/// from the moment it is told to close, not from the moment it is closed.
+#[test]
+fn a_store_that_is_being_closed_takes_no_change() {
+    const CLOSE: u64 = 7;
+    let closed = Some(WriteError::Failed(StoreError::Closed));
+    // However far the closing is.
+    for steps in 0..40 {
+        let (geometry, params) = small();
+        let mut ram = Ram::new(geometry, params, 6);
+        let landing = ram.store().reserve_landing(1);
+        ram.write(0, 0, &[1; BLOCK_BYTES]).expect("room");
+        if let Some(landing) = landing {
+            ram.store().cancel_landing(landing);
+        }
+        ram.store().close(CLOSE);
+        for _ in 0..steps {
+            ram.step();
+        }
+        assert_eq!(ram.write(0, 0, &[2; BLOCK_BYTES]).err(), closed);
+        let version = ram.next_version();
+        let zeroes = ram.store().write_zeroes(key(0), 0, 1, version, None);
+        assert_eq!(zeroes.err(), closed);
+        assert_eq!(ram.store().drop_layer(8, key(0).layer).err(), closed);
+        assert!(ram.store().reserve_landing(1).is_none());
+        while !ram.done.contains(&(CLOSE, Ok(()))) {
+            ram.step();
+        }
+        assert!(ram.store().needs_no_tail());
+        ram.open().expect("opens");
+        assert_eq!(ram.read(0, 0).expect("reads")[..], [1; BLOCK_BYTES]);
+    }
 }

@@ -57,7 +57,13 @@ impl DataThread {
                     self.open_refused(session, Status::Refused, header.epoch);
                     return Ok(());
                 }
-                let replica = self.replica_of(open.volume, store, header.extent.layer);
+                let layer = header.extent.layer;
+                if !self.may_be_replica_of(open.volume, store, layer) {
+                    tracing::warn!(node = %link.peer.node.0, volume = %open.volume.0, layer = layer.0, "a peer opens a volume with a layer of another one");
+                    self.open_refused(session, Status::Refused, header.epoch);
+                    return Ok(());
+                }
+                let replica = self.replica_of(open.volume, store, layer);
                 if let Role::FromHead(from) = &mut self.cluster.links[key].role {
                     from.sessions.insert(tag, replica);
                 }

@@ -59,6 +59,14 @@ impl DataThread {
 
     /// A head of a peer reaches for a store of this thread.
     pub(in super::super) fn add_incoming_link(&mut self, store: usize, ends: LinkEnds) {
+        // The stores are being closed.
+        if self
+            .drain
+            .as_ref()
+            .is_some_and(|drain| drain.closing.is_some())
+        {
+            return;
+        }
         let role = Role::FromHead(FromHead {
             store,
             sessions: Default::default(),
@@ -123,6 +131,16 @@ impl DataThread {
     pub(super) fn drop_link_to(&mut self, node: NodeId, store: StoreId) {
         if let Some(key) = self.link_to(node, store) {
             self.end_link(key, &LinkError::Closed);
+        }
+    }
+
+    /// Heads of peers reach the stores of this thread no more: to them the node is gone.
+    pub(in super::super) fn end_incoming_links(&mut self) {
+        for key in 0..self.cluster.links.capacity() {
+            let link = self.cluster.links.get(key);
+            if link.is_some_and(|link| matches!(link.role, Role::FromHead(_))) {
+                self.end_link(key, &LinkError::Closed);
+            }
         }
     }
 

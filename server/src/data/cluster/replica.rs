@@ -64,6 +64,19 @@ pub(in super::super) enum ReplicaWork<'a> {
     },
 }
 
+impl ReplicaWork<'_> {
+    /// The layer whose blocks it names, if it names any.
+    fn layer(&self) -> Option<LayerId> {
+        match self {
+            ReplicaWork::Write { extent, .. }
+            | ReplicaWork::Zero { extent, .. }
+            | ReplicaWork::Read { extent, .. }
+            | ReplicaWork::Leaf { extent, .. } => Some(extent.layer),
+            ReplicaWork::Flush | ReplicaWork::Rows { .. } => None,
+        }
+    }
+}
+
 /// A piece of work that could not be done in the turn it came in.
 pub(in super::super) struct ReplicaOperation {
     pub(in super::super) replica: usize,
@@ -106,6 +119,7 @@ enum Waiting {
 pub(super) fn status_of(error: &StoreError) -> Status {
     match error {
         StoreError::Poisoned(_) => Status::Poisoned,
+        StoreError::Closed => Status::Refused,
         StoreError::Device(_) => Status::Device,
         StoreError::Corrupt { .. } | StoreError::Lost { .. } => Status::Corrupt,
         StoreError::DirectoryFull => Status::NoSpace,
@@ -131,6 +145,17 @@ pub(super) fn arrived_whole(crcs: &[u8], data: &[u8]) -> bool {
 }
 
 impl DataThread {
+    /// Whether a volume's replica at a store may hold this layer: each volume has layers of its own.
+    pub(super) fn may_be_replica_of(&self, volume: VolumeId, store: usize, layer: LayerId) -> bool {
+        match self.cluster.replica_keys.get(&(volume, store)) {
+            Some(key) => self.cluster.replicas[*key].layer == layer,
+            None => {
+                let mut replicas = self.cluster.replicas.iter();
+                !replicas.any(|(_, replica)| replica.store == store && replica.layer == layer)
+            }
+        }
+    }
+
     /// The replica of a volume at a store; made when a head first asks for it.
     pub(super) fn replica_of(&mut self, volume: VolumeId, store: usize, layer: LayerId) -> usize {
         if let Some(key) = self.cluster.replica_keys.get(&(volume, store)) {
@@ -210,10 +235,14 @@ impl DataThread {
         let Some(entry) = self.cluster.replicas.get_mut(replica) else {
             return self.answer(origin, Answer::Status(Status::Fenced));
         };
+        let (store, layer) = (entry.store, entry.layer);
+        // A session is one volume's: what it says of another's blocks was not decided by that one's acceptor.
+        if work.layer().is_some_and(|named| named != layer) {
+            return self.answer(origin, Answer::Status(Status::Refused));
+        }
         if !entry.acceptor.admit(session, epoch) {
             return self.answer(origin, Answer::Status(Status::Fenced));
         }
-        let (store, layer) = (entry.store, entry.layer);
         match work {
             ReplicaWork::Write {
                 extent,

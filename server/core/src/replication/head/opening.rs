@@ -283,6 +283,8 @@ impl ReplicatedHead {
 
     fn serve(&mut self, actions: &mut Vec<Action>) {
         self.phase = Phase::Serving;
+        // A change that waits was begun with a version from before what the reconcile wrote: every store would drop it.
+        self.settled = self.settled.max(self.admission.versions_from());
         let generation = self.record.record.client_generation;
         for set in self.opening.all_lost.drain(..) {
             for member in

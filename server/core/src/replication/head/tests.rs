@@ -417,6 +417,40 @@ fn nothing_is_read_while_one_that_may_be_in_sync_is_silent() {
     assert_eq!(bench.flushed, [1]);
 }
 
+/// The reconcile may have written the same block meanwhile, with a version of the new epoch: a store would drop the older one.
+#[test]
+fn what_waited_for_its_head_to_serve_again_is_written_with_a_new_version() {
+    let mut bench = Bench::new(&[&[1, 2]], &[]);
+    let epoch = bench.head.record().epoch;
+    bench.lose(2);
+    bench.swapped();
+    bench.lose(1);
+    assert!(!bench.head.is_serving());
+    let begun = bench.head.admission.next_version().expect("a version");
+    let extent = ExtentKey {
+        layer: LayerId(1),
+        chunk: ChunkIndex(0),
+    };
+    let admit = |bench: &mut Bench| {
+        bench
+            .head
+            .admit_write(SetIndex(0), extent, 0, 1, 77, begun, bench.now_us)
+    };
+    assert_eq!(admit(&mut bench), WriteAdmission::Wait);
+    bench.away.clear();
+    bench.swapped();
+    let member = bench.member(1);
+    bench.event(Event::LinkUp { member });
+    bench.now_us += 60_000_000;
+    bench.tick();
+    assert!(bench.head.is_serving());
+    let WriteAdmission::Send { version, .. } = admit(&mut bench) else {
+        panic!("not sent");
+    };
+    assert!(bench.head.record().epoch > epoch);
+    assert_eq!(version.epoch(), bench.head.record().epoch, "{begun:?}");
+}
+
 #[test]
 fn what_was_forgotten_and_added_again_is_filled_before_it_is_in_sync() {
     let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);

@@ -1,0 +1,66 @@
+//! Daemons that stop in order while heads of others write to their stores.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+
+const BLOCK: usize = 4096;
+const BLOCKS: u64 = 512;
+
+/// Writes numbered blocks one after the other until told to stop, and returns the last number of each.
+fn write_until(plane: &DataPlane, stop: &AtomicBool) -> Vec<u64> {
+    let mut client = Client::attach(plane, ReplyStyle::Extended, SIZE);
+    let mut last = vec![0; BLOCKS as usize];
+    for number in 1.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let block = number % BLOCKS;
+        let bytes: Vec<u8> = number.to_le_bytes().repeat(BLOCK / 8);
+        client.write(0, block * BLOCK as u64, &bytes);
+        last[block as usize] = number;
+    }
+    last
+}
+
+/// What a copy acknowledged while its daemon was stopping is in it when the daemon is back: nothing else would tell that it is
+/// missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_answered_that_a_stopped_daemon_does_not_have() {
+    let cluster = Cluster::new().await;
+    let mut one = cluster.daemon(1).await;
+    let two = cluster.daemon(2).await;
+    let mut three = cluster.daemon(3).await;
+    cluster.volume(&[&one, &two, &three]).await;
+    cluster.open(&mut one).await;
+    let mut last = Vec::new();
+    for _ in 0..4 {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writer = {
+            let (plane, stop) = (one.plane.clone(), stop.clone());
+            tokio::task::spawn_blocking(move || write_until(&plane, &stop))
+        };
+        cluster.stop(&three);
+        three.plane.drain().await;
+        cluster.in_sync(2).await;
+        stop.store(true, Ordering::Relaxed);
+        last = writer.await.expect("written");
+        three = cluster.daemon(3).await;
+        cluster.in_sync(3).await;
+    }
+    for daemon in [&one, &two] {
+        cluster.stop(daemon);
+        daemon.plane.drain().await;
+    }
+    cluster.open_alone(&mut three).await;
+    let plane = three.plane.clone();
+    blocking(move || {
+        let mut client = Client::attach(&plane, ReplyStyle::Extended, SIZE);
+        for (block, number) in (0..).zip(&last) {
+            let bytes = client.read(block * BLOCK as u64, 8);
+            assert_eq!(bytes, number.to_le_bytes(), "block {block}");
+        }
+    })
+    .await;
+    three.plane.drain().await;
+}
