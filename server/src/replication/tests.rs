@@ -22,7 +22,7 @@ mod strangers;
 use super::*;
 use crate::data::tests::{Client, Random, Reply, VOLUME};
 use crate::data::{DataConfig, DataPlane, LinkEnds, LinkPeer, ReplicatedSpec, StoreConfig};
-use crate::meta::{self, MetadataStore, SqliteStore};
+use crate::meta::{self, MetadataStore, OpenError, SqliteStore};
 use crate::stream::Stream;
 
 const MIB: u64 = 1 << 20;
@@ -109,8 +109,18 @@ impl Cluster {
         let node = NodeId(Uuid::from_u128(number));
         let home = self.dir.path().join(number.to_string());
         std::fs::create_dir_all(&home).expect("home");
-        let local: Arc<dyn MetadataStore> =
-            Arc::new(SqliteStore::open(&home.join("node.sqlite")).expect("local"));
+        let database = home.join("node.sqlite");
+        let opened = async {
+            loop {
+                match SqliteStore::open(&database) {
+                    // The driver of the daemon before ends by itself.
+                    Err(OpenError::InUse { .. }) => tokio::task::yield_now().await,
+                    opened => return opened.expect("the node's database"),
+                }
+            }
+        };
+        let local = tokio::time::timeout(PATIENCE, opened).await;
+        let local: Arc<dyn MetadataStore> = Arc::new(local.expect("free in time"));
         let seals = Seals::new(local);
         let mut config = config(node, &home);
         config.seals = seals.load().await.expect("seals");

@@ -59,7 +59,7 @@ impl DataThread {
                 }
                 let layer = header.extent.layer;
                 if !self.may_be_replica_of(open.volume, store, layer) {
-                    tracing::warn!(node = %link.peer.node.0, volume = %open.volume.0, layer = layer.0, "a peer opens a volume with a layer of another one");
+                    tracing::warn!(node = %open.claim.node.0, volume = %open.volume.0, layer = layer.0, "a peer opens a volume with a layer of another one");
                     self.open_refused(session, Status::Refused, header.epoch);
                     return Ok(());
                 }

@@ -7,11 +7,11 @@ use super::*;
 const BLOCK: usize = 4096;
 const BLOCKS: u64 = 512;
 
-/// Writes numbered blocks one after the other until told to stop, and returns the last number of each.
-fn write_until(plane: &DataPlane, stop: &AtomicBool) -> Vec<u64> {
+/// Writes numbered blocks one after the other until told to stop. `last`: the number that was last written to each.
+fn write_until(plane: &DataPlane, stop: &AtomicBool, mut last: Vec<u64>) -> Vec<u64> {
     let mut client = Client::attach(plane, ReplyStyle::Extended, SIZE);
-    let mut last = vec![0; BLOCKS as usize];
-    for number in 1.. {
+    let newest = last.iter().max().copied().unwrap_or(0);
+    for number in newest + 1.. {
         if stop.load(Ordering::Relaxed) {
             break;
         }
@@ -33,12 +33,12 @@ async fn nothing_is_answered_that_a_stopped_daemon_does_not_have() {
     let mut three = cluster.daemon(3).await;
     cluster.volume(&[&one, &two, &three]).await;
     cluster.open(&mut one).await;
-    let mut last = Vec::new();
+    let mut last = vec![0; BLOCKS as usize];
     for _ in 0..4 {
         let stop = Arc::new(AtomicBool::new(false));
         let writer = {
             let (plane, stop) = (one.plane.clone(), stop.clone());
-            tokio::task::spawn_blocking(move || write_until(&plane, &stop))
+            tokio::task::spawn_blocking(move || write_until(&plane, &stop, last))
         };
         cluster.stop(&three);
         three.plane.drain().await;
