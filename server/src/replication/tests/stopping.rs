@@ -2,10 +2,19 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ashlar_core::units::LEAF_BLOCKS;
+
 use super::*;
 
 const BLOCK: usize = 4096;
-const BLOCKS: u64 = 512;
+/// One after the other is written to: a leaf that was written to after its daemon had stopped would be compared as a whole.
+const LEAVES: u64 = 64;
+const BLOCKS: u64 = LEAVES * LEAF_BLOCKS as u64;
+
+fn offset(block: u64) -> u64 {
+    let (leaf, at) = (block % LEAVES, block / LEAVES);
+    (leaf * u64::from(LEAF_BLOCKS) + at) * BLOCK as u64
+}
 
 /// Writes numbered blocks one after the other until told to stop. `last`: the number that was last written to each.
 fn write_until(plane: &DataPlane, stop: &AtomicBool, mut last: Vec<u64>) -> Vec<u64> {
@@ -17,7 +26,7 @@ fn write_until(plane: &DataPlane, stop: &AtomicBool, mut last: Vec<u64>) -> Vec<
         }
         let block = number % BLOCKS;
         let bytes: Vec<u8> = number.to_le_bytes().repeat(BLOCK / 8);
-        client.write(0, block * BLOCK as u64, &bytes);
+        client.write(0, offset(block), &bytes);
         last[block as usize] = number;
     }
     last
@@ -42,8 +51,8 @@ async fn nothing_is_answered_that_a_stopped_daemon_does_not_have() {
         };
         cluster.stop(&three);
         three.plane.drain().await;
-        cluster.in_sync(2).await;
         stop.store(true, Ordering::Relaxed);
+        cluster.in_sync(2).await;
         last = writer.await.expect("written");
         three = cluster.daemon(3).await;
         cluster.in_sync(3).await;
@@ -57,7 +66,7 @@ async fn nothing_is_answered_that_a_stopped_daemon_does_not_have() {
     blocking(move || {
         let mut client = Client::attach(&plane, ReplyStyle::Extended, SIZE);
         for (block, number) in (0..).zip(&last) {
-            let bytes = client.read(block * BLOCK as u64, 8);
+            let bytes = client.read(offset(block), 8);
             assert_eq!(bytes, number.to_le_bytes(), "block {block}");
         }
     })
