@@ -28,9 +28,15 @@ at_desk() { # COMMAND: what it prints is `output`, how it ends is `status`
     output=$(<"$logs/output")
 }
 
+desk() { # COMMAND: has to end well
+    at_desk "$1"
+    [ "$status" = 0 ] || fail "'$1' ended with $status: $output"
+}
+
 checked=0
-# What NODE is in commands of the document.
+# What NODE is in commands of the document, and on which one those are run that are for each node.
 node=node-1
+shell_node=node-1
 # check LINE EXPECTED: runs a command of the document, after its prompt. Its output has to match an extended regular expression as a
 # whole, without the last line break.
 check() {
@@ -39,7 +45,7 @@ check() {
     command=${command//NODE/$node}
     echo "$line" >&2
     case $line in
-    'node# '*) output=$(on_node node-1 "$command" 2>&1 </dev/null) || status=$? ;;
+    'node# '*) output=$(on_node "$shell_node" "$command" 2>&1 </dev/null) || status=$? ;;
     *) at_desk "$command" ;;
     esac
     printf '%s\n' "$output" | sed 's/^/    /' >&2

@@ -116,6 +116,7 @@ kubectl delete pod flex
 flex_pod node-2
 [ "$(kubectl exec flex -- sh -c 'wc -l </data/starts')" = 2 ] || fail "the data of FlexVolume on another node"
 kubectl delete pod flex
+wait_for 120 "the end of the volume of FlexVolume" ashlar volume delete flex --yes
 helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --reset-then-reuse-values --set flexVolume.enabled=false >/dev/null
 
 # Another node.
@@ -188,3 +189,61 @@ kubectl delete node "$lost"
 section "Upgrade" '.*STATUS: deployed.*'
 wait_for 900 "the daemon in the place of the lost one" daemons_ready
 ashlar node list
+
+local_volume node-5
+helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --reset-then-reuse-values --set etcd.initialClusterState=existing >/dev/null
+grep -qF '`--set etcd.initialClusterState=existing`' docs/kubernetes.md || fail "the document has another value for a lost member of etcd"
+other=ashlar-etcd-0
+[ "$member" != "$other" ] || other=ashlar-etcd-1
+desk "kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
+etcdctl() { desk "etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key $*"; }
+wait_for 120 "the port of etcd" grep -q Forwarding "$work/desk/port-forward.log"
+etcdctl member list
+id=$(awk -F', ' -v name="$member" '$3 == name { print $1 }' <<<"$output")
+[ -n "$id" ] || fail "etcd does not list $member: $output"
+etcdctl member remove "$id"
+etcdctl member add "$member" "--peer-urls=https://$member.ashlar-etcd.ashlar.svc:2380"
+desk "kill %1"
+kubectl -n ashlar delete pvc "data-$member" --wait=false
+kubectl -n ashlar delete pod "$member"
+wait_for 900 "the member of etcd in the place of the lost one" kubectl -n ashlar rollout status statefulset/ashlar-etcd --timeout=10s
+wait_for 300 "the daemons with it" daemons_ready
+
+# All of it is removed, the data too.
+kubectl delete statefulset diary
+kubectl delete pvc diary notes
+wait_for 300 "the end of the volumes" no_volumes
+wait_for 300 "the end of attachments" detached
+nodes=()
+for name in node-1 node-2 node-3 node-4 node-5; do [ "$name" = "$lost" ] || nodes+=("$name"); done
+node=${nodes[*]} shell_node=${nodes[0]}
+section "Remove" '' '.*uninstalled.*' "(node/node-. unlabeled$break?){4}" '' '.*deleted.*' '.*deleted.*' '.*deleted.*'
+for name in "${nodes[@]}"; do
+    on_node "$name" "rm -rf /var/lib/ashlar /var/lib/ashlar-csi /run/ashlar /var/lib/kubelet/plugins/csi.ashlar.io /var/lib/local-path/etcd/*"
+    kubectl delete pv "etcd-$name" --ignore-not-found
+    [ "$name" = node-4 ] || local_volume "$name"
+done
+
+# And one daemon with a volume becomes a cluster, under a pod that writes.
+node=${nodes[0]}
+section "Choose the node" skip '.*labeled' skip
+section "Install" '.*created' '.*labeled' skip skip skip skip skip skip
+helm install ashlar deploy/charts/ashlar --namespace ashlar --set daemon.data.storeSize=3GiB >/dev/null
+kubectl apply -f deploy/examples/pod.yaml
+kubectl wait --for=condition=Ready pod/notes --timeout=10m || fail "a pod with the volume of one daemon"
+kubectl exec notes -- sh -c '(while sleep 1; do date >>/data/lines && sync || touch /data/failed; done) >/dev/null 2>&1 &'
+in_text "kubectl delete storageclass ashlar" '.*deleted.*'
+helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --values "$work/desk/several.yaml" --set daemon.replicas=1 >/dev/null
+wait_for 600 "etcd" kubectl -n ashlar rollout status statefulset/ashlar-etcd --timeout=10s
+kubectl -n ashlar delete pod ashlar-daemon-0
+wait_for 600 "the daemon as a cluster of one" daemons_ready
+ashlar volume list
+count=$(kubectl exec notes -- sh -c 'wc -l </data/lines')
+wait_for 300 "a line after it became a cluster" bash -c "[ \"\$(kubectl exec notes -- sh -c 'wc -l </data/lines')\" -gt $count ]"
+kubectl exec notes -- test ! -e /data/failed || fail "a write failed while one daemon became a cluster"
+kubectl label node "${nodes[1]}" "${nodes[2]}" ashlar.io/daemon=true
+helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --values "$work/desk/several.yaml" >/dev/null
+kubectl -n ashlar rollout status statefulset/ashlar-daemon --timeout=15m || fail "three daemons"
+[ "$(ashlar node list -o json | grep -c '"id"')" = 3 ] || fail "three nodes"
+kubectl apply -f deploy/examples/statefulset.yaml --dry-run=server >/dev/null
+ashlar volume create three --size 64MiB --replicas 3

@@ -1,6 +1,5 @@
-# What a driver of local volumes would have made: a class, and a volume on each of three nodes. Sourced by follow-cluster.sh.
-{
-    cat <<END
+# What a driver of local volumes would have made: a class, and a volume on each node. Sourced by follow-cluster.sh.
+kubectl apply -f - <<END
 apiVersion: storage.k8s.io/v1
 kind: StorageClass
 metadata:
@@ -8,13 +7,12 @@ metadata:
 provisioner: kubernetes.io/no-provisioner
 volumeBindingMode: WaitForFirstConsumer
 END
-    for name in node-1 node-2 node-3; do
-        cat <<END
----
+local_volume() { # NODE
+    kubectl apply -f - <<END
 apiVersion: v1
 kind: PersistentVolume
 metadata:
-  name: etcd-$name
+  name: etcd-$1
 spec:
   storageClassName: local-path
   capacity:
@@ -29,7 +27,7 @@ spec:
         - matchExpressions:
             - key: kubernetes.io/hostname
               operator: In
-              values: [$name]
+              values: [$1]
 END
-    done
-} | kubectl apply -f -
+}
+for name in node-1 node-2 node-3; do local_volume "$name"; done

@@ -36,6 +36,14 @@ pub(crate) fn leaf_of(at: At) -> (u32, u32) {
 }
 
 impl Cell {
+    /// What its store knows of it: with a leaf its versions are lost.
+    fn known_version(&self) -> Version {
+        match self.rot {
+            Rot::Mapping => Version::NONE,
+            Rot::None | Rot::Bytes => self.version,
+        }
+    }
+
     pub(crate) fn is_rotten(&self) -> bool {
         self.rot != Rot::None
     }
@@ -75,7 +83,7 @@ impl Disk {
         }
         for (at, content) in blocks().zip(contents) {
             // A store takes an older write for one that came late, and drops it when it maps what it has acknowledged.
-            let before = self.now.get(&at).map_or(Version::NONE, |cell| cell.version);
+            let before = self.now.get(&at).map_or(Version::NONE, Cell::known_version);
             assert!(
                 before <= version,
                 "block {at:?} has {before:?} and is written with {version:?}"
@@ -240,10 +248,7 @@ impl Disk {
         let first = leaf * LEAF_BLOCKS;
         for ((_, block), cell) in self.now.range((chunk, first)..(chunk, first + LEAF_BLOCKS)) {
             states.0[(block - first) as usize] = BlockState {
-                version: match cell.rot {
-                    Rot::Mapping => Version::NONE,
-                    Rot::None | Rot::Bytes => cell.version,
-                },
+                version: cell.known_version(),
                 content: match cell.rot {
                     Rot::Mapping => BlockContent::Lost,
                     _ if cell.content == 0 => BlockContent::Zeros,
