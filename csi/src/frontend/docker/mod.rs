@@ -1,9 +1,10 @@
-//! A volume plugin for Docker and podman: `Plugin.Activate` and `VolumeDriver.*` over a Unix socket.
+//! A volume plugin for Docker and podman: `Plugin.Activate` and `VolumeDriver.*` over a Unix socket, and over TLS.
 //!
 //! A volume is mounted once on the machine, for the first container that asks, and unmounted after the last one. Who asks
 //! is told by an id, and the ids are remembered.
 
 pub mod message;
+pub mod tls;
 pub mod users;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,7 @@ use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use clap::{CommandFactory, FromArgMatches};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
@@ -54,15 +55,27 @@ const NAME_ANNOTATION: &str = "csi.ashlar.io/name";
 /// Volumes asked for at a time.
 const PAGE: u32 = 500;
 
+/// The settings of the node operations, and those of the plugin alone.
+#[derive(Parser)]
+struct Settings {
+    #[command(flatten)]
+    node: Arguments,
+    #[command(flatten)]
+    tls: tls::Settings,
+}
+
 /// Reads the settings and serves until the program is told to stop.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
-    let command = Arguments::command()
+    let command = Settings::command()
         .name("ashlar-csi docker")
         .about("A volume plugin for Docker and podman")
         .mut_arg("endpoint", |endpoint| endpoint.default_value(ENDPOINT))
         .mut_arg("state_dir", |state| state.default_value(STATE_DIRECTORY));
     let name = std::iter::once(OsString::from("ashlar-csi docker"));
-    let settings = Arguments::from_arg_matches(&command.get_matches_from(name.chain(arguments)))?;
+    let Settings {
+        node: settings,
+        tls,
+    } = Settings::from_arg_matches(&command.get_matches_from(name.chain(arguments)))?;
     start_log(&settings.log, settings.log_format)?;
     if let Some(name) = &settings.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
@@ -71,12 +84,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let served = runtime.block_on(serve(settings));
+    let served = runtime.block_on(serve(settings, tls));
     runtime.shutdown_background();
     served
 }
 
-async fn serve(settings: Arguments) -> anyhow::Result<()> {
+async fn serve(settings: Arguments, tls: tls::Settings) -> anyhow::Result<()> {
     let endpoint = &settings.endpoint;
     if let Some(parent) = endpoint.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
@@ -85,6 +98,7 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
     let listener = server::listen(endpoint)
         .await
         .with_context(|| format!("listening at {}", endpoint.display()))?;
+    let tls = tls.listen().await?;
     let host = Host::open(&settings, NODE_SUFFIX).await?;
     tokio::spawn(keep_connected(
         Arc::clone(host.node()),
@@ -127,8 +141,18 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
         }
         tracing::info!("stopping");
     };
+    let over_tls = {
+        let app = app.clone();
+        async move {
+            match tls {
+                Some(listener) => axum::serve(listener, app).await,
+                None => std::future::pending().await,
+            }
+        }
+    };
     tokio::select! {
         served = axum::serve(listener, app) => served?,
+        served = over_tls => served?,
         () = stop => {}
     }
     let _ = std::fs::remove_file(endpoint);

@@ -1,4 +1,6 @@
-//! The volume plugin, driven as an engine does: HTTP over its socket.
+//! The volume plugin, driven as an engine does: HTTP over its socket, or over TLS.
+
+mod tls;
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
@@ -19,17 +21,28 @@ const CALL_LIMIT: Duration = Duration::from_secs(120);
 struct Engine {
     driver: Driver,
     plugin: Option<Group>,
+    /// Beside those that the plugin always has.
+    arguments: Vec<String>,
 }
 
 impl Engine {
     fn new(test: &str) -> Engine {
-        let driver = Driver::prepare(test, Setup::default());
-        let mut engine = Engine {
-            driver,
-            plugin: None,
-        };
+        let mut engine = Engine::prepare(test);
         engine.start();
         engine
+    }
+
+    /// Without the plugin.
+    fn prepare(test: &str) -> Engine {
+        Engine {
+            driver: Driver::prepare(test, Setup::default()),
+            plugin: None,
+            arguments: Vec::new(),
+        }
+    }
+
+    fn log(&self) -> PathBuf {
+        self.driver.daemon.scratch.join("docker.log")
     }
 
     fn socket(&self) -> PathBuf {
@@ -40,7 +53,7 @@ impl Engine {
         let log = OpenOptions::new()
             .create(true)
             .append(true)
-            .open(self.driver.daemon.scratch.join("docker.log"))
+            .open(self.log())
             .expect("a log");
         let mut command = Command::new(binary("ashlar-csi"));
         command
@@ -55,6 +68,7 @@ impl Engine {
             .arg("--state-dir")
             .arg(self.driver.state_dir())
             .args(["--unstage-patience", "2"])
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
@@ -72,8 +86,16 @@ impl Engine {
 
     /// Status code, content type and body of a call.
     fn post(&self, call: &str, body: &str) -> std::io::Result<(u16, String, String)> {
-        let mut stream = UnixStream::connect(self.socket())?;
+        let stream = UnixStream::connect(self.socket())?;
         stream.set_read_timeout(Some(CALL_LIMIT))?;
+        Engine::post_over(stream, call, body)
+    }
+
+    fn post_over(
+        mut stream: impl Read + Write,
+        call: &str,
+        body: &str,
+    ) -> std::io::Result<(u16, String, String)> {
         write!(
             stream,
             "POST /{call} HTTP/1.1\r\nHost: plugin\r\nAccept: application/vnd.docker.plugins.v1.2+json\r\n\
@@ -138,7 +160,7 @@ impl Drop for Engine {
             plugin.kill();
         }
         if std::thread::panicking() {
-            let log = fs::read_to_string(self.driver.daemon.scratch.join("docker.log"));
+            let log = fs::read_to_string(self.log());
             eprintln!("--- the plugin's log\n{}", log.unwrap_or_default());
         }
     }
