@@ -303,9 +303,10 @@ impl admin::admin_server::Admin for Service {
 
     async fn get_capacity(
         &self,
-        _: Request<admin::GetCapacityRequest>,
+        request: Request<admin::GetCapacityRequest>,
     ) -> Answer<admin::GetCapacityResponse> {
-        Ok(Response::new(self.capacity().await?))
+        let replicas = request.into_inner().replicas;
+        Ok(Response::new(self.capacity(replicas).await?))
     }
 
     async fn register_node(

@@ -41,6 +41,7 @@ use catalog::{Catalog, Entry};
 use changes::Change;
 pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
+pub use placing::ClusterRoom;
 pub use publications::Unpublished;
 
 use crate::events::Events;
