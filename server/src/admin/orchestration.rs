@@ -360,7 +360,7 @@ impl Service {
         let (iops, bytes_per_second) = (asked.iops, asked.bytes_per_second);
         // Nothing is applied when a part cannot be.
         VolumeLimits::check(iops.unwrap_or(0), bytes_per_second.unwrap_or(0))?;
-        let mut view = volumes.get(&reference)?;
+        let mut view = volumes.find(&reference).await?;
         if let Some(wanted) = asked.min_in_sync {
             MinInSyncError::check(wanted, view.record.replicas).map_err(ConfigureError::from)?;
         }
