@@ -155,9 +155,19 @@ fn segment(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A bare level is meant for what this project logs, as with the daemon: at `debug` an HTTP/2 library would write a line for
+/// every frame.
+fn own_level(filter: &str) -> String {
+    match filter.parse::<tracing::Level>() {
+        Ok(level) if level > tracing::Level::INFO => format!("info,ashlar_csi={level}"),
+        _ => filter.to_owned(),
+    }
+}
+
 /// Starts the log, on standard error.
 pub fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter}"))?;
+    let filter =
+        EnvFilter::try_new(own_level(filter)).with_context(|| format!("--log {filter}"))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
@@ -322,5 +332,18 @@ pub async fn keep_registered(daemon: Daemon, node_id: String, topology: BTreeMap
             }
         };
         tokio::time::sleep(next).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_level_is_about_this_project() {
+        assert_eq!(own_level("debug"), "info,ashlar_csi=DEBUG");
+        for as_it_is in ["info", "warn", "h2=trace", "info,ashlar_csi=debug"] {
+            assert_eq!(own_level(as_it_is), as_it_is);
+        }
     }
 }

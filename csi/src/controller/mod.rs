@@ -109,7 +109,7 @@ impl Controller {
         if wanted == volume.size_bytes {
             return Ok(wanted);
         }
-        let space = self.daemon.space().await?;
+        let space = self.daemon.space(0).await?;
         if wanted > space.volume_max_bytes {
             return Err(Refusal::new(
                 Class::OutOfRange,
@@ -131,9 +131,9 @@ impl Controller {
         Ok(())
     }
 
-    /// What new volumes may take.
-    pub async fn space(&self) -> Result<Space, Refusal> {
-        self.daemon.space().await
+    /// What new volumes with these parameters may take.
+    pub async fn space(&self, parameters: &parameters::Parameters) -> Result<Space, Refusal> {
+        self.daemon.space(parameters.replicas.unwrap_or(0)).await
     }
 
     /// Deletes a volume; one that is not there is fine. Refused while it is published.

@@ -74,7 +74,7 @@ impl Controller {
             return self.found(volume, &request).await;
         }
         is_reachable(&request, places)?;
-        let space = self.daemon().space().await?;
+        let space = self.space(&request.parameters).await?;
         let minimum = smallest(&request);
         let size_bytes = sizing::chosen(request.range, minimum, space.volume_max_bytes)?;
         if size_bytes > space.provisionable_bytes {

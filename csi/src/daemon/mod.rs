@@ -234,9 +234,10 @@ impl Daemon {
         Ok(answer.nodes.into_iter().map(NodeInfo::from).collect())
     }
 
-    /// What new volumes may take.
-    pub async fn space(&self) -> Result<Space, Refusal> {
-        let answer = ask!(self, CALL_LIMIT, get_capacity, admin::GetCapacityRequest {});
+    /// What new volumes of so many copies may take; 0: of as many as they get by default.
+    pub async fn space(&self, replicas: u32) -> Result<Space, Refusal> {
+        let request = admin::GetCapacityRequest { replicas };
+        let answer = ask!(self, CALL_LIMIT, get_capacity, request);
         answer.map(Space::from)
     }
 

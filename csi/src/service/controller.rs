@@ -331,7 +331,8 @@ impl csi::controller_server::Controller for Controller {
         let mut parameters = convert::map("parameters", message.parameters).map_err(status)?;
         // The provisioner takes its own keys out of a class before it creates a volume, but not here.
         parameters.retain(|key, _| !key.starts_with(PROVISIONERS_OWN));
-        Parameters::parse(&parameters, &std::collections::BTreeMap::new()).map_err(status)?;
+        let parameters = Parameters::parse(&parameters, &std::collections::BTreeMap::new());
+        let parameters = parameters.map_err(status)?;
         let is_reachable = match message.accessible_topology {
             None => true,
             Some(topology) if topology.segments.is_empty() => true,
@@ -340,7 +341,7 @@ impl csi::controller_server::Controller for Controller {
                 is_within(&places, &topology.segments.into_iter().collect())
             }
         };
-        let space = self.operations.space().await.map_err(status)?;
+        let space = self.operations.space(&parameters).await.map_err(status)?;
         // Nothing can be provisioned for uses that are not supported, or in a place where nobody could use it.
         let available = if supported.is_ok() && is_reachable {
             space.provisionable_bytes

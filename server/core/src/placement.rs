@@ -5,8 +5,10 @@
 //! twice as often, so stores of different sizes fill up together, and every stretch of the list is as even as it can be,
 //! so neighbouring chunks lie on different stores. The list is all a record has to hold, however large the volume grows.
 
+mod room;
 mod spread;
 
+pub use room::room_for;
 pub use spread::{ClusterStore, TooFewNodes, spread};
 
 use crate::units::StoreId;

@@ -225,10 +225,10 @@ impl proto::cluster_server::Cluster for Service {
     ) -> Answer<proto::ListNodesResponse> {
         admitted(&request)?;
         let cluster = self.cluster()?;
-        let holdings = cluster.holdings().await?;
+        let mut holdings = cluster.holdings().await?;
         let seen = self.seen();
         let nodes = cluster.members().await?.into_iter().map(|member| {
-            let has = holdings.get(&member.record.id).copied();
+            let has = holdings.remove(&member.record.id);
             cluster.node(member.record, has.unwrap_or_default(), &seen)
         });
         Ok(Response::new(proto::ListNodesResponse {

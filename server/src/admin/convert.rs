@@ -58,10 +58,8 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         annotations: view.annotations.entries.clone().into_iter().collect(),
         annotations_revision: view.annotations.revision,
         limits: Some(orchestration::limits(record.limits)),
-        not_served_reason: match &view.serving {
-            Serving::Yes => String::new(),
-            Serving::No(reason) => reason.clone(),
-        },
+        served_elsewhere: matches!(view.serving, Serving::Elsewhere(Some(_))),
+        not_served_reason: view.serving.reason().unwrap_or_default(),
     }
 }
 

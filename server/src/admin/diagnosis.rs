@@ -127,7 +127,7 @@ impl proto::diagnosis_server::Diagnosis for Service {
         };
         let (state, services) = (self.state.clone(), self.services()?.clone());
         if let Some(volume) = &volume {
-            services.volumes.get(volume).map_err(refused)?;
+            services.volumes.find(volume).await.map_err(refused)?;
         }
         let (sender, receiver) = mpsc::channel(PAGES_AHEAD);
         tokio::spawn(async move {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::convert;
 use super::service::{Service, refused};
 use crate::daemon::Services;
-use crate::volumes::{VolumeError, VolumeSettings, VolumeView};
+use crate::volumes::{ClusterRoom, VolumeError, VolumeSettings, VolumeView};
 
 /// How a volume is to be created, from what was asked.
 pub(super) fn settings(asked: &mut admin::CreateVolumeRequest) -> Result<VolumeSettings, Status> {
@@ -270,9 +270,16 @@ impl Service {
         })
     }
 
-    pub(super) async fn capacity(&self) -> Result<admin::GetCapacityResponse, Status> {
+    pub(super) async fn capacity(
+        &self,
+        replicas: u32,
+    ) -> Result<admin::GetCapacityResponse, Status> {
         let services = self.services()?;
         let percent = self.overcommit_percent();
+        let room = services.volumes.cluster_room(replicas).await;
+        if let Some(room) = room.map_err(refused)? {
+            return Ok(of_cluster(&room, percent));
+        }
         let (mut capacity_bytes, mut available_bytes) = (0, 0);
         for view in services.plane.store_views().await {
             let status = &view.status;
@@ -302,6 +309,7 @@ impl Service {
                 percent,
             ),
             volume_max_bytes: VOLUME_MAX_BYTES,
+            replicas: 1,
         })
     }
 
@@ -352,7 +360,7 @@ impl Service {
         let (iops, bytes_per_second) = (asked.iops, asked.bytes_per_second);
         // Nothing is applied when a part cannot be.
         VolumeLimits::check(iops.unwrap_or(0), bytes_per_second.unwrap_or(0))?;
-        let mut view = volumes.get(&reference)?;
+        let mut view = volumes.find(&reference).await?;
         if let Some(wanted) = asked.min_in_sync {
             MinInSyncError::check(wanted, view.record.replicas).map_err(ConfigureError::from)?;
         }
@@ -368,6 +376,28 @@ impl Service {
             view = volumes.limit(&reference, iops, bytes_per_second).await?;
         }
         Ok(view)
+    }
+}
+
+/// What a cluster has: of what may be promised, each byte of a new volume takes as many as it has copies.
+fn of_cluster(room: &ClusterRoom, percent: u32) -> admin::GetCapacityResponse {
+    let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_BYTES as u64);
+    let unpromised = provisionable(
+        bytes(room.capacity_blocks),
+        u64::MAX,
+        room.promised_bytes,
+        percent,
+    );
+    let fitting = bytes(room.fitting_blocks);
+    admin::GetCapacityResponse {
+        capacity_bytes: bytes(room.capacity_blocks),
+        available_bytes: bytes(room.free_blocks),
+        promised_bytes: room.promised_bytes,
+        overcommit_percent: percent,
+        provisionable_bytes: (unpromised / u64::from(room.copies.max(1)))
+            .min(provisionable(fitting, fitting, 0, percent)),
+        volume_max_bytes: VOLUME_MAX_BYTES,
+        replicas: room.copies,
     }
 }
 
@@ -394,6 +424,31 @@ mod tests {
         // Full stores take nothing, whatever may be promised.
         assert_eq!(provisionable(100 * gib, 0, 10 * gib, 500), 0);
         assert_eq!(provisionable(u64::MAX, u64::MAX, 0, 100_000), u64::MAX);
+    }
+
+    #[test]
+    fn what_new_volumes_may_take_of_a_cluster() {
+        let blocks = |bytes: u64| bytes / BLOCK_BYTES as u64;
+        let gib = 1 << 30;
+        let with = |copies: u32, promised: u64, fitting: u64, percent: u32| {
+            let room = ClusterRoom {
+                copies,
+                capacity_blocks: blocks(3 * gib),
+                free_blocks: blocks(3 * gib),
+                fitting_blocks: blocks(fitting),
+                promised_bytes: promised,
+            };
+            of_cluster(&room, percent).provisionable_bytes
+        };
+        // Beyond one node's size, as long as the cluster has room.
+        assert_eq!(with(1, 2 * gib, 3 * gib, 100), gib);
+        // Each copy takes its part.
+        assert_eq!(with(3, 0, gib, 100), gib);
+        assert_eq!(with(2, 2 * gib, 3 * gib / 2, 100), gib / 2);
+        assert_eq!(with(3, 3 * gib, gib, 100), 0);
+        // Over-commitment is of the whole, and stops where blocks do not fit.
+        assert_eq!(with(3, 3 * gib, gib, 200), gib);
+        assert_eq!(with(3, 0, 0, 500), 0);
     }
 
     #[test]

@@ -163,7 +163,7 @@ impl admin::admin_server::Admin for Service {
     ) -> Answer<admin::GetVolumeResponse> {
         let reference = Service::reference(&request.into_inner().volume)?;
         let services = self.services()?;
-        let view = services.volumes.get(&reference).map_err(refused)?;
+        let view = services.volumes.find(&reference).await.map_err(refused)?;
         Ok(Response::new(admin::GetVolumeResponse {
             volume: Some(Service::volume(services, &view).await),
             nbd_listeners: self.nbd_listeners(),
@@ -303,9 +303,10 @@ impl admin::admin_server::Admin for Service {
 
     async fn get_capacity(
         &self,
-        _: Request<admin::GetCapacityRequest>,
+        request: Request<admin::GetCapacityRequest>,
     ) -> Answer<admin::GetCapacityResponse> {
-        Ok(Response::new(self.capacity().await?))
+        let replicas = request.into_inner().replicas;
+        Ok(Response::new(self.capacity(replicas).await?))
     }
 
     async fn register_node(
@@ -336,7 +337,10 @@ impl admin::admin_server::Admin for Service {
         let asked = request::VolumeRef::parse_optional(&request.into_inner().volume)?;
         let services = self.services()?;
         let views = match asked {
-            Some(volume) => vec![services.volumes.get(&volume.to_string()).map_err(refused)?],
+            Some(volume) => {
+                let found = services.volumes.find(&volume.to_string()).await;
+                vec![found.map_err(refused)?]
+            }
             None => services.volumes.list(),
         };
         let mut connections = Vec::new();

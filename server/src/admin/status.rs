@@ -43,6 +43,7 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
         VolumeError::NoCluster { .. }
         | VolumeError::Elsewhere { .. }
+        | VolumeError::OneCopyElsewhere { .. }
         | VolumeError::NotPublished { .. } => Code::FailedPrecondition,
         VolumeError::Create(CreateError::LayersExhausted) | VolumeError::TooFewNodes(_) => {
             Code::ResourceExhausted

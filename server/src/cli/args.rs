@@ -184,7 +184,7 @@ pub(super) struct InitArgs {
 pub(super) enum ClusterCommand {
     /// Print a token that lets one node join: ashlard --join TOKEN@HOST:PORT
     Token {
-        /// How long it is good for, for example 30m [default: 1h]
+        /// How long it is good for, for example 30m; at most 30d [default: 1h]
         #[arg(long, value_name = "INTERVAL")]
         lifetime: Option<Every>,
     },
@@ -198,8 +198,8 @@ pub(super) enum ClusterCommand {
         /// What it is for
         #[arg(long, value_enum, default_value_t = Role::Volumes)]
         role: Role,
-        /// Days it is good for [default: 365]
-        #[arg(long, value_name = "N")]
+        /// Days it is good for, at most 3650 [default: 365]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=3650))]
         days: Option<u32>,
     },
     /// List the certificates of clients
@@ -449,6 +449,20 @@ mod tests {
         );
         assert!(set(&["v"]).is_err());
         assert!(set(&["--read-only"]).is_err());
+    }
+
+    #[test]
+    fn a_certificate_is_good_for_some_days() {
+        let days = |days: &str| {
+            let argv = ["ashlar", "cluster", "client-cert", "db", "--days", days];
+            Cli::try_parse_from(argv)
+        };
+        for good in ["1", "3650"] {
+            assert!(days(good).is_ok(), "{good}");
+        }
+        for wrong in ["0", "3651", "-1"] {
+            assert!(days(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! `ashlar cluster …` and `ashlar node …`: who belongs to a cluster.
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::time::Duration;
 
 use ashlar_proto::cluster::cluster_client::ClusterClient;
@@ -15,22 +14,19 @@ use rustls::pki_types::CertificateDer;
 use serde::Serialize;
 use tonic::transport::Channel;
 
-use super::args::{ClusterCommand, Format, InitArgs, NodeCommand, Role};
-use super::connect::Daemon;
+use super::args::{ClusterCommand, Format, NodeCommand, Role};
+use super::connect::{AUTHORITY_FILE, CERTIFICATE_FILE, Daemon, KEY_FILE};
 use super::error::{CliError, Exit};
 use super::output::{self, Answer};
 use super::size::human;
-use crate::config::{Arguments, Config, Metadata, Settings};
-use crate::daemon::{DataDirLock, certificate_names, connect, node_record, open_local};
-use crate::identity::{Initialising, initialise, to_pem, write_private};
-
-/// Names that libnbd, and with it most tools, look for in a directory of certificates; ours looks for the same.
-pub(super) const AUTHORITY_FILE: &str = "ca-cert.pem";
-pub(super) const CERTIFICATE_FILE: &str = "client-cert.pem";
-pub(super) const KEY_FILE: &str = "client-key.pem";
+use crate::config::Every;
+use crate::identity::{to_pem, write_private};
 
 /// Between two looks at a node that is being drained.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// The daemon makes none that live longer.
+const TOKEN_LIFETIME_MAX: Duration = Duration::from_secs(30 * 86_400);
 
 fn client(daemon: &Daemon) -> ClusterClient<Channel> {
     ClusterClient::new(daemon.channel.clone())
@@ -38,59 +34,6 @@ fn client(daemon: &Daemon) -> ClusterClient<Channel> {
 
 fn failed(error: impl std::fmt::Display) -> CliError {
     CliError::new(Exit::Failed, error)
-}
-
-/// Makes the node of a data directory the first of a cluster. Its daemon must not run.
-pub(super) async fn init(format: Format, args: InitArgs) -> Result<(), CliError> {
-    let arguments = Arguments {
-        config: args.config,
-        print_config: false,
-        settings: Settings {
-            data_dir: args.data_dir,
-            metadata: args.metadata,
-            etcd_prefix: args.etcd_prefix,
-            etcd_ca: args.etcd_ca,
-            etcd_cert: args.etcd_cert,
-            etcd_key: args.etcd_key,
-            advertise: args.advertise,
-            label: args.label,
-            ..Settings::default()
-        },
-    };
-    let config = Config::resolve(&arguments).map_err(|error| CliError::new(Exit::Usage, error))?;
-    let Metadata::Etcd(access) = &config.metadata else {
-        return Err(CliError::new(
-            Exit::Usage,
-            "a cluster keeps its records in etcd; give --metadata etcd:http://HOST:PORT",
-        ));
-    };
-    let _lock = DataDirLock::take(&config.data_dir).map_err(|error| {
-        CliError::new(Exit::Refused, error)
-            .hint("stop ashlard first; its volumes are moved as they are")
-    })?;
-    let local = open_local(&config.data_dir).map_err(failed)?;
-    let shared = connect(access).map_err(failed)?;
-    let node = node_record(&*local).await.map_err(failed)?.id;
-    let founded = initialise(&Initialising {
-        data_dir: &config.data_dir,
-        local: &*local,
-        shared: &shared,
-        node,
-        names: certificate_names(&config),
-        labels: config.labels.clone(),
-        length: config.certificate_lifetime,
-    })
-    .await
-    .map_err(|error| CliError::new(Exit::Refused, error))?;
-    output::print(
-        format,
-        &Founded {
-            cluster_id: founded.cluster.0.to_string(),
-            node_id: node.0.to_string(),
-            authority_sha256: founded.authority_sha256,
-            volumes: founded.volumes,
-        },
-    )
 }
 
 pub(super) async fn run(
@@ -101,12 +44,9 @@ pub(super) async fn run(
     let mut client = client(daemon);
     match command {
         ClusterCommand::Token { lifetime } => {
-            let lifetime_seconds = lifetime.map_or(Ok(0), |every| {
-                u32::try_from(every.interval().unwrap_or_default().as_secs())
-            });
-            let lifetime_seconds = lifetime_seconds
-                .map_err(|_| CliError::new(Exit::Usage, "a token lives at most 30 days"))?;
-            let request = CreateTokenRequest { lifetime_seconds };
+            let request = CreateTokenRequest {
+                lifetime_seconds: token_seconds(lifetime)?,
+            };
             let answer = client.create_token(request).await?.into_inner();
             output::print(
                 format,
@@ -250,6 +190,22 @@ pub(super) async fn node(
     output::print(format, &NodeView::from(node))
 }
 
+/// What the daemon is asked for; 0 is its default.
+fn token_seconds(lifetime: Option<Every>) -> Result<u32, CliError> {
+    let Some(lifetime) = lifetime else {
+        return Ok(0);
+    };
+    let interval = lifetime.interval();
+    let interval = interval.filter(|interval| *interval <= TOKEN_LIFETIME_MAX);
+    let interval = interval.ok_or_else(|| {
+        CliError::new(
+            Exit::Usage,
+            "a token has an end: its lifetime is at most 30d",
+        )
+    })?;
+    Ok(interval.as_secs() as u32)
+}
+
 /// Waits until a node that is being drained has no copy left.
 async fn drained(client: &mut ClusterClient<Channel>, mut node: Node) -> Result<Node, CliError> {
     let mut told = String::new();
@@ -281,30 +237,6 @@ async fn drained(client: &mut ClusterClient<Channel>, mut node: Node) -> Result<
         node = found.ok_or_else(|| failed("the node is not in the cluster any more"))?;
     }
     Ok(node)
-}
-
-#[derive(Serialize)]
-struct Founded {
-    cluster_id: String,
-    node_id: String,
-    authority_sha256: String,
-    volumes: usize,
-}
-
-impl Answer for Founded {
-    fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(
-            out,
-            "cluster {} has its first node, {}",
-            self.cluster_id, self.node_id
-        )?;
-        writeln!(out, "volumes moved into it: {}", self.volumes)?;
-        writeln!(out, "authority (SHA-256):   {}", self.authority_sha256)?;
-        writeln!(
-            out,
-            "keep a copy of identity/ca-key.pem where it is safe; start ashlard with the same --metadata"
-        )
-    }
 }
 
 #[derive(Serialize)]
@@ -482,14 +414,17 @@ impl Answer for Nodes {
                 node.stores.to_string(),
                 node.volumes.to_string(),
                 node.copies.to_string(),
+                node.serves.to_string(),
                 human(node.used_bytes),
                 if node.authority { "yes" } else { "" }.to_owned(),
+                if node.leader { "yes" } else { "" }.to_owned(),
             ]
         });
         let header = [
-            "NODE", "STATE", "ADDRESS", "LABELS", "STORES", "VOLUMES", "COPIES", "USED", "SIGNS",
+            "NODE", "STATE", "ADDRESS", "LABELS", "STORES", "VOLUMES", "COPIES", "SERVES", "USED",
+            "SIGNS", "LEADER",
         ];
-        out.write_all(output::columns(&header, &[4, 5, 6, 7], rows).as_bytes())?;
+        out.write_all(output::columns(&header, &[4, 5, 6, 7, 8], rows).as_bytes())?;
         for node in &self.nodes {
             if node.state.contains("away") {
                 writeln!(
@@ -523,17 +458,50 @@ fn moment(unix_ms: u64) -> String {
         })
 }
 
-/// The three files of a directory of certificates: authority, certificate, key.
-pub(super) fn read_certificates(directory: &Path) -> Result<[Vec<u8>; 3], CliError> {
-    let read = |file: &str| {
-        let path = directory.join(file);
-        std::fs::read(&path).map_err(|error| {
-            CliError::new(Exit::Usage, format_args!("{}: {error}", path.display()))
-        })
-    };
-    Ok([
-        read(AUTHORITY_FILE)?,
-        read(CERTIFICATE_FILE)?,
-        read(KEY_FILE)?,
-    ])
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_always_ends() {
+        let seconds = |text: &str| token_seconds(Some(text.parse().expect(text)));
+        assert_eq!(token_seconds(None).expect("the default"), 0);
+        assert_eq!(seconds("30m").expect("a lifetime"), 1800);
+        for wrong in ["off", "31d"] {
+            assert_eq!(seconds(wrong).expect_err(wrong).exit, Exit::Usage);
+        }
+    }
+
+    #[test]
+    fn the_table_of_nodes_tells_who_serves_and_who_leads() {
+        let node = |id: &str, serves, leader| Node {
+            id: id.to_owned(),
+            serves,
+            leader,
+            copies: 7,
+            ..Node::default()
+        };
+        let nodes = [node("n-1", 2, false), node("n-2", 5, true)];
+        let nodes = Nodes {
+            cluster_id: String::new(),
+            nodes: nodes.into_iter().map(NodeView::from).collect(),
+        };
+        let mut out = Vec::new();
+        nodes.write_table(&mut out).expect("writes to memory");
+        let text = String::from_utf8(out).expect("text");
+        let cells = |line: usize| -> Vec<&str> {
+            let line = text.lines().nth(line).expect("a line");
+            line.split_whitespace().collect()
+        };
+        let header = cells(0);
+        assert_eq!(header[7..], ["SERVES", "USED", "SIGNS", "LEADER"], "{text}");
+        assert!(
+            cells(1).contains(&"2") && !cells(1).contains(&"yes"),
+            "{text}"
+        );
+        assert!(
+            cells(2).contains(&"5") && cells(2).contains(&"yes"),
+            "{text}"
+        );
+    }
 }

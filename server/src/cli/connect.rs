@@ -13,9 +13,14 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::config::{Address, AddressError};
 
 use super::{
-    error::{CliError, Exit},
+    error::{CliError, Exit, innermost},
     output,
 };
+
+/// Names that libnbd, and with it most tools, look for in a directory of certificates; ours looks for the same.
+pub(super) const AUTHORITY_FILE: &str = "ca-cert.pem";
+pub(super) const CERTIFICATE_FILE: &str = "client-cert.pem";
+pub(super) const KEY_FILE: &str = "client-key.pem";
 
 /// Where to look for a daemon when nobody said where it is: the data directory of `make run`, then those of a packaged
 /// daemon.
@@ -47,6 +52,18 @@ pub(super) struct Asked {
     pub(super) certificates: Option<PathBuf>,
 }
 
+impl Asked {
+    /// Adds what to do to the error of a connection that broke.
+    pub(super) fn explain(&self, error: CliError) -> CliError {
+        let cause = error.to_string();
+        error.hint_if_broken(hint_for(
+            self.admin.as_ref(),
+            self.certificates.is_some(),
+            &cause,
+        ))
+    }
+}
+
 /// A connected client, and where it is connected to.
 pub(super) struct Daemon {
     pub(super) client: AdminClient<Channel>,
@@ -68,10 +85,11 @@ pub(super) async fn connect(asked: Asked) -> Result<Daemon, CliError> {
         None => Address::Unix(guess().await?),
     };
     let endpoint = endpoint(&address, asked.certificates.as_deref())?;
+    let has_certificates = asked.certificates.is_some();
     let channel = endpoint
         .connect()
         .await
-        .map_err(|error| unreachable_daemon(&address, &error))?;
+        .map_err(|error| unreachable_daemon(&address, has_certificates, &error))?;
     Ok(Daemon {
         client: AdminClient::new(channel.clone()),
         channel,
@@ -98,7 +116,7 @@ fn endpoint(address: &Address, certificates: Option<&Path>) -> Result<Endpoint, 
     };
     let mut endpoint = Endpoint::from_shared(uri).map_err(|e| wrong(&e))?;
     if let (Address::Tcp(_), Some(directory)) = (address, certificates) {
-        let [authority, certificate, key] = super::cluster::read_certificates(directory)?;
+        let [authority, certificate, key] = read_certificates(directory)?;
         let tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(authority))
             .identity(Identity::from_pem(certificate, key))
@@ -108,6 +126,22 @@ fn endpoint(address: &Address, certificates: Option<&Path>) -> Result<Endpoint, 
         })?;
     }
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+}
+
+/// The three files of a directory of certificates: authority, certificate, key.
+fn read_certificates(directory: &Path) -> Result<[Vec<u8>; 3], CliError> {
+    let read = |file: &str| {
+        let path = directory.join(file);
+        std::fs::read(&path).map_err(|error| {
+            CliError::new(Exit::Usage, format_args!("{}: {error}", path.display()))
+                .hint("`ashlar cluster client-cert NAME --role admin --out DIR`, on a node, makes such a directory")
+        })
+    };
+    Ok([
+        read(AUTHORITY_FILE)?,
+        read(CERTIFICATE_FILE)?,
+        read(KEY_FILE)?,
+    ])
 }
 
 /// Whether something accepts connections there. Says why not with the system's own error, which the gRPC library hides.
@@ -170,16 +204,31 @@ fn unreachable_socket(path: &Path, error: &io::Error) -> CliError {
     }
 }
 
-fn unreachable_daemon(address: &Address, error: &tonic::transport::Error) -> CliError {
-    use std::error::Error;
-    // The library's own text is "transport error"; the innermost cause is the one that helps.
-    let mut cause: &dyn Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
+fn unreachable_daemon(
+    address: &Address,
+    has_certificates: bool,
+    error: &tonic::transport::Error,
+) -> CliError {
+    let cause = innermost(error).to_string();
+    let hint = hint_for(Some(address), has_certificates, &cause);
+    CliError::new(Exit::Unreachable, format_args!("{address}: {cause}")).hint(hint)
+}
+
+/// What to do about a connection that does not come about, or broke.
+fn hint_for(address: Option<&Address>, has_certificates: bool, cause: &str) -> &'static str {
+    let is_tcp = matches!(address, Some(Address::Tcp(_)));
+    // The words of the TLS library; whatever it says of certificates, they are not what the other side takes.
+    let is_about_certificates = cause.contains("ertificate") || cause.contains("UnknownIssuer");
+    match (is_tcp, has_certificates) {
+        (true, false) if !cause.contains("refused") => {
+            "in a cluster TCP needs --certificates DIR, which `ashlar cluster client-cert NAME --role admin --out DIR` makes"
+        }
+        (true, true) if is_about_certificates => {
+            "are the certificates of this cluster, for the role admin, and still good (`ashlar cluster client-certs`), and does the \
+             daemon listen on or --advertise that address?"
+        }
+        _ => "is ashlard running, and is that its --listen-admin?",
     }
-    CliError::new(Exit::Unreachable, format_args!("{address}: {cause}")).hint(
-        "is ashlard running, and is that its --listen-admin? In a cluster TCP needs --certificates",
-    )
 }
 
 #[cfg(test)]
@@ -201,6 +250,34 @@ mod tests {
         }
         for text in ["tcp:host", "tcp::1", "unix:", "a.sock", ""] {
             assert!(parse_address(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_to_do_depends_on_how_the_daemon_was_asked() {
+        let tcp: Address = "tcp:10.0.0.11:9461".parse().expect("an address");
+        let unix = Address::Unix("/run/a.sock".into());
+        let cases = [
+            (Some(&tcp), false, "connection reset", "--certificates DIR"),
+            (
+                Some(&tcp),
+                false,
+                "Connection refused (os error 111)",
+                "is ashlard running",
+            ),
+            (
+                Some(&tcp),
+                true,
+                "invalid peer certificate: UnknownIssuer",
+                "--advertise",
+            ),
+            (Some(&tcp), true, "connection reset", "is ashlard running"),
+            (Some(&unix), false, "broken pipe", "is ashlard running"),
+            (None, false, "broken pipe", "is ashlard running"),
+        ];
+        for (address, has_certificates, cause, hint) in cases {
+            let said = hint_for(address, has_certificates, cause);
+            assert!(said.contains(hint), "{cause}: {said}");
         }
     }
 

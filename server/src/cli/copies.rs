@@ -75,7 +75,7 @@ pub(super) fn fields(volume: &Volume) -> Vec<(&'static str, String)> {
     };
     let head = match volume.head_node_id.as_str() {
         "" => "none yet".to_owned(),
-        node if volume.runtime.is_none() => format!("node {node}; ask it for connections"),
+        node if volume.runtime.is_none() => format!("node {node}"),
         node => format!("node {node}, which answers here"),
     };
     let min = volume.min_in_sync as usize;
@@ -192,7 +192,7 @@ mod tests {
             "{one}"
         );
         assert!(one.contains("node-0  store-0  in-sync  ?"), "{one}");
-        assert!(one.contains("ask it for connections"), "{one}");
+        assert!(one.contains("node node-0\n"), "{one}");
         let mut moving = volume(&[InSync, InSync, Joining], true);
         moving.replica_sets[0].replicas[0].leaving = true;
         moving.replica_sets[0].replicas[2].filling = Some(Filling {

@@ -23,12 +23,25 @@ pub(super) enum Exit {
     Damaged = 7,
 }
 
+/// The cause of causes: what libraries say around it ("transport error") helps nobody.
+pub(super) fn innermost<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> &'a dyn std::error::Error {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause
+}
+
 /// A failure with its exit code, and what to do about it.
 #[derive(Debug)]
 pub(super) struct CliError {
     pub(super) exit: Exit,
     message: String,
     hint: Option<String>,
+    /// The connection broke; what to do depends on how it was made.
+    is_broken: bool,
     /// The reader of our output went away, which is not worth a word.
     silent: bool,
 }
@@ -39,6 +52,7 @@ impl CliError {
             exit,
             message: message.to_string(),
             hint: None,
+            is_broken: false,
             silent: false,
         }
     }
@@ -49,12 +63,26 @@ impl CliError {
         self
     }
 
+    fn broken(mut self) -> CliError {
+        self.is_broken = true;
+        self
+    }
+
+    /// Adds what to do where the connection broke, which whoever made it knows.
+    pub(super) fn hint_if_broken(self, hint: impl fmt::Display) -> CliError {
+        match self.is_broken {
+            true => self.hint(hint),
+            false => self,
+        }
+    }
+
     /// Damage that was already reported on its own lines.
     pub(super) fn reported(exit: Exit) -> CliError {
         CliError {
             exit,
             message: String::new(),
             hint: None,
+            is_broken: false,
             silent: true,
         }
     }
@@ -81,6 +109,14 @@ impl fmt::Display for CliError {
 /// The one table from gRPC status to exit code. Messages are the daemon's: it knows what to do and says so.
 impl From<Status> for CliError {
     fn from(status: Status) -> CliError {
+        // What has a cause is not the daemon's answer: it broke on the way.
+        if std::error::Error::source(&status).is_some() {
+            return CliError::new(
+                Exit::Unreachable,
+                format_args!("the connection to the daemon broke: {}", innermost(&status)),
+            )
+            .broken();
+        }
         let exit = match status.code() {
             Code::InvalidArgument | Code::OutOfRange => Exit::Usage,
             Code::NotFound => Exit::NotFound,
@@ -115,6 +151,7 @@ impl From<io::Error> for CliError {
             silent: error.kind() == io::ErrorKind::BrokenPipe,
             message: format!("writing the output: {error}"),
             hint: None,
+            is_broken: false,
         }
     }
 }
@@ -153,6 +190,20 @@ mod tests {
                 .to_string()
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn a_connection_that_broke_is_told_by_its_cause() {
+        let cause = io::Error::from(io::ErrorKind::ConnectionReset);
+        let error = CliError::from(Status::from_error(Box::new(cause))).hint_if_broken("do this");
+        assert_eq!(error.exit, Exit::Unreachable);
+        let text = error.to_string();
+        assert!(
+            text.contains("connection reset") && text.ends_with("do this"),
+            "{text}"
+        );
+        let answered = CliError::from(Status::new(Code::Internal, "no")).hint_if_broken("do this");
+        assert!(!answered.to_string().contains("do this"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod copies;
 mod diagnosis;
 mod doctor;
 mod error;
+mod init;
 mod offline;
 mod output;
 mod progress;
@@ -46,7 +47,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
         admin: cli.admin,
         certificates: cli.certificates,
     };
-    match cli.command {
+    let way = asked.clone();
+    let done = match cli.command {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "ashlar", &mut script);
@@ -61,14 +63,15 @@ fn run(cli: Cli) -> Result<(), CliError> {
             let limit = Duration::from_secs(wait.unwrap_or(0).into());
             wait_for(status::status(asked, cli.output, limit))
         }
-        Command::Cluster(ClusterStart::Init(args)) => wait_for(cluster::init(cli.output, *args)),
+        Command::Cluster(ClusterStart::Init(args)) => wait_for(init::init(cli.output, *args)),
         Command::Cluster(ClusterStart::Daemon(command)) => wait_for(async {
             cluster::run(&mut connect::connect(asked).await?, cli.output, command).await
         }),
         Command::Daemon(command) => {
             wait_for(async { ask(&mut connect::connect(asked).await?, cli.output, command).await })
         }
-    }
+    };
+    done.map_err(|error| way.explain(error))
 }
 
 fn wait_for(answer: impl Future<Output = Result<(), CliError>>) -> Result<(), CliError> {

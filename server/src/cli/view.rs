@@ -58,6 +58,8 @@ pub(super) struct Volume {
     pub(super) limits: VolumeLimits,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) not_served_reason: String,
+    /// The head is at the node of `head_node_id`.
+    pub(super) served_elsewhere: bool,
     /// Absent when the volume is not open in the daemon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) runtime: Option<VolumeRuntime>,
@@ -117,6 +119,7 @@ impl From<admin::Volume> for Volume {
                 bytes_per_second: volume.limits.map_or(0, |limits| limits.bytes_per_second),
             },
             not_served_reason: volume.not_served_reason,
+            served_elsewhere: volume.served_elsewhere,
             runtime: volume.runtime.map(|runtime| VolumeRuntime {
                 connections: runtime.connections,
                 inflight_requests: runtime.inflight_requests,

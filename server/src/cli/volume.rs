@@ -16,7 +16,7 @@ use crate::config::Address;
 
 use super::{
     args::{Format, SetArgs, VolumeCommand},
-    attach::AttachLines,
+    attach::{AttachLines, is_secured},
     connect::Daemon,
     error::{CliError, Exit},
     output, progress, publication,
@@ -94,8 +94,7 @@ pub(super) async fn run(
             output::print(
                 format,
                 &Shown {
-                    attach: attach_lines(&volume, &answer.nbd_listeners)
-                        .filter(|_| volume.publications.is_empty()),
+                    attach: attach_lines(&volume, &answer.nbd_listeners),
                     volume,
                 },
             )
@@ -300,14 +299,19 @@ fn confirmed(volumes: &[Volume]) -> io::Result<bool> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-/// Lines for the listener that suits a client on this machine best: a Unix socket if there is one.
+/// Lines for the listener that suits a client on this machine best: a Unix socket if there is one. None for a volume that
+/// no client can open here.
 fn attach_lines(volume: &Volume, listeners: &[Listener]) -> Option<AttachLines> {
+    if !volume.publications.is_empty() || !volume.not_served_reason.is_empty() {
+        return None;
+    }
     let mut addresses: Vec<Address> = listeners
         .iter()
         .filter(|listener| listener.kind() == ListenerKind::Nbd)
         .filter_map(|listener| listener.address.parse().ok())
         .collect();
-    addresses.sort_by_key(|address| !matches!(address, Address::Unix(_)));
+    // Then one in the clear, which every client can use.
+    addresses.sort_by_key(|address| (!matches!(address, Address::Unix(_)), is_secured(address)));
     addresses
         .first()
         .map(|address| AttachLines::new(address, &volume.name, volume.read_only))
@@ -352,6 +356,12 @@ mod tests {
         let lines = attach_lines(&volume(), &listeners).expect("lines");
         assert_eq!(lines.uri, "nbd+unix:///data?socket=/d/nbd.sock");
         assert_eq!(attach_lines(&volume(), &listeners[..1]), None);
+        let listeners = [
+            listener(ListenerKind::Nbd, "tcp:10.0.0.11:10809"),
+            listener(ListenerKind::Nbd, "tcp:127.0.0.1:10809"),
+        ];
+        let lines = attach_lines(&volume(), &listeners).expect("lines");
+        assert_eq!(lines.uri, "nbd://127.0.0.1:10809/data");
     }
 
     #[test]
@@ -380,6 +390,69 @@ mod tests {
         assert_eq!(json["name"], "data");
         assert_eq!(json["attach"]["uri"], "nbd+unix:///data?socket=/d/nbd.sock");
         assert_eq!(json.get("runtime"), None);
+    }
+
+    #[test]
+    fn a_volume_that_is_not_served_here_says_where_it_can_be_attached() {
+        let listeners = [listener(ListenerKind::Nbd, "unix:/d/nbd.sock")];
+        let mut elsewhere = volume();
+        elsewhere.not_served_reason = "node n-2 serves it".into();
+        elsewhere.head_node_id = "n-2".into();
+        elsewhere.served_elsewhere = true;
+        let attach = attach_lines(&elsewhere, &listeners);
+        assert_eq!(attach, None);
+        let shown = Shown {
+            attach,
+            volume: elsewhere,
+        };
+        let text = table(&shown);
+        for part in [
+            "ask node n-2",
+            "Attach it at node n-2, or serve it here: ashlar volume open data",
+        ] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+        assert!(!text.contains("nbd-client"), "{text}");
+        let json = serde_json::to_value(&shown).expect("serialises");
+        assert_eq!(json.get("attach"), None);
+
+        let mut failed = volume();
+        failed.not_served_reason = "its store is gone".into();
+        let attach = attach_lines(&failed, &listeners);
+        let text = table(&Shown {
+            attach,
+            volume: failed,
+        });
+        assert!(text.contains("ashlar explain data"), "{text}");
+    }
+
+    #[test]
+    fn the_list_tells_who_serves() {
+        let volumes = [
+            ("", false),
+            ("node n-2 serves it", true),
+            ("its store is gone", false),
+        ];
+        let volumes = volumes.map(|(reason, served_elsewhere)| Volume {
+            not_served_reason: reason.to_owned(),
+            served_elsewhere,
+            head_node_id: "n-2".to_owned(),
+            ..volume()
+        });
+        let text = table(&VolumeList {
+            volumes: volumes.into(),
+        });
+        let column = text.find("SERVED BY").expect("a column");
+        let cells: Vec<&str> = text
+            .lines()
+            .map(|line| line[column..].trim_start())
+            .collect();
+        for (cell, served) in cells
+            .iter()
+            .zip(["SERVED BY", "this node", "n-2 ", "nobody"])
+        {
+            assert!(cell.starts_with(served), "{served} in\n{text}");
+        }
     }
 
     #[test]

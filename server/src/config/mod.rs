@@ -24,18 +24,14 @@ pub use metadata::{EtcdAccess, Metadata, MetadataSetting, MetadataSettingError};
 pub use settings::{HttpListen, LogFormat, Settings, StoreSetting, StoreSettingError};
 pub use size::{ByteCount, ByteCountError};
 
+use crate::data::{DataConfig, Limits};
 use crate::engine::{EngineChoice, FaultPlan};
 use crate::identity::JoinSetting;
 
 /// Default port of HTTP. Not taken by anything in IANA's list, next to the exporters people already scrape.
 const HTTP_PORT_DEFAULT: u16 = 9460;
-/// Default of `tail-size`: what a disk takes in well under a second, so that a burst is absorbed while a shut-down and
-/// a restart stay short; small enough to count as memory of the daemon.
-const TAIL_BYTES_DEFAULT: u64 = 64 << 20;
 /// The smallest tail: twice what a store takes at least, so that one part is filled while another is carried away.
 const TAIL_BYTES_MIN: u64 = 8 << 20;
-/// Default of `leaf-cache-size`: at 16 bytes a block, the index of 16 GiB of data.
-const LEAF_CACHE_BYTES_DEFAULT: u64 = 64 << 20;
 /// Least that lets cleaning and recovery work without thrashing.
 const LEAF_CACHE_BYTES_MIN: u64 = 4 << 20;
 /// Default of `scrub-every`: often enough to find rot while backups still have what it hit, and at the default rate a
@@ -49,9 +45,13 @@ const CONNECTION_BUFFER_BYTES_MIN: u64 = 33 << 20;
 /// More data threads than this is a slip of the keyboard.
 const DATA_THREADS_MAX: u16 = 256;
 
+const AFTER_HELP: &str = "\
+What may be given several times has ';' between its values in a variable:
+ASHLAR_LISTEN_NBD='unix:/run/ashlar/nbd.sock;tcp:10.0.0.11:10809'";
+
 /// The Ashlar daemon: keeps volumes in local stores and serves them over NBD.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "ashlard", version, next_line_help = true)]
+#[command(name = "ashlard", version, next_line_help = true, after_help = AFTER_HELP)]
 pub struct Arguments {
     /// A TOML file with any of the settings below, named as the flags are, without the dashes
     #[arg(long, env = "ASHLAR_CONFIG", value_name = "FILE")]
@@ -243,7 +243,7 @@ impl Config {
         let max_connection_buffer = at_least(
             "max-connection-buffer",
             settings.max_connection_buffer,
-            64 << 20,
+            Limits::BYTES_PER_CONNECTION,
             CONNECTION_BUFFER_BYTES_MIN,
         )?;
         let config = Config {
@@ -278,7 +278,7 @@ impl Config {
             tail_bytes: at_least(
                 "tail-size",
                 settings.tail_size,
-                TAIL_BYTES_DEFAULT,
+                DataConfig::TAIL_BYTES,
                 TAIL_BYTES_MIN,
             )?,
             tail_dir: settings
@@ -288,7 +288,7 @@ impl Config {
             leaf_cache_bytes: at_least(
                 "leaf-cache-size",
                 settings.leaf_cache_size,
-                LEAF_CACHE_BYTES_DEFAULT,
+                DataConfig::CACHE_BYTES,
                 LEAF_CACHE_BYTES_MIN,
             )?,
             max_connections: between(
@@ -302,7 +302,7 @@ impl Config {
             max_buffer_bytes: at_least(
                 "max-buffer",
                 settings.max_buffer,
-                128 << 20,
+                Limits::BYTES,
                 max_connection_buffer,
             )?,
             handshake_timeout: seconds("handshake-timeout", settings.handshake_timeout, 10, 1)?,
@@ -312,12 +312,22 @@ impl Config {
                 64 << 20,
                 64 << 10,
             )?,
-            fill_bytes_per_second: at_least("fill-rate", settings.fill_rate, 128 << 20, 1 << 20)?,
+            fill_bytes_per_second: at_least(
+                "fill-rate",
+                settings.fill_rate,
+                DataConfig::FILL_BYTES_PER_SECOND,
+                1 << 20,
+            )?,
             replace_after: between("replace-after", settings.replace_after, 600, 5, 30 * 86400)
                 .map(|seconds| Duration::from_secs(u64::from(seconds)))?,
             scrub_every: settings.scrub_every.unwrap_or(SCRUB_EVERY_DEFAULT),
             overcommit_percent: between("overcommit", settings.overcommit, 100, 100, 100_000)?,
-            drain_timeout: seconds("drain-timeout", settings.drain_timeout, 30, 0)?,
+            drain_timeout: seconds(
+                "drain-timeout",
+                settings.drain_timeout,
+                DataConfig::DRAIN_TIMEOUT.as_secs() as u32,
+                0,
+            )?,
             accept_tail_loss: settings.accept_tail_loss.unwrap_or(false),
             io_flusher: settings.io_flusher.unwrap_or(false),
             oom_score_adjust: settings

@@ -19,7 +19,9 @@ use super::notify::{Notice, notify};
 use super::state::{ClusterServices, Phase, Services, State};
 use super::stores::{self, StoreSetupError};
 use super::{logging, process};
-use crate::config::{Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments};
+use crate::config::{
+    Address, Arguments, Config, ConfigError, HttpListen, LogFormat, parse_arguments,
+};
 use crate::controller::Controller;
 use crate::data::{DataConfig, DataPlane, Limits, StartError};
 use crate::http::{self, HttpBindError};
@@ -227,21 +229,8 @@ impl Sockets {
                 }
             }
         }
-        // A socket of the service manager takes the place of the one at the same address.
-        for address in &config.listen_nbd {
-            if sockets
-                .nbd
-                .iter()
-                .all(|bound| bound.to_string() != address.to_string())
-            {
-                sockets.nbd.extend(socket::bind(address, reach)?);
-            }
-        }
-        if sockets.admin.is_empty() {
-            for address in &config.listen_admin {
-                sockets.admin.extend(socket::bind(address, reach)?);
-            }
-        }
+        bind_others(&mut sockets.nbd, &config.listen_nbd, reach)?;
+        bind_others(&mut sockets.admin, &config.listen_admin, reach)?;
         for bound in &sockets.nbd {
             state.add_listener(ListenerKind::Nbd, bound.to_string());
         }
@@ -250,6 +239,24 @@ impl Sockets {
         }
         Ok(sockets)
     }
+}
+
+/// Binds the addresses that the service manager has no socket for: one of its takes the place of ours at the same address,
+/// and of no other.
+fn bind_others(
+    bound: &mut Vec<Bound>,
+    addresses: &[Address],
+    reach: Reach,
+) -> Result<(), DaemonError> {
+    for address in addresses {
+        let is_given = bound
+            .iter()
+            .any(|one| one.to_string() == address.to_string());
+        if !is_given {
+            bound.extend(socket::bind(address, reach)?);
+        }
+    }
+    Ok(())
 }
 
 /// A daemon that serves.

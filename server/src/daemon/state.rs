@@ -21,7 +21,7 @@ use crate::meta::MetadataStore;
 use crate::nbd::{ConnectionCount, ListenerStats};
 use crate::plane::{Plane, StoreView};
 use crate::scrubs::Scrubs;
-use crate::volumes::{Serving, VolumeView, Volumes, unix_ms};
+use crate::volumes::{VolumeView, Volumes, unix_ms};
 
 /// A store with less of its capacity left than this is worth a warning.
 const NEARLY_FULL: f64 = 0.05;
@@ -253,12 +253,10 @@ impl State {
                 .list()
                 .into_iter()
                 .filter(|view| !is_elsewhere(view))
-                .filter_map(|view| match view.serving {
-                    Serving::Yes => None,
-                    Serving::No(reason) => Some(format!(
-                        "volume {} is not served: {reason}",
-                        view.record.name
-                    )),
+                .filter_map(|view| {
+                    let reason = view.serving.reason()?;
+                    let name = view.record.name;
+                    Some(format!("volume {name} is not served: {reason}"))
                 });
             let unserved: Vec<_> = unserved.collect();
             let more = unserved.len().saturating_sub(LISTED_MAX);

@@ -37,8 +37,6 @@ pub struct DataConfig {
     /// Bytes of leaves each store keeps in memory.
     pub cache_bytes: u64,
     pub limits: Limits,
-    /// Bytes a scrub reads per second and store.
-    pub scrub_bytes_per_second: u64,
     /// How long a drain waits for requests under way and for clients to read their replies.
     pub drain_timeout: Duration,
     /// Open stores whose tail is missing or damaged; acknowledged writes may be lost.
@@ -70,27 +68,30 @@ impl DataConfig {
             tail_bytes: DataConfig::TAIL_BYTES,
             cache_bytes: DataConfig::CACHE_BYTES,
             limits: Limits::default(),
-            scrub_bytes_per_second: 32 << 20,
-            drain_timeout: Duration::from_secs(10),
+            drain_timeout: DataConfig::DRAIN_TIMEOUT,
             accept_tail_loss: false,
             spin: DataConfig::SPIN,
             seals: HashMap::new(),
             lease: DataConfig::LEASE,
             events: Events::default(),
-            fill_bytes_per_second: 0,
+            fill_bytes_per_second: DataConfig::FILL_BYTES_PER_SECOND,
         }
     }
 
     /// Default of [`DataConfig::lease`]: longer than any hiccup of a network that a client should not notice, short
     /// enough that a dead node stops a volume only for seconds. The same on all daemons of a cluster.
     pub const LEASE: Duration = Duration::from_secs(4);
+    /// Default of [`DataConfig::drain_timeout`].
+    pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+    /// Default of [`DataConfig::fill_bytes_per_second`]: a gigabit network's worth.
+    pub const FILL_BYTES_PER_SECOND: u64 = 128 << 20;
     /// Default of [`DataConfig::spin`]: about what going to sleep and being woken costs.
     pub const SPIN: Duration = Duration::from_micros(20);
     /// Default of [`DataConfig::tail_bytes`]: what a disk of 1 GB/s carries away in 64 ms, so that bursts are taken
-    /// at the speed of memory.
+    /// at the speed of memory while a shut-down and a restart stay short; small enough to count as memory of the daemon.
     pub const TAIL_BYTES: u64 = 64 << 20;
-    /// Default of [`DataConfig::cache_bytes`]: maps 32 GiB of data.
-    pub const CACHE_BYTES: u64 = 128 << 20;
+    /// Default of [`DataConfig::cache_bytes`]: at 16 bytes a block, the index of 16 GiB of data.
+    pub const CACHE_BYTES: u64 = 64 << 20;
 }
 
 /// One store of this daemon.
@@ -119,12 +120,19 @@ pub struct Limits {
     pub stall: Duration,
 }
 
+impl Limits {
+    /// Default of [`Limits::bytes_per_connection`].
+    pub const BYTES_PER_CONNECTION: u64 = 64 << 20;
+    /// Default of [`Limits::bytes`].
+    pub const BYTES: u64 = 128 << 20;
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
             requests_per_connection: 1024,
-            bytes_per_connection: 64 << 20,
-            bytes: 512 << 20,
+            bytes_per_connection: Limits::BYTES_PER_CONNECTION as usize,
+            bytes: Limits::BYTES as usize,
             // Longer than any hiccup of a host or a network that the client would survive itself.
             stall: Duration::from_secs(15),
         }

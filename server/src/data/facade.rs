@@ -19,6 +19,7 @@ use super::config::{
     VolumeRuntime, VolumeSpec,
 };
 use super::open::open_store;
+use super::sparse::Sparse;
 use super::thread::{DataThread, Parts, StoreDriver};
 use crate::engine::{self, FaultEngine, Waker};
 use crate::metrics::Metrics;
@@ -656,6 +657,7 @@ fn build_thread(
             parked: Default::default(),
             waiting_for_index: Vec::new(),
             lost_answers,
+            read_failures: Sparse::default(),
         });
         reports.push(opened.report);
     }

@@ -26,6 +26,7 @@ mod pool;
 mod reads;
 mod receiver;
 mod sockets;
+mod sparse;
 mod spin;
 mod stores;
 mod survey;

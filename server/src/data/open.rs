@@ -263,7 +263,6 @@ pub(super) fn open_store(
     })?;
     let params = Params {
         leaf_cache: (config.cache_bytes / LEAF_BYTES) as usize,
-        scrub_blocks_per_s: (config.scrub_bytes_per_second / BLOCK_BYTES as u64).max(1),
         ..Params::default()
     };
     let options = OpenOptions {

@@ -53,6 +53,11 @@ impl DataThread {
             Ok(_) => Ok(()),
             Err(e) => Err(Errno(e.raw_os_error())),
         };
+        if let (DiskKind::Read, Err(errno)) = (io.kind, &result)
+            && let Some(not_told) = driver.read_failures.tell(self.now)
+        {
+            tracing::error!(store = %driver.id.0, path = %driver.path.display(), %errno, not_told, "the device failed a read; see to it");
+        }
         let metrics = &driver.metrics;
         if result.is_err() {
             metrics.errors.add(1);

@@ -27,6 +27,7 @@ use super::habit::Habit;
 use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
+use super::sparse::Sparse;
 use super::spin::Spin;
 use super::stores::DiskIo;
 use crate::engine::{Engine, Event, FileId};
@@ -49,6 +50,8 @@ pub(super) struct StoreDriver {
     pub(super) waiting_for_index: Vec<usize>,
     /// Opening it found less than it had answered, without the machine having been restarted.
     pub(super) lost_answers: bool,
+    /// Reads that its device failed.
+    pub(super) read_failures: Sparse,
 }
 
 /// Who decides for a volume.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ashlar_core::diagnosis::doctor::{
-    Ailment, LeafDigest, NodeHoldings, Survey, compare, examine, worst_copy,
+    Ailment, LeafDigest, LeftOut, NodeHoldings, Survey, compare, examine, worst_copy,
 };
 use ashlar_core::diagnosis::{HeadFact, NodeName};
 use ashlar_core::records::{MemberState, ReplicaState, VolumeRecord, VolumeState};
@@ -70,7 +70,7 @@ impl Doctor {
         orders: Orders,
     ) -> Result<Doctor, DiagnosisError> {
         let only = match volume {
-            Some(reference) => Some(services.volumes.get(reference)?.record.id),
+            Some(reference) => Some(services.volumes.find(reference).await?.record.id),
             None => None,
         };
         let own = state.node().ok_or(DiagnosisError::Starting)?;
@@ -325,7 +325,7 @@ impl Doctor {
         }
         self.is_unchanged(record).await?;
         findings.ailments.append(&mut ailments);
-        if !open.is_empty() || left {
+        if !open.is_empty() || left.is_some() {
             findings.ailments.push(Ailment::PartlyCompared {
                 volume,
                 changing: open.len() as u64,
@@ -335,13 +335,13 @@ impl Doctor {
         Ok(())
     }
 
-    /// Leaves whose digests differ, and whether something was left out.
+    /// Leaves whose digests differ, and why some were left out, if any were.
     async fn suspects(
         &self,
         record: &VolumeRecord,
         sets: &[Vec<(NodeId, StoreId)>],
         findings: &mut Findings,
-    ) -> Result<(Vec<(ChunkIndex, u32)>, bool), String> {
+    ) -> Result<(Vec<(ChunkIndex, u32)>, Option<LeftOut>), String> {
         let mut stores: Vec<(NodeId, StoreId)> = sets.iter().flatten().copied().collect();
         stores.sort();
         stores.dedup();
@@ -381,11 +381,14 @@ impl Doctor {
                 }
                 findings.compared_leaves += 1;
             }
-            let is_enough = suspects.len() >= SUSPECTS_MAX
-                || (!self.orders.is_whole && findings.compared_leaves >= LEAVES_MAX);
+            let is_all_asked = !self.orders.is_whole && findings.compared_leaves >= LEAVES_MAX;
+            let left = match suspects.len() >= SUSPECTS_MAX {
+                true => Some(LeftOut::Enough),
+                false => is_all_asked.then_some(LeftOut::Unasked),
+            };
             match end.and_then(|end| end.0.checked_add(1)) {
-                None => return Ok((suspects, false)),
-                Some(_) if is_enough => return Ok((suspects, true)),
+                None => return Ok((suspects, None)),
+                Some(_) if left.is_some() => return Ok((suspects, left)),
                 Some(next) => from = ChunkIndex(next),
             }
         }

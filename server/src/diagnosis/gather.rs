@@ -71,10 +71,7 @@ pub(crate) async fn report(services: &Services, id: VolumeId) -> NodeReport {
     let head = services.volumes.replication(id).await;
     report.volume = VolumeFact {
         is_served: view.serving == Serving::Yes,
-        unserved_reason: match view.serving {
-            Serving::Yes => String::new(),
-            Serving::No(reason) => reason,
-        },
+        unserved_reason: view.serving.reason().unwrap_or_default(),
         head: head.map(|status| HeadFact::of(&status.head)),
         connections: view.runtime.map_or(0, |runtime| runtime.connections),
         requests: view.runtime.map_or(0, |runtime| runtime.inflight_requests),
@@ -88,7 +85,7 @@ async fn facts(
     reference: &str,
 ) -> Result<Facts, DiagnosisError> {
     let own = state.node().ok_or(DiagnosisError::Starting)?;
-    let known = services.volumes.get(reference)?.record;
+    let known = services.volumes.find(reference).await?.record;
     let read = tokio::time::timeout(PATIENCE, services.volumes.read_record(known.id)).await;
     let (record, metadata_error) = match read {
         Ok(Ok(read)) => (read.record, None),

@@ -33,9 +33,11 @@ use crate::volumes::unix_ms;
 /// enough for etcd's largest request.
 const COPIED_AT_ONCE: usize = 50;
 /// What is moved. The rest of a node's records are its own.
-const MOVED: [&str; 5] = [
+const MOVED: [&str; 7] = [
     keys::VOLUMES,
     keys::NAMES,
+    keys::ANNOTATIONS,
+    keys::CLIENT_NODES,
     keys::STORES,
     keys::SCRUBS,
     keys::NEXT_LAYER,
@@ -284,8 +286,8 @@ fn owned(entry: &meta::Entry, node: NodeId) -> Result<Vec<u8>, MetadataError> {
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use ashlar_core::records::{Revision, VolumeName};
-    use ashlar_core::units::StoreId;
+    use ashlar_core::records::{ClientNodeId, Revision, VolumeName};
+    use ashlar_core::units::{StoreId, VolumeId};
     use async_trait::async_trait;
 
     use super::*;
@@ -365,6 +367,16 @@ mod tests {
             let name = VolumeName::parse(&format!("v{n}")).expect("name");
             fill = fill.put(keys::name(&name), vec![n as u8]);
         }
+        // What orchestrators keep there: by the annotations they know a volume again, by the client nodes whom it is
+        // published to.
+        let client = ClientNodeId::parse("worker-1").expect("an id");
+        let kept = [
+            keys::annotations(VolumeId(Uuid::from_u128(3))),
+            keys::client_node(&client),
+        ];
+        for key in &kept {
+            fill = fill.put(key.clone(), key.clone().into_bytes());
+        }
         local.commit(fill).await.expect("filled");
         let failing = |inner: SqliteStore, fails: bool| Failing {
             inner,
@@ -391,6 +403,10 @@ mod tests {
         }
         let names = shared.list(keys::NAMES).await.expect("list").entries;
         assert_eq!(names.len(), COPIED_AT_ONCE + 1);
+        for key in &kept {
+            let moved = shared.get(key).await.expect("get").expect("moved");
+            assert_eq!(moved.value, key.as_bytes());
+        }
         let moved = shared.get(&keys::store(records.id)).await.expect("get");
         let moved = moved.expect("moved").read::<StoreRecord>().expect("read");
         assert_eq!(moved.record.node, Some(node));

@@ -10,6 +10,7 @@ use ashlar_core::replication::{News, Seal, StopReason, SwapOutcome};
 use ashlar_core::units::{NodeId, StoreId, VolumeId};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use uuid::Uuid;
 
 use super::{ClusterTell, Dial, Seals};
 use crate::data::{DataPlane, LinkWish};
@@ -26,6 +27,8 @@ pub enum ReplicationEvent {
     Serving {
         /// Of which volume.
         volume: VolumeId,
+        /// Of the head's claim.
+        incarnation: Uuid,
         /// Of this generation.
         client_generation: u64,
     },
@@ -40,6 +43,8 @@ pub enum ReplicationEvent {
     Stopped {
         /// Of which volume.
         volume: VolumeId,
+        /// Of the head's claim.
+        incarnation: Uuid,
         /// Why.
         reason: StopReason,
     },
@@ -133,9 +138,11 @@ impl Driver {
                 }
                 ClusterTell::Serving {
                     volume,
+                    incarnation,
                     client_generation,
                 } => self.event(ReplicationEvent::Serving {
                     volume,
+                    incarnation,
                     client_generation,
                 }),
                 ClusterTell::SessionsEnded {
@@ -145,9 +152,15 @@ impl Driver {
                     volume,
                     client_generation,
                 }),
-                ClusterTell::Stopped { volume, reason } => {
-                    self.event(ReplicationEvent::Stopped { volume, reason });
-                }
+                ClusterTell::Stopped {
+                    volume,
+                    incarnation,
+                    reason,
+                } => self.event(ReplicationEvent::Stopped {
+                    volume,
+                    incarnation,
+                    reason,
+                }),
                 ClusterTell::News { volume, node, news } => {
                     self.event(ReplicationEvent::News { volume, node, news });
                 }

@@ -327,8 +327,14 @@ async fn three_copies_behave_like_one_disk() {
     let mut left = blocking(move || Client::attach(&plane, ReplyStyle::Simple, SIZE)).await;
     let mut two = two;
     cluster.open(&mut two).await;
-    one.until(|event| matches!(event, ReplicationEvent::Stopped { .. }))
+    let stopped = one
+        .until(|event| matches!(event, ReplicationEvent::Stopped { .. }))
         .await;
+    // By which it is told from a later head of the same daemon.
+    let ReplicationEvent::Stopped { incarnation, .. } = stopped else {
+        unreachable!("that was waited for")
+    };
+    assert_eq!(incarnation, one.claim.incarnation);
     let plane = two.plane.clone();
     blocking(move || {
         assert!(left.is_closed());

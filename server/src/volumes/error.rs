@@ -130,6 +130,19 @@ pub enum VolumeError {
         /// Where it is served.
         node: NodeId,
     },
+    /// One copy, which no other node can serve.
+    #[error(
+        "volume {reference} has its one copy on node {}{}; ask that node",
+        node.0, at(address)
+    )]
+    OneCopyElsewhere {
+        /// The volume.
+        reference: String,
+        /// Whose store it is in.
+        node: NodeId,
+        /// Where that node can be asked, if it is known.
+        address: Option<String>,
+    },
     /// More than a set has places for, one being kept for the copy that replaces another.
     #[error("{asked} copies were asked for, and a volume has at most {COPIES_MAX}")]
     TooManyCopies {
@@ -147,4 +160,11 @@ pub enum VolumeError {
     /// The daemon is draining.
     #[error("the daemon is shutting down")]
     ShuttingDown,
+}
+
+/// Where a node is, after its id.
+fn at(address: &Option<String>) -> String {
+    address
+        .as_ref()
+        .map_or_else(String::new, |address| format!(" ({address})"))
 }

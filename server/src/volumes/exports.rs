@@ -50,8 +50,8 @@ impl ExportCatalog for Volumes {
                 read_only: record.read_only || publication.is_some_and(|p| p.read_only),
                 token,
             })),
-            Serving::No(reason) => Err(CatalogError::Unavailable(format!(
-                "volume {} is not served: {reason}",
+            unserved => Err(CatalogError::Unavailable(format!(
+                "volume {} is not served: {unserved}",
                 record.name
             ))),
         }

@@ -10,7 +10,6 @@ use ashlar_core::records::{
 };
 use ashlar_core::units::{NodeId, VolumeId};
 
-use super::replicated::SEALING;
 use super::{HostError, Serving, VolumeError, Volumes};
 use crate::meta::{Batch, Change, Outcome, WatchEnd};
 
@@ -97,13 +96,14 @@ impl Volumes {
             }
             let is_published_anew =
                 known.is_some_and(|known| known.current.record.publications != record.publications);
+            let is_own = record.head.is_some_and(|head| head.node == self.head.node);
             let serving = match known.map(|known| &known.serving) {
-                Some(Serving::Yes) => Serving::Yes,
-                Some(Serving::No(reason)) if reason == SEALING => Serving::No(reason.clone()),
-                Some(Serving::No(_)) | None => Serving::No(elsewhere(record)),
+                Some(here @ (Serving::Yes | Serving::Opening | Serving::Sealing)) => here.clone(),
+                // Why this node does not serve what it should.
+                Some(failed @ Serving::No(_)) if is_own => failed.clone(),
+                Some(Serving::No(_) | Serving::Elsewhere(_)) | None => Serving::elsewhere(record),
             };
-            let may_be_served =
-                serving == Serving::Yes || serving == Serving::No(SEALING.to_owned());
+            let may_be_served = matches!(serving, Serving::Yes | Serving::Sealing);
             catalog.put(current, serving);
             (is_published_anew, may_be_served)
         };
@@ -191,14 +191,6 @@ impl Volumes {
             }
         }
         Ok(())
-    }
-}
-
-/// Where a volume that is not served here is served.
-fn elsewhere(record: &VolumeRecord) -> String {
-    match record.head {
-        Some(head) => format!("node {} serves it", head.node.0),
-        None => "no node serves it; open it with `ashlar volume open`".to_owned(),
     }
 }
 

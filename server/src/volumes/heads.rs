@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::replication::{News, StopReason};
 use ashlar_core::units::{BLOCK_BYTES, NodeId, VolumeId};
+use uuid::Uuid;
 
 use super::diagnosis::{remembered, stopped};
 use super::{Serving, Volumes};
@@ -28,11 +29,18 @@ impl Volumes {
         match event {
             ReplicationEvent::Serving {
                 volume,
+                incarnation,
                 client_generation,
             } => {
-                // Before anybody is let in: who comes back asks for it.
-                self.catalog().raise_generation(volume, client_generation);
-                self.set_serving(volume, Serving::Yes);
+                {
+                    let mut catalog = self.catalog();
+                    // Before anybody is let in: who comes back asks for it.
+                    catalog.raise_generation(volume, client_generation);
+                    if !catalog.told(volume, incarnation, Serving::Yes) {
+                        return;
+                    }
+                }
+                self.served.send_replace(());
                 self.tell(volume, None, Occurrence::VolumeServed);
                 tracing::info!(id = %volume.0, "a volume is served");
             }
@@ -44,32 +52,46 @@ impl Volumes {
                 self.tell(volume, None, Occurrence::SessionsEnded);
                 tracing::error!(id = %volume.0, client_generation, "every copy lost power: writes that were answered and not flushed may be gone; the volume's clients were disconnected");
             }
-            ReplicationEvent::Stopped { volume, reason } => {
-                // A new head of this daemon may have begun before the end of the last one was told.
-                if self.host.replication(volume).await.is_some() {
-                    return;
-                }
-                self.tell(volume, None, stopped(reason));
-                let text = match reason {
-                    StopReason::Closed => "it was closed".to_owned(),
-                    StopReason::Fenced { .. } => {
-                        tracing::warn!(id = %volume.0, %reason, "a volume is no longer served here");
-                        "another node serves it".to_owned()
-                    }
-                    StopReason::Deleted => {
-                        self.catalog().remove(volume);
-                        self.served.send_replace(());
-                        return;
-                    }
-                    StopReason::EpochsExhausted => {
-                        tracing::error!(id = %volume.0, %reason, "a volume is no longer served");
-                        reason.to_string()
-                    }
-                };
-                self.set_serving(volume, Serving::No(text));
-            }
+            ReplicationEvent::Stopped {
+                volume,
+                incarnation,
+                reason,
+            } => self.on_stopped(volume, incarnation, reason),
             ReplicationEvent::News { volume, node, news } => self.on_news(volume, node, &news),
         }
+    }
+
+    fn on_stopped(&self, volume: VolumeId, incarnation: Uuid, reason: StopReason) {
+        let known = self.catalog().get(volume).cloned();
+        // Deleted, or a new head of this daemon began before the end of the last one was told.
+        let Some(known) = known.filter(|known| known.head == Some(incarnation)) else {
+            return;
+        };
+        self.tell(volume, None, stopped(reason));
+        let serving = match reason {
+            StopReason::Closed => Serving::No("it was closed".to_owned()),
+            StopReason::Fenced { .. } => {
+                tracing::warn!(id = %volume.0, %reason, "a volume is no longer served here");
+                match known.current.record.head {
+                    Some(head) if head.node != self.head.node => {
+                        Serving::Elsewhere(Some(head.node))
+                    }
+                    // The record that says which one is still to be read.
+                    _ => Serving::No("another node serves it".to_owned()),
+                }
+            }
+            StopReason::Deleted => {
+                self.catalog().remove(volume);
+                self.served.send_replace(());
+                return;
+            }
+            StopReason::EpochsExhausted => {
+                tracing::error!(id = %volume.0, %reason, "a volume is no longer served");
+                Serving::No(reason.to_string())
+            }
+        };
+        self.catalog().told(volume, incarnation, serving);
+        self.served.send_replace(());
     }
 
     fn on_news(&self, volume: VolumeId, node: Option<NodeId>, news: &News) {
@@ -111,16 +133,6 @@ impl Volumes {
                 count,
             } => {
                 tracing::warn!(%id, chunk = extent.chunk.0, first_block, count, "damaged blocks were written again from a good copy");
-            }
-        }
-        self.served.send_replace(());
-    }
-
-    fn set_serving(&self, id: VolumeId, serving: Serving) {
-        {
-            let mut catalog = self.catalog();
-            if let Some(current) = catalog.get(id).map(|entry| entry.current.clone()) {
-                catalog.put(current, serving);
             }
         }
         self.served.send_replace(());

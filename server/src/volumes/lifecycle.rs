@@ -11,9 +11,7 @@ use ashlar_core::units::VolumeId;
 use uuid::Uuid;
 
 use super::changes::Change;
-use super::{
-    HostError, OPENING, Serving, VolumeError, VolumeSettings, VolumeView, Volumes, lock, unix_ms,
-};
+use super::{HostError, Serving, VolumeError, VolumeSettings, VolumeView, Volumes, lock, unix_ms};
 use crate::meta::Outcome;
 
 impl Volumes {
@@ -56,7 +54,7 @@ impl Volumes {
         // Locked before anybody can see it, so that nobody changes it while it is being opened.
         let _guard = {
             let mut catalog = self.catalog();
-            catalog.put(created.clone(), Serving::No(OPENING.to_owned()));
+            catalog.put(created.clone(), Serving::Opening);
             catalog
                 .get(id)
                 .and_then(|entry| entry.changing.clone().try_lock_owned().ok())

@@ -9,6 +9,7 @@ mod annotations;
 mod catalog;
 mod changes;
 mod diagnosis;
+mod elsewhere;
 mod epochs;
 mod error;
 mod exports;
@@ -41,6 +42,7 @@ use catalog::{Catalog, Entry};
 use changes::Change;
 pub use error::VolumeError;
 pub use host::{HostError, VolumeHost, VolumeRuntime, VolumeSpec};
+pub use placing::ClusterRoom;
 pub use publications::Unpublished;
 
 use crate::events::Events;
@@ -49,8 +51,6 @@ use crate::meta::{self, MetadataStore};
 /// How often a change is decided again after a conflict. On one node only this process changes records, so a conflict
 /// is two requests at once; each round one of them wins.
 const ATTEMPTS: usize = 64;
-/// Why a volume is not served before it was tried.
-const OPENING: &str = "it is being opened";
 
 /// How a volume is created.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -351,18 +351,17 @@ impl Volumes {
         &self,
         reference: &str,
     ) -> Result<(Versioned<VolumeRecord>, tokio::sync::OwnedMutexGuard<()>), VolumeError> {
-        let not_found = || VolumeError::NotFound {
-            reference: reference.to_owned(),
+        let known = self.catalog().find(reference).cloned();
+        let Some(entry) = known else {
+            return Err(self.missing(reference).await);
         };
-        let entry = self
-            .catalog()
-            .find(reference)
-            .cloned()
-            .ok_or_else(not_found)?;
         let guard = entry.changing.clone().lock_owned().await;
         // Whoever held the lock may have renamed or deleted it.
         let id = entry.current.record.id;
-        let entry = self.catalog().get(id).cloned().ok_or_else(not_found)?;
+        let entry = self.catalog().get(id).cloned();
+        let entry = entry.ok_or_else(|| VolumeError::NotFound {
+            reference: reference.to_owned(),
+        })?;
         Ok((entry.current, guard))
     }
 

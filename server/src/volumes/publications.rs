@@ -176,13 +176,12 @@ impl Volumes {
     pub(super) fn is_served(&self, record: &VolumeRecord) -> Result<(), VolumeError> {
         let serving = self.catalog().get(record.id).map(|e| e.serving.clone());
         match serving {
-            Some(Serving::No(reason)) if record.state == VolumeState::Active => {
-                Err(VolumeError::NotServed {
-                    reference: record.name.to_string(),
-                    reason,
-                })
-            }
-            _ => Ok(()),
+            Some(Serving::Yes) | None => Ok(()),
+            Some(_) if record.state != VolumeState::Active => Ok(()),
+            Some(unserved) => Err(VolumeError::NotServed {
+                reference: record.name.to_string(),
+                reason: unserved.to_string(),
+            }),
         }
     }
 }

@@ -4,15 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_core::diagnosis::events::Occurrence;
-use ashlar_core::records::{ClientNodeId, HeadClaim, Versioned, VolumeName, VolumeRecord, keys};
+use ashlar_core::records::{ClientNodeId, HeadClaim, Versioned, VolumeRecord};
 use ashlar_core::units::VolumeId;
 
 use super::{Change, Serving, VolumeError, VolumeView, Volumes};
 use crate::data::{ReplicatedSpec, ReplicationStatus};
-use crate::meta;
 
-/// Why a volume is not served while its replicas are being sealed and made alike.
-pub(super) const SEALING: &str = "its replicas are being sealed";
 /// How long who opens or creates a volume waits for it to be served: longer than a head waits for the lease of another.
 const OPENING_TIME: Duration = Duration::from_secs(15);
 
@@ -36,26 +33,34 @@ impl Volumes {
         }
     }
 
-    /// Has a head claim a volume and serve it; the catalog says when it does.
+    /// Has a head claim a volume and serve it; the catalog says when it does. One that is about to is left to it.
     pub(super) async fn open_replicated(
         &self,
         current: Versioned<VolumeRecord>,
     ) -> Result<(), VolumeError> {
         let id = current.record.id;
         let reference = current.record.name.to_string();
+        // A swap of an earlier head of this daemon may land late, and must not be taken for one of this head.
+        let incarnation = uuid::Uuid::new_v4();
+        let before = {
+            let mut catalog = self.catalog();
+            let before = catalog.get(id).cloned();
+            if matches!(&before, Some(known) if known.serving == Serving::Sealing) {
+                return Ok(());
+            }
+            catalog.begin_sealing(current.clone(), incarnation);
+            before
+        };
         let spec = ReplicatedSpec {
             written: self.written_epoch(&current.record),
             admitted: current.record.admitted(),
-            // A swap of an earlier head of this daemon may land late, and must not be taken for one of this head.
             claim: HeadClaim {
-                incarnation: uuid::Uuid::new_v4(),
+                incarnation,
                 ..self.head
             },
             record: current.clone(),
         };
         let epoch = current.record.epoch;
-        self.catalog()
-            .put(current.clone(), Serving::No(SEALING.to_owned()));
         self.events
             .tell_of(&current.record, None, Occurrence::VolumeClaimed { epoch });
         match self.host.open_replicated(spec).await {
@@ -66,7 +71,9 @@ impl Volumes {
                     reason: reason.clone(),
                 };
                 self.events.tell_of(&current.record, None, what);
-                self.catalog().put(current, Serving::No(reason.clone()));
+                let failed = Serving::No(reason.clone());
+                self.catalog()
+                    .sealing_failed(id, incarnation, failed, before.and_then(|b| b.head));
                 tracing::error!(volume = reference, id = %id.0, %error, "a volume is not served");
                 Err(VolumeError::NotServed { reference, reason })
             }
@@ -113,15 +120,7 @@ impl Volumes {
         if self.catalog().find(reference).is_some() {
             return Ok(());
         }
-        let id = match VolumeName::parse(reference) {
-            Ok(name) => self.name_holder(&name).await?.map(|held| held.volume),
-            Err(_) => None,
-        };
-        let id = id.or_else(|| reference.parse().ok().map(VolumeId));
-        if let Some(id) = id
-            && let Some(current) =
-                meta::read::<VolumeRecord>(&*self.store, &keys::volume(id)).await?
-        {
+        if let Some(current) = self.look_up(reference).await? {
             self.record_seen(current).await;
         }
         Ok(())
@@ -133,11 +132,7 @@ impl Volumes {
         if self.is_open(id) {
             return Ok(());
         }
-        match self.open_replicated(current).await {
-            // Being opened already is as good.
-            Ok(()) | Err(VolumeError::NotServed { .. }) => {}
-            Err(error) => return Err(error),
-        }
+        self.open_replicated(current).await?;
         self.wait_until_served(id).await
     }
 
@@ -177,8 +172,8 @@ impl Volumes {
                 let serving = self.catalog().get(id).map(|entry| entry.serving.clone());
                 match serving {
                     Some(Serving::Yes) => return Ok(()),
-                    Some(Serving::No(reason)) if reason != SEALING => return Err(reason),
-                    Some(Serving::No(_)) => {}
+                    Some(Serving::Sealing) => {}
+                    Some(unserved) => return Err(unserved.to_string()),
                     None => return Err("it was deleted".to_owned()),
                 }
                 if changes.changed().await.is_err() {

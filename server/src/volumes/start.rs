@@ -10,7 +10,7 @@ use ashlar_core::records::{
 };
 use ashlar_core::units::{Epoch, LayerId, StoreId};
 
-use super::{ATTEMPTS, Change, OPENING, Serving, VolumeError, Volumes, lock};
+use super::{ATTEMPTS, Change, Serving, VolumeError, Volumes, lock};
 use crate::meta::{self, MetadataError, Outcome};
 
 /// Volumes claimed by one transaction at the start: a condition and an effect each, within
@@ -40,7 +40,11 @@ impl Volumes {
             if !is_replicated && stores.iter().all(|store| elsewhere.contains(store)) {
                 continue;
             }
-            self.catalog().put(current, Serving::No(OPENING.to_owned()));
+            let serving = match current.record.state {
+                VolumeState::Active => Serving::Opening,
+                VolumeState::Deleting => Serving::No("it is being deleted".to_owned()),
+            };
+            self.catalog().put(current, serving);
         }
         Ok(())
     }
@@ -73,11 +77,14 @@ impl Volumes {
         for current in replicated {
             // What this node served last it serves again; what another serves is left to it.
             let (id, head) = (current.record.id, current.record.head);
-            if head.is_some_and(|head| head.node == self.head.node) {
-                match self.open_replicated(current).await {
-                    Ok(()) => opening.push(id),
-                    Err(error) => self.log_unserved(Err(error)),
-                }
+            if head.is_none_or(|head| head.node != self.head.node) {
+                let elsewhere = Serving::elsewhere(&current.record);
+                self.catalog().put(current, elsewhere);
+                continue;
+            }
+            match self.open_replicated(current).await {
+                Ok(()) => opening.push(id),
+                Err(error) => self.log_unserved(Err(error)),
             }
         }
         // Replicas that can be reached are sealed in no time; those that cannot keep nobody else waiting for long.

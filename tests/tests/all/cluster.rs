@@ -10,7 +10,7 @@ use ashlar_tests::cluster::{Node, found};
 use ashlar_tests::daemon::Setup;
 use ashlar_tests::etcd::Etcd;
 use ashlar_tests::nbd::Wishes;
-use ashlar_tests::scratch::Scratch;
+use ashlar_tests::scratch::{Scratch, free_port};
 use ashlar_tests::wait;
 
 /// Much longer than anything takes here.
@@ -38,6 +38,20 @@ fn a_single_node_becomes_the_first_of_a_cluster_and_keeps_its_volumes() {
     let refusal = offline(init).failure();
     assert!(refusal.contains("stop ashlard first"), "{refusal}");
     alone.stop();
+    // What root makes in the directory of a service the service could not read.
+    let own = rustix::process::geteuid().as_raw();
+    std::os::unix::fs::chown(alone.data_dir(), Some(65534), None).expect("chown");
+    let finished = offline(init);
+    assert_eq!(finished.status.code(), Some(4));
+    let refusal = finished.failure();
+    assert!(refusal.contains("sudo -u nobody "), "{refusal}");
+    assert!(!alone.data_dir().join("identity").exists());
+    std::os::unix::fs::chown(alone.data_dir(), Some(own), None).expect("chown");
+    // An etcd that does not answer refuses nothing.
+    let nowhere = format!("etcd:http://127.0.0.1:{}", free_port());
+    let mut elsewhere = init;
+    elsewhere[5] = &nowhere;
+    assert_eq!(offline(elsewhere).status.code(), Some(5));
     let said = found(&alone, &etcd, &["--label", "zone=a"]);
     assert_eq!(said["volumes"], 1);
     assert_eq!(
@@ -85,6 +99,57 @@ fn a_single_node_becomes_the_first_of_a_cluster_and_keeps_its_volumes() {
         let mode = std::fs::metadata(&path).expect(file).permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
+}
+
+#[test]
+fn a_volume_with_one_copy_is_asked_of_its_node() {
+    let scratch = Scratch::new("cluster-one-copy");
+    let etcd = Etcd::start(&scratch);
+    let mut alone = Setup::default().start("cluster-one-copy-1");
+    alone.create("disk", "64MiB");
+    alone.stop();
+    found(&alone, &etcd, &[]);
+    let admin_port = free_port();
+    let socket = format!("unix:{}", alone.data_dir().join("admin.sock").display());
+    alone.setup = alone
+        .setup
+        .clone()
+        .args(["--metadata", &etcd.setting()])
+        .args(["--listen-admin", &format!("tcp:127.0.0.1:{admin_port}")])
+        .args(["--listen-admin", &socket]);
+    alone.start();
+    let one = Node {
+        daemon: alone,
+        admin_port,
+    };
+    let two = one.joined("cluster-one-copy-2", &etcd, Setup::default());
+    let holder = format!("node {} (127.0.0.1:{admin_port})", one.id());
+    let id = one.daemon.admin().json(["volume", "show", "disk"])["id"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
+    let asked: [&[&str]; 6] = [
+        &["volume", "show", "disk"],
+        &["volume", "show", &id],
+        &["volume", "open", "disk"],
+        &["volume", "set", "disk", "--iops", "100"],
+        &["volume", "delete", "disk"],
+        &["explain", "disk"],
+    ];
+    for command in asked {
+        let finished = two.daemon.admin().try_run(command);
+        assert_eq!(finished.status.code(), Some(4), "{finished:?}");
+        let said = &finished.stderr;
+        assert!(
+            said.contains("has its one copy on") && said.contains(&holder),
+            "{command:?}: {said}"
+        );
+    }
+    let unknown = two.daemon.admin().try_run(["volume", "show", "none"]);
+    assert_eq!(unknown.status.code(), Some(3), "{unknown:?}");
+    one.daemon.admin().run(["volume", "delete", "disk"]);
+    let gone = two.daemon.admin().try_run(["volume", "show", "disk"]);
+    assert_eq!(gone.status.code(), Some(3), "{gone:?}");
 }
 
 #[test]
@@ -218,7 +283,12 @@ fn the_admin_port_lets_in_whom_it_should() {
     let admin = one.client("ops", &["--role", "admin"]);
     one.admin_over_tcp(Some(&admin)).run(list);
     // In the clear, with a certificate for something else, of somebody else, of the past.
-    one.admin_over_tcp(None).refused(list);
+    let finished = one.admin_over_tcp(None).try_run(list);
+    assert_eq!(finished.status.code(), Some(5), "{finished:?}");
+    assert!(
+        finished.stderr.contains("--certificates DIR"),
+        "{finished:?}"
+    );
     let user = one.client("db", &[]);
     one.admin_over_tcp(Some(&user)).refused(list);
     let names = ["x.node.y.ashlar.internal"];
@@ -236,7 +306,9 @@ fn the_admin_port_lets_in_whom_it_should() {
     let fooled = scratch.join("fooled");
     copy_all(&admin, &fooled);
     foreign.write(&fooled.join("ca-cert.pem"));
-    one.admin_over_tcp(Some(&fooled)).refused(list);
+    let finished = one.admin_over_tcp(Some(&fooled)).try_run(list);
+    assert_eq!(finished.status.code(), Some(5), "{finished:?}");
+    assert!(finished.stderr.contains("certificates"), "{finished:?}");
 
     // A second certificate of a name takes the first one's place; a revoked one is worth nothing.
     let old = scratch.join("old");

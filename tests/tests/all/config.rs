@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -153,18 +154,15 @@ fn a_port_in_use_is_named() {
     }
 }
 
-/// systemd(1) passes listening sockets from descriptor 3 on, with LISTEN_FDS and LISTEN_PID.
-#[test]
-fn systemd_socket_activation() {
-    let scratch = Scratch::new("systemd");
-    let path = scratch.join("activated.sock");
-    let listener = UnixListener::bind(&path).unwrap();
+/// A daemon that is passed a listening socket as systemd(1) does it: from descriptor 3 on, with LISTEN_FDS and LISTEN_PID.
+fn activated(scratch: &Scratch, listener: &UnixListener, names: &str, more: &[&str]) -> Activated {
     let descriptor = listener.as_raw_fd();
     let port = free_port();
     let log = std::fs::File::create(scratch.join("log")).unwrap();
     let mut command = Command::new("/bin/sh");
     command
         .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\""])
+        .env("LISTEN_FDNAMES", names)
         .arg(binary("ashlard"))
         .arg("--data-dir")
         .arg(scratch.join("d"))
@@ -176,6 +174,7 @@ fn systemd_socket_activation() {
         ])
         .arg("--tail-dir")
         .arg(scratch.memory())
+        .args(more)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log);
@@ -191,33 +190,86 @@ fn systemd_socket_activation() {
             }
         });
     }
-    let mut daemon = Group::spawn(&mut command).unwrap();
+    Activated {
+        process: Group::spawn(&mut command).unwrap(),
+        port,
+        log: scratch.join("log"),
+    }
+}
+
+struct Activated {
+    process: Group,
+    port: u16,
+    log: PathBuf,
+}
+
+impl Activated {
+    fn wait_ready(&self) {
+        wait::until(
+            Duration::from_secs(60),
+            "ashlard is ready",
+            || match http::get(self.port, "/readyz") {
+                Ok((200, _)) => Ok(()),
+                other => Err(format!(
+                    "{other:?}: {}",
+                    std::fs::read_to_string(&self.log).unwrap_or_default()
+                )),
+            },
+        );
+    }
+
+    fn stop(mut self) {
+        self.process.signal(rustix::process::Signal::TERM);
+        let ended = self.process.wait(Duration::from_secs(30)).expect("it ends");
+        assert!(ended.success());
+    }
+}
+
+#[test]
+fn systemd_socket_activation() {
+    let scratch = Scratch::new("systemd");
+    let path = scratch.join("activated.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let daemon = activated(&scratch, &listener, "nbd", &[]);
     // A client may connect before the daemon is up: that is what activation is for.
     let early = Address::Unix(path.clone()).connect().unwrap();
-    wait::until(
-        Duration::from_secs(60),
-        "ashlard is ready",
-        || match http::get(port, "/readyz") {
-            Ok((200, _)) => Ok(()),
-            other => Err(format!(
-                "{other:?}: {}",
-                std::fs::read_to_string(scratch.join("log")).unwrap_or_default()
-            )),
-        },
-    );
+    daemon.wait_ready();
     drop(early);
     let admin = ashlar_tests::admin::Admin::new(&scratch.join("d/admin.sock"));
     admin.run(["volume", "create", "disk", "--size", "1MiB"]);
     let mut client = nbd::open(&Address::Unix(path.clone()), "disk", Wishes::SIMPLE).unwrap();
     client.write(0, b"activated").unwrap();
     client.disconnect().unwrap();
-    daemon.signal(rustix::process::Signal::TERM);
-    let ended = daemon.wait(Duration::from_secs(30)).expect("it ends");
-    assert!(ended.success());
+    daemon.stop();
     assert!(
         path.exists(),
         "the socket belongs to systemd and must not be removed"
     );
+}
+
+/// A socket that is passed takes the place of the one at the same address, and of no other.
+#[test]
+fn an_admin_socket_from_systemd_leaves_the_other_listeners() {
+    let scratch = Scratch::new("systemd-admin");
+    let (passed, other) = (scratch.join("passed.sock"), scratch.join("other.sock"));
+    let listener = UnixListener::bind(&passed).unwrap();
+    let settings = [&passed, &other].map(|path| format!("unix:{}", path.display()));
+    let more = [
+        "--listen-admin",
+        &settings[0],
+        "--listen-admin",
+        &settings[1],
+    ];
+    let daemon = activated(&scratch, &listener, "admin", &more);
+    daemon.wait_ready();
+    for socket in [&passed, &other] {
+        let said = ashlar_tests::admin::Admin::new(socket).json(["status"]);
+        let listeners = said["listeners"].as_array().expect("listeners").clone();
+        let admin = listeners.iter().filter(|one| one["kind"] == "admin");
+        assert_eq!(admin.count(), 2, "{listeners:?}");
+    }
+    daemon.stop();
+    assert!(passed.exists() && !other.exists());
 }
 
 #[test]

@@ -76,6 +76,26 @@ fn a_copy_that_is_away_is_told_with_what_to_do_and_comes_back() {
     let shown = one.daemon.admin().json(["volume", "show", "disk"]);
     assert_eq!(shown["head_node_id"], one_id.as_str());
     assert_eq!(shown["min_in_sync"], 2);
+    assert!(shown["attach"]["nbd_client"].is_string(), "{shown}");
+    // Where the volume is not served there is nothing to attach to, but somebody to ask.
+    let text = two.daemon.admin().run(["volume", "show", "disk"]);
+    for part in [
+        format!("ask node {one_id}"),
+        format!("Attach it at node {one_id}, or serve it here: ashlar volume open disk"),
+    ] {
+        assert!(text.contains(&part), "{part} in\n{text}");
+    }
+    assert!(!text.contains("nbd-client"), "{text}");
+    let shown = two.daemon.admin().json(["volume", "show", "disk"]);
+    assert_eq!(shown.get("attach"), None, "{shown}");
+    assert_eq!(shown["served_elsewhere"], true);
+    let text = two.daemon.admin().run(["volume", "list"]);
+    assert!(
+        text.contains("SERVED BY") && text.contains(&one_id),
+        "{text}"
+    );
+    let text = one.daemon.admin().run(["volume", "list"]);
+    assert!(text.contains("this node"), "{text}");
     // A node that has a copy and does not serve the volume has nothing to complain of.
     assert_eq!(warnings(&two), "[]");
 

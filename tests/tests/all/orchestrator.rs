@@ -329,7 +329,11 @@ fn only_a_volume_that_was_never_written_is_formatted() {
 fn limits_annotations_pages_and_capacity() {
     let mut daemon = Setup::default().arg("--overcommit=200").start("limits");
     let mut driver = rpc(&daemon);
-    let capacity = |driver: &mut Rpc| driver.get_capacity(admin::GetCapacityRequest {}).unwrap();
+    let capacity = |driver: &mut Rpc| {
+        driver
+            .get_capacity(admin::GetCapacityRequest::default())
+            .unwrap()
+    };
     let empty = capacity(&mut driver);
     assert!(empty.available_bytes <= empty.capacity_bytes && empty.promised_bytes == 0);
     assert_eq!(

@@ -337,6 +337,40 @@ fn certificates_of_every_wrong_kind_are_refused() {
     nbdinfo(&uri(served.wide, &user)).success();
 }
 
+/// `cluster init` does not know where the daemon will listen, and settings change: what the certificate lacks is added.
+#[test]
+fn a_node_is_believed_by_the_names_that_it_was_started_with_last() {
+    let scratch = Scratch::new("tls-names-e");
+    let etcd = Etcd::start(&scratch);
+    let (first, second) = (free_port(), free_port());
+    let setup = Setup::default().listen_nbd(&format!("tcp:127.0.0.77:{first}"));
+    let mut node = Node::first("tls-names", &etcd, setup);
+    // libnbd sends the address as the name of the server, which is against the rules of TLS.
+    node.daemon.log.expect("Illegal SNI extension");
+    node.daemon.create("disk", "64MiB");
+    let user = node.client("db", &[]);
+    let believed = |host: &str, port: u16| {
+        let uri = format!(
+            "nbds://{host}:{port}/disk?tls-certificates={}",
+            user.display()
+        );
+        wait::until(LONG, host, || {
+            let finished = nbdinfo(&uri);
+            match finished.status.success() {
+                true => Ok(()),
+                false => Err(finished.stderr),
+            }
+        });
+    };
+    believed("127.0.0.77", first);
+    node.daemon.stop();
+    let setup = node.daemon.setup.clone();
+    node.daemon.setup = setup.listen_nbd(&format!("tcp:127.0.0.78:{second}"));
+    node.daemon.start();
+    believed("127.0.0.78", second);
+    believed("127.0.0.77", first);
+}
+
 #[test]
 fn a_revoked_client_is_cut_off_in_the_middle_of_its_work() {
     let served = serve("tls-revoked");

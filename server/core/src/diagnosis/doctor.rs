@@ -8,7 +8,7 @@ mod leaf;
 
 use std::collections::BTreeMap;
 
-pub use ailment::{Ailment, Weight};
+pub use ailment::{Ailment, LeftOut, Weight};
 pub use leaf::{LeafDigest, LeafVerdict, compare, digest};
 
 use super::cause::NodeName;

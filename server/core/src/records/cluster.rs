@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::{Record, Revision, Transaction, Versioned, keys};
+use super::{Record, Revision, Transaction, Versioned, VolumeName, keys};
 use crate::units::NodeId;
 
 /// Longest name of a client's certificate: a label of DNS, because it is part of a name in the certificate.
@@ -211,14 +211,14 @@ pub enum MemberError {
     },
     /// Clients would be cut off.
     #[error(
-        "node {} serves {volumes} volume(s); open them on another node first (`ashlar volume open NAME`, asked of that node)",
-        node.0
+        "node {} serves {}; open them on another node first (`ashlar volume open NAME`, asked of that node)",
+        node.0, counted(volumes)
     )]
     Serves {
         /// The node.
         node: NodeId,
         /// Volumes with their head there.
-        volumes: usize,
+        volumes: Vec<VolumeName>,
     },
     /// Shut out already.
     #[error("node {} was removed from this cluster", node.0)]
@@ -361,8 +361,21 @@ pub fn join(
     ))
 }
 
+/// Names that are told before the rest is only counted.
+const NAMES_TOLD: usize = 10;
+
+/// How many volumes, and the names of the first of them.
+fn counted(volumes: &[VolumeName]) -> String {
+    let names = volumes.iter().take(NAMES_TOLD).map(VolumeName::as_str);
+    let names = names.collect::<Vec<_>>().join(", ");
+    match volumes.len().saturating_sub(NAMES_TOLD) {
+        0 => format!("{} volume(s): {names}", volumes.len()),
+        more => format!("{} volume(s): {names} and {more} more", volumes.len()),
+    }
+}
+
 /// What others would lose with a node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holdings {
     /// Its stores.
     pub stores: usize,
@@ -373,7 +386,7 @@ pub struct Holdings {
     /// Copies of parts of those.
     pub copies: usize,
     /// Volumes with copies that it serves.
-    pub serves: usize,
+    pub serves: Vec<VolumeName>,
 }
 
 /// Shuts a node out. `None`: it is shut out already. `authorities` are the active nodes that hold the authority's key,
@@ -404,10 +417,10 @@ pub fn remove(
             volumes: has.copied,
         });
     }
-    if has.serves > 0 {
+    if !has.serves.is_empty() {
         return Err(MemberError::Serves {
             node,
-            volumes: has.serves,
+            volumes: has.serves.clone(),
         });
     }
     if authorities == [node] {

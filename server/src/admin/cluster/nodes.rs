@@ -146,7 +146,11 @@ impl ClusterServices {
                 && volume.placement.is_replicated()
                 && volume.state == VolumeState::Active
             {
-                holdings.entry(head.node).or_default().serves += 1;
+                holdings
+                    .entry(head.node)
+                    .or_default()
+                    .serves
+                    .push(volume.name);
             }
         }
         Ok(holdings)
@@ -163,7 +167,7 @@ impl ClusterServices {
             capacity_bytes: bytes(known.capacity_blocks),
             away: known.is_away,
             silent_seconds: known.silent.as_secs() as u32,
-            serves: has.serves as u32,
+            serves: has.serves.len() as u32,
             stuck_copies: seen.stuck_on(member.id),
             leader: seen.picture.leader == Some(member.id),
             id: member.id.0.to_string(),
@@ -188,7 +192,7 @@ impl ClusterServices {
                 .get(keys::NEXT_LAYER)
                 .await
                 .map_err(status::unread)?;
-            let has = self.holdings().await?.get(&node).copied();
+            let has = self.holdings().await?.remove(&node);
             let authorities: Vec<_> = self
                 .members()
                 .await?
@@ -242,12 +246,7 @@ impl ClusterServices {
         seen: &Seen,
     ) -> Result<Option<proto::Node>, Status> {
         let member = crate::identity::member(&*self.records, node).await;
-        let has = self
-            .holdings()
-            .await?
-            .get(&node)
-            .copied()
-            .unwrap_or_default();
+        let has = self.holdings().await?.remove(&node).unwrap_or_default();
         let member = member.map_err(status::unread)?;
         Ok(member.map(|member| self.node(member.record, has, seen)))
     }

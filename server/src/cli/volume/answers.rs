@@ -20,6 +20,15 @@ fn mode(volume: &Volume) -> &'static str {
     }
 }
 
+/// Where clients reach it.
+fn served_by(volume: &Volume) -> String {
+    match (volume.served_elsewhere, volume.not_served_reason.is_empty()) {
+        (true, _) => volume.head_node_id.clone(),
+        (false, true) => "this node".to_owned(),
+        (false, false) => "nobody".to_owned(),
+    }
+}
+
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct VolumeList {
@@ -41,6 +50,7 @@ impl Answer for VolumeList {
                 volume
                     .runtime
                     .map_or("-".into(), |runtime| runtime.connections.to_string()),
+                served_by(volume),
                 volume.created_at.clone(),
                 volume.id.clone(),
             ]
@@ -51,6 +61,7 @@ impl Answer for VolumeList {
             "MODE",
             "STATE",
             "CONNECTIONS",
+            "SERVED BY",
             "CREATED",
             "ID",
         ];
@@ -177,7 +188,7 @@ fn orchestrated(volume: &Volume) -> Vec<(&'static str, String)> {
 pub(super) struct Shown {
     #[serde(flatten)]
     pub(super) volume: Volume,
-    /// Absent when the daemon has no NBD listener.
+    /// Absent when no client can open it here: it is published, or not served, or the daemon has no NBD listener.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) attach: Option<AttachLines>,
 }
@@ -205,6 +216,9 @@ impl Answer for Shown {
                 fields.push(("Connections", runtime.connections.to_string()));
                 fields.push(("In flight", runtime.inflight_requests.to_string()));
             }
+            None if volume.served_elsewhere => {
+                fields.push(("Connections", format!("ask node {}", volume.head_node_id)))
+            }
             None => fields.push(("Connections", "none; the volume is not open".into())),
         }
         out.write_all(output::fields(&fields).as_bytes())?;
@@ -222,6 +236,16 @@ impl Answer for Shown {
             None if !volume.publications.is_empty() => writeln!(
                 out,
                 "\nOnly the client nodes it is published to can open it. To attach it by hand: ashlar volume unpublish {}",
+                volume.name
+            ),
+            None if volume.served_elsewhere => writeln!(
+                out,
+                "\nAttach it at node {}, or serve it here: ashlar volume open {}",
+                volume.head_node_id, volume.name
+            ),
+            None if !volume.not_served_reason.is_empty() => writeln!(
+                out,
+                "\nIt cannot be attached while it is not served; what would free it: ashlar explain {}",
                 volume.name
             ),
             None => writeln!(

@@ -274,15 +274,17 @@ impl DataThread {
             Action::FlushAgain { tag } => self.piece_waits(volume, tag),
             Action::Started(started) => self.start_waiting(started),
             Action::Serving { client_generation } => {
+                let id = self.volumes[volume.key].spec.id;
                 if let Some(replication) = self.replication(volume) {
                     replication.client_generation = client_generation;
                     replication.has_served = true;
+                    let incarnation = replication.claim.incarnation;
+                    self.cluster.tell(ClusterTell::Serving {
+                        volume: id,
+                        incarnation,
+                        client_generation,
+                    });
                 }
-                let volume = self.volumes[volume.key].spec.id;
-                self.cluster.tell(ClusterTell::Serving {
-                    volume,
-                    client_generation,
-                });
             }
             Action::EndSessions { client_generation } => {
                 if let Some(replication) = self.replication(volume) {

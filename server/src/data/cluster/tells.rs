@@ -3,6 +3,7 @@
 use ashlar_core::records::{SetIndex, Transaction};
 use ashlar_core::replication::{HeadStatus, News, Seal, StopReason};
 use ashlar_core::units::{Epoch, NodeId, StoreId, VolumeId};
+use uuid::Uuid;
 
 /// Asked or told by a data thread.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub enum ClusterTell {
     Serving {
         /// Which.
         volume: VolumeId,
+        /// Of the head's claim.
+        incarnation: Uuid,
         /// Its clients are of this generation.
         client_generation: u64,
     },
@@ -53,6 +56,8 @@ pub enum ClusterTell {
     Stopped {
         /// Which volume.
         volume: VolumeId,
+        /// Of its claim.
+        incarnation: Uuid,
         /// Why.
         reason: StopReason,
     },

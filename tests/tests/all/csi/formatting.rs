@@ -176,6 +176,7 @@ fn a_device_that_answers_errors_is_never_formatted() {
         .log
         .expect("faults are being injected into disk operations");
     driver.daemon.log.expect("injecting a fault");
+    driver.daemon.log.expect("the device failed a read");
     let claim = Claim::new(
         &driver,
         "eio",

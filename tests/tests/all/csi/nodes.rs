@@ -381,3 +381,56 @@ fn a_single_daemon_refuses_copies_with_the_reason() {
     let one = Claim::of_class(&driver, "one", SMALL, capability, &[("replicas", "1")]);
     driver.delete(&one.expect("one copy").id).expect("deleted");
 }
+
+#[test]
+fn a_cluster_takes_volumes_beyond_the_size_of_one_node() {
+    let trio = Trio::with("csi-capacity", || Setup::default().store_size("1GiB"));
+    let plugins = plugins(&trio);
+    let controller = &plugins[0];
+    let one_copy = [("replicas", "1")];
+    let three_copies = [("replicas", "3")];
+    // The room of daemons that have just joined is not told at once.
+    let (all, each) = wait::until(LONG, "the room of three nodes", || {
+        let listed = trio.nodes[0].daemon.admin().json(["node", "list"]);
+        let nodes = listed["nodes"].as_array().expect("nodes").clone();
+        let rooms: Vec<u64> = nodes
+            .iter()
+            .filter_map(|node| node["capacity_bytes"].as_u64())
+            .filter(|room| *room > 0)
+            .collect();
+        let all = controller.space(&one_copy).expect("told") as u64;
+        let sum: u64 = rooms.iter().sum();
+        // Empty stores have used next to nothing.
+        if rooms.len() == 3 && all > sum / 10 * 9 {
+            Ok((all, *rooms.iter().max().expect("three")))
+        } else {
+            Err(format!("{rooms:?}, {all} can be provisioned"))
+        }
+    });
+    let with_three = controller.space(&three_copies).expect("told") as u64;
+    assert!(
+        (each / 10 * 9..=each).contains(&with_three),
+        "{with_three} of {each} for three copies"
+    );
+    let size = (all / 10 * 3) as i64;
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let make = |name: &str| {
+        Claim::of_class(controller, name, size, capability.clone(), &one_copy).map(|claim| claim.id)
+    };
+    let made: Vec<String> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| make(name).expect("there is room"))
+        .collect();
+    assert_eq!(
+        make("d").expect_err("all is promised").0,
+        Code::ResourceExhausted
+    );
+    // Of what is left each byte of a volume with three copies takes three.
+    let left = all - 3 * size as u64;
+    let with_three = controller.space(&three_copies).expect("told") as u64;
+    assert!(with_three <= left / 3, "{with_three} of {left}");
+    for id in &made {
+        controller.delete(id).expect("deleted");
+    }
+    nothing_is_left(&plugins);
+}

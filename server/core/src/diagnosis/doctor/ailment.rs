@@ -108,9 +108,18 @@ pub enum Ailment {
         volume: String,
         /// Leaves that kept changing.
         changing: u64,
-        /// Leaves that were not looked at.
-        left: bool,
+        /// Why leaves were not looked at, where some were not.
+        left: Option<LeftOut>,
     },
+}
+
+/// Why not everything was compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeftOut {
+    /// There is more than is looked at unasked.
+    Unasked,
+    /// So much differs that more would say nothing new.
+    Enough,
 }
 
 /// How bad an ailment is.
@@ -194,9 +203,14 @@ impl Ailment {
             Ailment::NotCompared { volume, .. } => {
                 format!("`ashlar explain {volume}` tells what it waits for; ask again when it is healthy")
             }
-            Ailment::PartlyCompared { left: true, .. } => {
-                "ask again with --all to look at everything".to_owned()
-            }
+            Ailment::PartlyCompared {
+                left: Some(LeftOut::Unasked),
+                ..
+            } => "ask again with --all to look at everything".to_owned(),
+            Ailment::PartlyCompared {
+                left: Some(LeftOut::Enough),
+                ..
+            } => "ask again when what was found is put right".to_owned(),
             Ailment::PartlyCompared { .. } => "ask again when less is being written".to_owned(),
         }
     }
@@ -302,11 +316,34 @@ impl fmt::Display for Ailment {
                 if *changing > 0 {
                     write!(f, " {changing} leaf(s) kept changing")?;
                 }
-                if *left {
-                    f.write_str(" there is more than is looked at unasked")?;
+                match left {
+                    Some(LeftOut::Unasked) => {
+                        f.write_str(" there is more than is looked at unasked")
+                    }
+                    Some(LeftOut::Enough) => {
+                        f.write_str(" so much differs that no more was looked at")
+                    }
+                    None => Ok(()),
                 }
-                Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_is_asked_for_only_where_it_helps() {
+        let partly = |left| Ailment::PartlyCompared {
+            volume: "db".to_owned(),
+            changing: 0,
+            left: Some(left),
+        };
+        assert!(partly(LeftOut::Unasked).remedy().contains("--all"));
+        let enough = partly(LeftOut::Enough);
+        assert!(!enough.remedy().contains("--all"), "{}", enough.remedy());
+        assert!(enough.to_string().contains("so much differs"), "{enough}");
     }
 }

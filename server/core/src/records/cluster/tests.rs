@@ -85,12 +85,13 @@ fn a_node_is_removed_only_when_nothing_is_lost_by_it() {
         remove(&one, node(1), &Holdings::default(), &[node(2)]),
         Err(MemberError::Itself { .. })
     ));
+    let name = |number| VolumeName::parse(&format!("v{number}")).expect("a name");
     let held = |volumes, copied, serves| Holdings {
         stores: 1,
         volumes,
         copied,
         copies: copied,
-        serves,
+        serves: (0..serves).map(name).collect(),
     };
     assert!(matches!(
         remove(&one, node(2), &held(3, 1, 1), &[node(2)]),
@@ -106,8 +107,23 @@ fn a_node_is_removed_only_when_nothing_is_lost_by_it() {
     ));
     assert!(matches!(
         remove(&one, node(2), &held(0, 0, 1), &[node(2)]),
-        Err(MemberError::Serves { volumes: 1, .. })
+        Err(MemberError::Serves { volumes, .. }) if volumes == [name(0)]
     ));
+    let told = |serves| {
+        let refused = remove(&one, node(2), &held(0, 0, serves), &[node(2)]);
+        refused.expect_err("refused").to_string()
+    };
+    assert!(
+        told(2).contains("serves 2 volume(s): v0, v1; open"),
+        "{}",
+        told(2)
+    );
+    assert!(told(10).contains("v8, v9; open"), "{}", told(10));
+    assert!(
+        told(12).contains("12 volume(s)") && told(12).contains("v9 and 2 more;"),
+        "{}",
+        told(12)
+    );
     assert!(matches!(
         remove(&one, node(2), &held(0, 0, 0), &[node(1)]),
         Err(MemberError::LastAuthority { .. })

@@ -15,6 +15,7 @@ impl DataThread {
     /// The head will answer nothing more: what is under way fails, its clients go.
     pub(in super::super) fn head_stopped(&mut self, volume: VolumeRef, reason: StopReason) {
         let id = self.volumes[volume.key].spec.id;
+        let incarnation = self.replication(volume).map(|r| r.claim.incarnation);
         // A write that was not answered may have happened all the same: an error would say that it had not. The clients of
         // a head that was fenced see their connections end.
         let is_orderly = reason == StopReason::Closed;
@@ -31,8 +32,13 @@ impl DataThread {
         if self.volume_keys.get(&id) == Some(&volume.key) {
             self.volume_keys.remove(&id);
         }
-        self.cluster
-            .tell(ClusterTell::Stopped { volume: id, reason });
+        if let Some(incarnation) = incarnation {
+            self.cluster.tell(ClusterTell::Stopped {
+                volume: id,
+                incarnation,
+                reason,
+            });
+        }
         self.volume_may_close(volume.key);
     }
 
