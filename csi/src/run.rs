@@ -226,7 +226,8 @@ pub fn the_daemon(arguments: &Arguments, may_be_several: bool) -> anyhow::Result
     )?)
 }
 
-/// The ways of attaching there are here, and the one to use.
+/// Every way of attaching, and the one to use from now on. What is attached in another way is still seen and handled: a
+/// device that is not seen would be made a second time.
 pub async fn attachers(
     arguments: &Arguments,
 ) -> anyhow::Result<(Vec<Arc<dyn Attach>>, DeviceKind)> {
@@ -242,15 +243,12 @@ pub async fn attachers(
         Way::Auto | Way::Kernel | Way::Fuse => DeviceKind::FuseLoop,
     };
     let fuse = FuseLoop::new(arguments.state_dir.join("fuse"), arguments.nbd_connections);
-    let mut all: Vec<Arc<dyn Attach>> = vec![Arc::new(fuse)];
-    if kernel_is_there {
-        all.push(Arc::new(KernelNbd::new(KernelSettings {
-            connections: arguments.nbd_connections,
-            request_timeout: Duration::from_secs(arguments.nbd_timeout),
-            dead_connection_timeout: Duration::from_secs(arguments.nbd_dead_timeout),
-        })));
-    }
-    Ok((all, preferred))
+    let kernel = KernelNbd::new(KernelSettings {
+        connections: arguments.nbd_connections,
+        request_timeout: Duration::from_secs(arguments.nbd_timeout),
+        dead_connection_timeout: Duration::from_secs(arguments.nbd_dead_timeout),
+    });
+    Ok((vec![Arc::new(kernel), Arc::new(fuse)], preferred))
 }
 
 /// The operations of this node, in line with the system.

@@ -7,6 +7,7 @@
 
 pub mod filesystem;
 pub mod format;
+mod guard;
 mod inspect;
 mod inventory;
 mod publish;
