@@ -302,6 +302,9 @@ impl Node {
         if found == Found::Nothing && !volume.ever_written {
             found = filesystem::look_closer(&node, volume.size_bytes).await?;
         }
+        if let Recorded::Begun { uuid, .. } = &volume.filesystem {
+            found = filesystem::look_inside(&node, found, *uuid).await?;
+        }
         let decision = decide(
             &volume.filesystem,
             &found,
@@ -320,6 +323,13 @@ impl Node {
             }
             Decision::MakeAgain(kind, uuid) => {
                 self.format(request, kind, uuid, true, &node).await?;
+                kind
+            }
+            Decision::Keep(kind, uuid) => {
+                self.daemon
+                    .end_format(volume.id, uuid)
+                    .await
+                    .map_err(|refusal| refusal.during("recording the filesystem"))?;
                 kind
             }
             Decision::Refuse(problem) => {

@@ -81,6 +81,7 @@ const TOOLS: [&str; 72] = [
     "wipefs",
     "debugfs",
     "dumpe2fs",
+    "dumpe2fs",
     "e2fsck",
     "mke2fs",
     "resize2fs",
