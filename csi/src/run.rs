@@ -300,7 +300,7 @@ async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<N
         max_volumes: arguments.max_volumes,
     };
     let node = open_node(arguments, &placement.node_id, daemon).await?;
-    tokio::spawn(keep_connected(Arc::clone(&node), arguments.nbd_connections));
+    tokio::spawn(keep_connected(Arc::clone(&node)));
     tokio::spawn(keep_registered(
         node.daemon().clone(),
         placement.node_id.clone(),

@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 use uuid::Uuid;
 
-use super::{Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, look, until, verify};
+use super::{
+    Attach, AttachError, Attached, BLOCK_BYTES, Device, DeviceKind, Export, look, until, verify,
+};
 use crate::address::Address;
 use crate::child::Child;
 use crate::failpoint;
@@ -287,6 +289,10 @@ impl Attach for FuseLoop {
         false
     }
 
+    fn connections(&self) -> u32 {
+        self.connections
+    }
+
     async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
         let found = self.loops_of(volume)?.into_iter().next();
         Ok(found.map(|name| Device {
@@ -295,7 +301,7 @@ impl Attach for FuseLoop {
         }))
     }
 
-    async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
+    async fn attach(&self, export: &Export) -> Result<Attached, AttachError> {
         self.clear(export.volume).await?;
         let (server, info) = look(export).await?;
         verify(export, &info)?;
@@ -337,7 +343,10 @@ impl Attach for FuseLoop {
             || device.size_bytes() == info.size_bytes,
         )
         .await?;
-        Ok(device)
+        Ok(Attached {
+            device,
+            connections: self.connections,
+        })
     }
 
     async fn reconnect(

@@ -95,8 +95,8 @@ pub enum Problem {
     /// Its filesystem was begun and did not end, and somebody else wrote to it since.
     #[error(
         "making {begun} on the volume was begun and did not end, and the device has {found} now: somebody else wrote that, \
-         and it is not touched. If it is needed, copy it to another volume (opened by its name, `ashlar volume unpublish` \
-         given, this one can be read); then delete this one"
+         and it is not touched. If it is needed, have the volume detached, open it by its name, which is read-only, and copy \
+         it; then delete this volume"
     )]
     Overwritten {
         /// As recorded.

@@ -107,10 +107,26 @@ impl Node {
         required_bytes: u64,
     ) -> Result<u64, Refusal> {
         let (state, device) = self.at(volume, path).await?;
-        let size = self
-            .attacher(device.kind)?
-            .grow(&device, &state.export)
-            .await?;
+        let attacher = self.attacher(device.kind)?;
+        if attacher.reconnects() {
+            // Requests of a lost connection wait for a new one, growing waits for the requests, and the kernel takes no
+            // connection while it waits so. The count is the daemon's: the kernel tells of none.
+            let known = self.daemon.volume(volume).await?;
+            let (open, whole) = (
+                known.connections_of(&self.settings.node_id),
+                self.whole_connections(&state, &device)?,
+            );
+            if open < whole {
+                return Err(Refusal::new(
+                    Class::Unavailable,
+                    format!(
+                        "{} has {open} of its {whole} connections to the daemon; it grows when the others are back",
+                        device.name
+                    ),
+                ));
+            }
+        }
+        let size = attacher.grow(&device, &state.export).await?;
         if size < required_bytes {
             // The daemon beside this node hears a moment later of what the controller's daemon did.
             let class = match self.daemon.volume(volume).await?.is_replicated {

@@ -147,6 +147,15 @@ impl Node {
         Ok(None)
     }
 
+    /// How many connections the device of a volume has when none is missing.
+    fn whole_connections(&self, state: &VolumeState, device: &Device) -> Result<u32, Refusal> {
+        match state.connections {
+            // Of an earlier version, which gave every device as many as were set.
+            0 => Ok(self.attacher(device.kind)?.connections()),
+            known => Ok(known),
+        }
+    }
+
     fn set_problem(&self, volume: Uuid, problem: Option<Problem>) {
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         match problem {

@@ -222,6 +222,10 @@ impl Node {
             stage,
         );
         state.device = device.clone();
+        state.connections = match (&known, &device) {
+            (Some(known), Some(_)) => known.connections,
+            _ => self.attacher(self.settings.preferred)?.connections(),
+        };
         self.states.save(&state)?;
         failpoint::reach("stage-state-written");
         let device = match device {
@@ -233,7 +237,9 @@ impl Node {
                 }
                 self.nobody_is_connected(request, volume).await?;
                 let attacher = self.attacher(self.settings.preferred)?;
-                attacher.attach(&request.export).await?
+                let attached = attacher.attach(&request.export).await?;
+                state.connections = attached.connections;
+                attached.device
             }
         };
         failpoint::reach("attach-done");

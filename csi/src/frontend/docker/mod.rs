@@ -86,10 +86,7 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening at {}", endpoint.display()))?;
     let host = Host::open(&settings, NODE_SUFFIX).await?;
-    tokio::spawn(keep_connected(
-        Arc::clone(host.node()),
-        settings.nbd_connections,
-    ));
+    tokio::spawn(keep_connected(Arc::clone(host.node())));
     tokio::spawn(keep_registered(
         host.node().daemon().clone(),
         host.node_id().to_owned(),

@@ -183,7 +183,7 @@ pub async fn keep() -> anyhow::Result<()> {
         std::collections::BTreeMap::new(),
     ));
     // Only reads the state files, which are replaced as a whole, so it needs no lock.
-    let kept = keep_connected(Arc::clone(host.node()), settings.nbd_connections);
+    let kept = keep_connected(Arc::clone(host.node()));
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         () = kept => {}
