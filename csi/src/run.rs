@@ -102,6 +102,10 @@ pub struct Arguments {
     /// Seconds that an unstage waits for a daemon that does not answer before it gives up what was not written yet
     #[arg(long, env = "ASHLAR_CSI_UNSTAGE_PATIENCE", default_value_t = 30)]
     pub unstage_patience: u64,
+    /// Whether FlexVolume uses every volume, also those that were made for claims or by Docker: whoever may write a pod can then
+    /// use all of them
+    #[arg(long, env = "ASHLAR_CSI_FLEXVOLUME_ANY_VOLUME", default_value_t = false, action = clap::ArgAction::Set)]
+    pub flexvolume_any_volume: bool,
     /// What to log, as in `info` or `ashlar_csi=debug`
     #[arg(long, env = "ASHLAR_CSI_LOG", default_value = "info")]
     pub log: String,

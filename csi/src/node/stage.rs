@@ -12,6 +12,7 @@ use crate::attach::{Device, Export};
 use crate::capability::{Access, Filesystem};
 use crate::daemon::Volume;
 use crate::failpoint;
+use crate::mount_options;
 use crate::paths;
 use crate::refusal::{Class, Refusal};
 
@@ -71,6 +72,9 @@ impl Node {
 
     async fn try_stage(&self, request: &StageRequest) -> Result<(), Refusal> {
         let id = request.export.volume;
+        if let Access::Mount { options, .. } = &request.capability.access {
+            mount_options::check(options)?;
+        }
         let mut volume = self.daemon.volume(id).await?;
         if volume.is_deleting {
             return Err(Refusal::not_found(format!("volume {id} is being deleted")));

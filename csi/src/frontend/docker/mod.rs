@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use super::{Host, Wish};
 use crate::capability::{Access, AccessMode, Capability};
-use crate::controller::{CreateRequest, naming};
+use crate::controller::{CreateRequest, NAME_KEY, naming};
 use crate::daemon::Volume;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
@@ -50,7 +50,6 @@ const SETTLE_INTERVAL: Duration = Duration::from_secs(30);
 const ORIGIN_KEY: &str = "created-by";
 const ORIGIN: &str = "docker";
 const ORIGIN_ANNOTATION: &str = "csi.ashlar.io/claim/created-by";
-const NAME_ANNOTATION: &str = "csi.ashlar.io/name";
 /// Volumes asked for at a time.
 const PAGE: u32 = 500;
 
@@ -361,7 +360,7 @@ fn is_made_here(volume: &Volume) -> bool {
 
 /// What the engine calls a volume: the name it was made under, where that leads to it.
 fn name_of(volume: &Volume) -> String {
-    match volume.annotations.get(NAME_ANNOTATION) {
+    match volume.annotations.get(NAME_KEY) {
         Some(name) if naming::volume_name(name) == volume.name => name.clone(),
         _ => volume.name.clone(),
     }

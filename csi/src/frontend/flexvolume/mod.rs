@@ -22,7 +22,8 @@ use tracing_subscriber::EnvFilter;
 use super::Host;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
-use crate::refusal::Refusal;
+use crate::controller::NAME_KEY;
+use crate::refusal::{Class, Refusal};
 use crate::run::{Arguments, keep_registered, start_log};
 use crate::{failpoint, paths};
 use call::{Answer, COMMANDS, Call, Options};
@@ -88,7 +89,7 @@ fn work(call: Call) -> anyhow::Result<Answer> {
     let done = runtime.block_on(async {
         let _lock = lock(&settings.state_dir).await?;
         let host = Host::open(&settings, NODE_SUFFIX).await?;
-        anyhow::Ok(carry_out(&host, call).await?)
+        anyhow::Ok(carry_out(&host, call, settings.flexvolume_any_volume).await?)
     });
     runtime.shutdown_background();
     if let Err(error) = &done {
@@ -97,12 +98,13 @@ fn work(call: Call) -> anyhow::Result<Answer> {
     done
 }
 
-async fn carry_out(host: &Host, call: Call) -> Result<Answer, Refusal> {
+async fn carry_out(host: &Host, call: Call, any_volume: bool) -> Result<Answer, Refusal> {
     let node = host.node();
     match call {
         Call::Mount { directory, options } => {
             let target = node.roots().check("the directory", &directory)?;
             let volume = find(host, &options).await?;
+            is_free(&volume, any_volume)?;
             if let Some(parent) = target.parent() {
                 std::fs::create_dir_all(parent).map_err(|error| {
                     Refusal::internal(format!("making {}: {error}", parent.display()))
@@ -124,6 +126,7 @@ async fn carry_out(host: &Host, call: Call) -> Result<Answer, Refusal> {
             size_bytes,
         } => {
             let volume = find(host, &options).await?;
+            is_free(&volume, any_volume)?;
             let range = crate::controller::sizing::Range {
                 required_bytes: size_bytes,
                 limit_bytes: 0,
@@ -150,6 +153,23 @@ async fn carry_out(host: &Host, call: Call) -> Result<Answer, Refusal> {
 async fn find(host: &Host, options: &Options) -> Result<crate::daemon::Volume, Refusal> {
     let found = host.find(&options.volume).await?;
     found.ok_or_else(|| Refusal::not_found(format!("there is no volume {:?}", options.volume)))
+}
+
+/// Refuses a volume that was made for a claim or by Docker: a pod's author names any volume here, and nothing asks whether it
+/// is for him. `any_volume`: an administrator allowed it.
+fn is_free(volume: &crate::daemon::Volume, any_volume: bool) -> Result<(), Refusal> {
+    let Some(made_for) = volume.annotations.get(NAME_KEY).filter(|_| !any_volume) else {
+        return Ok(());
+    };
+    Err(Refusal::new(
+        Class::PermissionDenied,
+        format!(
+            "volume {} was made by the CSI or the Docker driver (as {made_for:?}) and is used through that one alone; FlexVolume \
+             uses volumes that were made with `ashlar volume create`. An administrator can allow it with \
+             --flexvolume-any-volume=true in the driver's settings",
+            volume.name
+        ),
+    ))
 }
 
 /// Unmounting what no volume of ours is at: done, unless something of somebody's is there.
