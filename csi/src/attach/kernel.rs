@@ -172,19 +172,20 @@ impl Attach for KernelNbd {
         let count = connections.len() as u32;
         let sockets: Vec<OwnedFd> = connections.into_iter().map(|each| each.socket).collect();
         let (settings, volume) = (self.settings, export.volume);
-        let index = self.tell("setting an nbd device up", move |nbd| {
-            nbd.connect(&Setup {
-                index: None,
-                size_bytes,
-                block_bytes: BLOCK_BYTES,
-                request_timeout: settings.request_timeout,
-                dead_connection_timeout: settings.dead_connection_timeout,
-                flags,
-                identifier: &volume.to_string(),
-                sockets: &sockets,
+        let index = self
+            .tell("setting an nbd device up", move |nbd| {
+                nbd.connect(&Setup {
+                    index: None,
+                    size_bytes,
+                    block_bytes: BLOCK_BYTES,
+                    request_timeout: settings.request_timeout,
+                    dead_connection_timeout: settings.dead_connection_timeout,
+                    flags,
+                    identifier: &volume.to_string(),
+                    sockets: &sockets,
+                })
             })
-        })
-        .await?;
+            .await?;
         failpoint::reach("attach-half");
         let device = Device {
             kind: DeviceKind::KernelNbd,
@@ -195,7 +196,9 @@ impl Attach for KernelNbd {
             device.size_bytes() == size_bytes && device.node().exists()
         });
         if let Err(error) = shown.await {
-            let _ = self.tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await;
+            let _ = self
+                .tell("letting an nbd device go", move |nbd| nbd.disconnect(index))
+                .await;
             return Err(error);
         }
         Ok(Attached {
@@ -266,7 +269,8 @@ impl Attach for KernelNbd {
 
     async fn fail(&self, device: &Device, _volume: Uuid) -> Result<(), AttachError> {
         let index = index(device)?;
-        self.tell("failing an nbd device", move |nbd| nbd.disconnect(index)).await
+        self.tell("failing an nbd device", move |nbd| nbd.disconnect(index))
+            .await
     }
 
     async fn detach(&self, volume: Uuid) -> Result<(), AttachError> {
@@ -274,7 +278,8 @@ impl Attach for KernelNbd {
             return Ok(());
         };
         let index = index(&device)?;
-        self.tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await?;
+        self.tell("letting an nbd device go", move |nbd| nbd.disconnect(index))
+            .await?;
         failpoint::reach("detach-half");
         until(
             &format!("{} is let go (somebody has it open)", device.name),

@@ -460,8 +460,13 @@ mod tests {
             .set_len(Filesystem::Xfs.minimum_bytes())
             .expect("sized");
         make(Filesystem::Xfs, uuid, &[], &xfs).await.expect("made");
-        let whole = look(&xfs, Filesystem::Xfs.minimum_bytes()).await.expect("looked");
-        assert_eq!(look_inside(&xfs, whole.clone(), uuid).await, Ok(whole.clone()));
+        let whole = look(&xfs, Filesystem::Xfs.minimum_bytes())
+            .await
+            .expect("looked");
+        assert_eq!(
+            look_inside(&xfs, whole.clone(), uuid).await,
+            Ok(whole.clone())
+        );
         // sb_inprogress, as mkfs.xfs leaves it until it is done.
         std::os::unix::fs::FileExt::write_all_at(&file_of_xfs, &[1], 126).expect("written");
         let inside = look_inside(&xfs, whole, uuid).await;

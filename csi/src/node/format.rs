@@ -182,18 +182,25 @@ fn begun(kind: Filesystem, uuid: Uuid, found: &Found) -> Decision {
         |seen: &str, its: &str| seen == kind.name() && its.parse::<Uuid>().as_ref() == Ok(&uuid);
     match found {
         Found::Nothing => Decision::MakeAgain(kind, uuid),
-        Found::Unfinished { kind: seen, uuid: its } if is_own(seen, its) => {
-            Decision::MakeAgain(kind, uuid)
+        Found::Unfinished {
+            kind: seen,
+            uuid: its,
+        } if is_own(seen, its) => Decision::MakeAgain(kind, uuid),
+        Found::Signature {
+            kind: seen,
+            uuid: its,
+        } if is_own(seen, its) => Decision::Keep(kind, uuid),
+        Found::Signature {
+            kind: seen,
+            uuid: its,
         }
-        Found::Signature { kind: seen, uuid: its } if is_own(seen, its) => {
-            Decision::Keep(kind, uuid)
-        }
-        Found::Signature { kind: seen, uuid: its } | Found::Unfinished { kind: seen, uuid: its } => {
-            Decision::Refuse(Problem::Overwritten {
-                begun: format!("{kind} {uuid}"),
-                found: format!("{seen} {its}").trim_end().to_owned(),
-            })
-        }
+        | Found::Unfinished {
+            kind: seen,
+            uuid: its,
+        } => Decision::Refuse(Problem::Overwritten {
+            begun: format!("{kind} {uuid}"),
+            found: format!("{seen} {its}").trim_end().to_owned(),
+        }),
         Found::Unreadable(why) => Decision::Refuse(Problem::Damaged {
             filesystem: kind.to_string(),
             uuid,

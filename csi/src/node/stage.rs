@@ -429,8 +429,10 @@ pub(super) fn is_in_place(state: &VolumeState, device: &Device) -> Result<bool, 
 fn is_mounted(device: &Device) -> Result<bool, Refusal> {
     let mounts = filesystem::mounts()?;
     let number = device.number();
-    Ok(number.is_some_and(|number| mounts.of_device(number).next().is_some())
-        || mounts.of_node(&device.name).next().is_some())
+    Ok(
+        number.is_some_and(|number| mounts.of_device(number).next().is_some())
+            || mounts.of_node(&device.name).next().is_some(),
+    )
 }
 
 /// Whether something is mounted at a target. A table that cannot be read counts as yes.

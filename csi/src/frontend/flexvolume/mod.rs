@@ -20,9 +20,9 @@ use rustix::fs::{FlockOperation, flock};
 use tracing_subscriber::EnvFilter;
 
 use super::Host;
+use crate::controller::NAME_KEY;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
-use crate::controller::NAME_KEY;
 use crate::refusal::{Class, Refusal};
 use crate::run::{Arguments, keep_registered, start_log};
 use crate::{failpoint, paths};
