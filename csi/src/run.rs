@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -173,15 +174,31 @@ pub fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Makes a state directory, for this user alone, where there is none, and answers its real path: the kernel's tables have no
+/// other.
+pub fn open_state_directory(directory: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("making {}", directory.display()))?;
+    directory
+        .canonicalize()
+        .with_context(|| format!("finding {}", directory.display()))
+}
+
 /// Runs the driver until it is told to stop.
-pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
     if let Some(name) = &arguments.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
     }
     let daemon = the_daemon(&arguments, arguments.mode == Mode::Controller)?;
     let node = match arguments.mode {
         Mode::Controller => None,
-        Mode::Node | Mode::All => Some(prepare_node(&arguments, daemon.clone()).await?),
+        Mode::Node | Mode::All => {
+            arguments.state_dir = open_state_directory(&arguments.state_dir)?;
+            Some(prepare_node(&arguments, daemon.clone()).await?)
+        }
     };
     let controller = match arguments.mode {
         Mode::Node => None,

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::format::Found;
 use crate::capability::Filesystem;
 use crate::child::{Child, ChildError, Finished};
+use crate::mount_options;
 use crate::mountinfo::Mounts;
 use crate::refusal::{Class, Refusal};
 
@@ -17,8 +18,9 @@ use crate::refusal::{Class, Refusal};
 const PROBE_LIMIT: Duration = Duration::from_secs(45);
 /// Making a filesystem writes megabytes, not gigabytes: inode tables are made later by the kernel.
 const MAKE_LIMIT: Duration = Duration::from_secs(300);
-/// Checking may read every inode.
-const CHECK_LIMIT: Duration = Duration::from_secs(1800);
+/// How long a check may stand still. It may read every inode, which takes as long as it takes: one that was killed for that
+/// would begin from the start the next time, and never end. Longer than a server takes to come back.
+const CHECK_STILL_LIMIT: Duration = Duration::from_secs(600);
 /// Mounting replays a log of at most some hundred megabytes.
 const MOUNT_LIMIT: Duration = Duration::from_secs(120);
 /// Growing writes new group descriptors.
@@ -279,7 +281,7 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     let finished = Child::new("e2fsck")
         .arg("-p")
         .arg(device)
-        .run(CHECK_LIMIT)
+        .run_while_busy(CHECK_STILL_LIMIT)
         .await?;
     // e2fsck(8): 1 is repaired, 2 asks for a restart when the filesystem was mounted, which it is not.
     if finished.code <= 2 {
@@ -291,7 +293,7 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     )))
 }
 
-/// Mounts a device at a directory.
+/// Mounts a device at a directory: read-only where that is asked for, be it by the options.
 pub async fn mount(
     filesystem: Filesystem,
     device: &Path,
@@ -299,6 +301,7 @@ pub async fn mount(
     options: &[String],
     read_only: bool,
 ) -> Result<(), Refusal> {
+    let read_only = read_only || mount_options::is_read_only(options);
     let mut all: Vec<&str> = options.iter().map(String::as_str).collect();
     all.push(if read_only { "ro" } else { "rw" });
     let finished = Child::new("mount")
@@ -373,7 +376,7 @@ pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result
 /// Makes an ext4 that is not mounted as large as its device. Wants a full check before, which may take long.
 pub async fn check_and_grow(device: &Path) -> Result<(), Refusal> {
     let child = Child::new("e2fsck").args(["-f", "-p"]).arg(device);
-    let finished = child.run(CHECK_LIMIT).await?;
+    let finished = child.run_while_busy(CHECK_STILL_LIMIT).await?;
     if finished.code > 2 {
         return Err(Refusal::internal(finished.to_string()));
     }

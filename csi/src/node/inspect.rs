@@ -142,7 +142,7 @@ impl Node {
         }
         if let Some(kind) = state.stage.filesystem
             && !state.export.read_only
-            && !state.stage.capability.mode.is_reader_only()
+            && !state.stage.capability.is_mounted_read_only()
         {
             filesystem::grow(kind, &device.node(), &state.stage.path).await?;
         }
@@ -184,7 +184,7 @@ impl Node {
             )));
         }
         let mounts = filesystem::mounts()?;
-        let writable = !state.export.read_only && !state.stage.capability.mode.is_reader_only();
+        let writable = !state.export.read_only && !state.stage.capability.is_mounted_read_only();
         let is_broken = mount_of(&mounts, &device, &state.stage.path)
             .is_some_and(|mount| mount.is_file_system_read_only());
         if writable && is_broken && state.stage.filesystem.is_some() {

@@ -153,7 +153,7 @@ impl Node {
         }
         // A filesystem that gave up after an error is of no use until it is checked and mounted again.
         let is_broken = !request.export.read_only
-            && !request.capability.mode.is_reader_only()
+            && !request.capability.is_mounted_read_only()
             && filesystem::mounts()?
                 .at(&state.stage.path)
                 .is_some_and(|mount| mount.is_file_system_read_only())
@@ -369,6 +369,7 @@ impl Node {
             )));
         }
         if !wish.read_only
+            && !mount_options::is_read_only(wish.options)
             && let Err(refusal) = filesystem::grow(kind, &node, &request.staging).await
         {
             // The kernel grows no mounted ext4 that ever saw an error, nor for who lacks CAP_SYS_RESOURCE.

@@ -31,7 +31,7 @@ use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
 use crate::operations::Turn;
 use crate::refusal::{Class, Refusal};
-use crate::run::{Arguments, keep_registered, start_log};
+use crate::run::{Arguments, keep_registered, open_state_directory, start_log};
 use crate::service::server;
 use crate::{failpoint, sysfs};
 use message::{Answer, Ask, CONTENT_TYPE, Shown};
@@ -75,8 +75,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     served
 }
 
-async fn serve(settings: Arguments) -> anyhow::Result<()> {
-    let endpoint = &settings.endpoint;
+async fn serve(mut settings: Arguments) -> anyhow::Result<()> {
+    let endpoint = &settings.endpoint.clone();
     if let Some(parent) = endpoint.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
     }
@@ -84,6 +84,7 @@ async fn serve(settings: Arguments) -> anyhow::Result<()> {
     let listener = server::listen(endpoint)
         .await
         .with_context(|| format!("listening at {}", endpoint.display()))?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     let host = Host::open(&settings, NODE_SUFFIX).await?;
     tokio::spawn(keep_connected(Arc::clone(host.node())));
     tokio::spawn(keep_registered(

@@ -7,8 +7,8 @@
 pub mod call;
 pub mod install;
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::controller::NAME_KEY;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
 use crate::refusal::{Class, Refusal};
-use crate::run::{Arguments, keep_registered, start_log};
+use crate::run::{Arguments, keep_registered, open_state_directory, start_log};
 use crate::{failpoint, paths};
 use call::{Answer, COMMANDS, Call, Options};
 
@@ -76,8 +76,8 @@ fn answer(arguments: &[String]) -> Answer {
 }
 
 fn work(call: Call) -> anyhow::Result<Answer> {
-    let settings = settings()?;
-    make_private(&settings.state_dir)?;
+    let mut settings = settings()?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     log_to(&settings)?;
     if let Some(name) = &settings.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
@@ -189,9 +189,9 @@ fn nothing_at(target: &Path) -> Result<(), Refusal> {
 /// Keeps the connections of the node's devices: the calls come and go, and somebody has to see that a daemon was started
 /// anew. Runs until it is told to stop.
 pub async fn keep() -> anyhow::Result<()> {
-    let settings = settings()?;
+    let mut settings = settings()?;
     start_log(&settings.log, settings.log_format)?;
-    make_private(&settings.state_dir)?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     let host = {
         let _lock = lock(&settings.state_dir).await?;
         Host::open(&settings, NODE_SUFFIX).await?
@@ -249,14 +249,6 @@ fn configuration() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok()?.parent()?.join(CONFIGURATION);
     let general = Path::new("/etc/ashlar").join(CONFIGURATION);
     [beside, general].into_iter().find(|path| path.exists())
-}
-
-fn make_private(directory: &Path) -> anyhow::Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .with_context(|| format!("making {}", directory.display()))
 }
 
 /// To a file in the state directory: both outputs belong to the answer.
