@@ -123,8 +123,8 @@ pub async fn look_inside(device: &Path, found: Found, begun: Uuid) -> Result<Fou
             let checked = checked.run(MAKE_LIMIT).await?;
             match checked.code {
                 0 => Ok(found),
-                // e2fsck(8): errors that were left.
-                4 => Ok(unfinished()),
+                // e2fsck(8): errors that were left, be it that it gave up on them.
+                4 | 12 => Ok(unfinished()),
                 _ => unreadable(&checked),
             }
         }

@@ -179,7 +179,7 @@ async fn what_was_written_is_not_formatted() {
     let by_driver = service.lookup(&name).await.expect("served").expect("found");
     assert!(!by_driver.read_only);
     service
-        .unpublish("db", Some(&node("a")))
+        .unpublish("db", Some(node("a")))
         .await
         .expect("unpublished");
     lock(&daemon.host.changing).push(id);
