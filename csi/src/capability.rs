@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mount_options;
+
 /// A file system this driver makes, checks and grows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -126,4 +128,15 @@ pub struct Capability {
     pub access: Access,
     /// Who may use it.
     pub mode: AccessMode,
+}
+
+impl Capability {
+    /// Whether what is staged takes no writes, for its mode or for its mount options.
+    pub fn is_mounted_read_only(&self) -> bool {
+        let by_option = match &self.access {
+            Access::Block => false,
+            Access::Mount { options, .. } => mount_options::is_read_only(options),
+        };
+        by_option || self.mode.is_reader_only()
+    }
 }

@@ -68,7 +68,7 @@ pub enum ChildError {
         source: std::io::Error,
     },
     /// It did not end in time. It was killed, and may still sit in the kernel waiting for its device.
-    #[error("{line} did not end within {} s and was killed", limit.as_secs())]
+    #[error("{line} did not end, or get on, within {} s and was killed", limit.as_secs())]
     TimedOut {
         /// The program and its arguments.
         line: String,
@@ -140,7 +140,20 @@ impl Child {
     }
 
     /// Runs it to its end, or kills it after `limit`.
-    pub async fn run(mut self, limit: Duration) -> Result<Finished, ChildError> {
+    pub async fn run(self, limit: Duration) -> Result<Finished, ChildError> {
+        self.run_unless(limit, |_| tokio::time::sleep(limit)).await
+    }
+
+    /// Runs it to its end, however long that takes, or kills it when for `limit` it has neither computed, read nor written.
+    pub async fn run_while_busy(self, limit: Duration) -> Result<Finished, ChildError> {
+        self.run_unless(limit, |pid| stands_still(pid, limit)).await
+    }
+
+    async fn run_unless<F: Future<Output = ()>>(
+        mut self,
+        limit: Duration,
+        given_up: impl FnOnce(Option<u32>) -> F,
+    ) -> Result<Finished, ChildError> {
         let mut child = self.command.spawn().map_err(|source| ChildError::Start {
             program: self.program.to_owned(),
             source,
@@ -153,18 +166,22 @@ impl Child {
                 tokio::join!(collect(stdout), collect(stderr), child.wait());
             Ok::<_, std::io::Error>((stdout?, stderr?, status?))
         };
-        match tokio::time::timeout(limit, ending).await {
-            Ok(Ok((stdout, stderr, status))) => Ok(Finished {
+        let ended = tokio::select! {
+            ended = ending => Some(ended),
+            () = given_up(pid) => None,
+        };
+        match ended {
+            Some(Ok((stdout, stderr, status))) => Ok(Finished {
                 line: self.line,
                 code: code_of(status),
                 stdout,
                 stderr,
             }),
-            Ok(Err(source)) => Err(ChildError::Output {
+            Some(Err(source)) => Err(ChildError::Output {
                 line: self.line,
                 source,
             }),
-            Err(_) => {
+            None => {
                 if let Some(pid) = pid.and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
                     let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
                 }
@@ -176,6 +193,38 @@ impl Child {
             }
         }
     }
+}
+
+/// Ends when a process has got on with nothing for `limit`.
+async fn stands_still(pid: Option<u32>, limit: Duration) {
+    const LOOKS: u32 = 10;
+    let mut before = pid.and_then(progress);
+    let mut still = 0;
+    while still < LOOKS {
+        tokio::time::sleep(limit / LOOKS).await;
+        let now = pid.and_then(progress);
+        still = if now.is_none() || now == before {
+            still + 1
+        } else {
+            0
+        };
+        before = now;
+    }
+}
+
+/// What a process has done so far: clock ticks it computed (proc_pid_stat(5): utime and stime), and bytes it read and wrote
+/// (proc_pid_io(5)). `None` once it is gone.
+fn progress(pid: u32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let io = std::fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    // The name before it may have blanks.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks = fields.split_ascii_whitespace().skip(11).take(2);
+    let bytes = io.lines().filter(|line| {
+        let is_of = |name: &&str| line.starts_with(name);
+        ["rchar", "wchar"].iter().any(is_of)
+    });
+    Some(ticks.chain(bytes).map(str::to_owned).collect())
 }
 
 fn code_of(status: ExitStatus) -> i32 {
@@ -231,6 +280,21 @@ mod tests {
             .run(Duration::from_millis(200))
             .await
             .expect_err("it hangs");
+        assert!(matches!(error, ChildError::TimedOut { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn one_that_gets_on_is_waited_for_and_one_that_stands_still_is_killed() {
+        let limit = Duration::from_secs(2);
+        // Three times as long as the limit, and reading all the time.
+        let script = "until=$(($(date +%s) + 6)); while [ $(date +%s) -lt $until ]; do :; done";
+        let busy = Child::new("sh").args(["-c", script]).run_while_busy(limit);
+        assert_eq!(busy.await.expect("it gets on").code, 0);
+        let still = Child::new("sh").args(["-c", "exec sleep infinity"]);
+        let error = still
+            .run_while_busy(limit)
+            .await
+            .expect_err("it stands still");
         assert!(matches!(error, ChildError::TimedOut { .. }), "{error}");
     }
 

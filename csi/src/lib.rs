@@ -15,6 +15,7 @@ pub mod controller;
 pub mod daemon;
 pub mod failpoint;
 pub mod frontend;
+pub mod mount_options;
 pub mod mountinfo;
 pub mod node;
 pub mod operations;

@@ -16,7 +16,15 @@ const PATH_BYTES_MAX: usize = 4095;
 /// Directories below which callers may name paths.
 #[derive(Clone, Debug)]
 pub struct Roots {
-    roots: Vec<PathBuf>,
+    roots: Vec<Root>,
+}
+
+#[derive(Clone, Debug)]
+struct Root {
+    /// As an administrator, and callers, name it.
+    given: PathBuf,
+    /// Where that leads, as the kernel's table of mounts has it.
+    real: PathBuf,
 }
 
 /// What lies at a path.
@@ -33,13 +41,38 @@ pub enum Kind {
 }
 
 impl Roots {
-    /// Paths strictly below one of `roots`, which are absolute.
+    /// Paths strictly below one of `roots`, which are absolute. Where they lead is found out now and never again.
     pub fn new(roots: Vec<PathBuf>) -> Roots {
-        Roots { roots }
+        let roots = roots.into_iter().map(|given| Root {
+            real: real(&given),
+            given,
+        });
+        Roots {
+            roots: roots.collect(),
+        }
+    }
+
+    /// The real path of one that a caller named below a root, unchecked; any other one stays as it is.
+    pub fn real(&self, path: &Path) -> PathBuf {
+        self.below(path)
+            .map_or_else(|| path.to_owned(), |(_, real)| real)
+    }
+
+    /// The root that a path lies strictly below, and its real path.
+    fn below(&self, path: &Path) -> Option<(&Root, PathBuf)> {
+        self.roots.iter().find_map(|root| {
+            let rest = path
+                .strip_prefix(&root.given)
+                .or_else(|_| path.strip_prefix(&root.real))
+                .ok()?;
+            rest.components().next()?;
+            Some((root, root.real.join(rest)))
+        })
     }
 
     /// Checks a path that a caller named `what`: absolute, in its plain form (no `.`, `..` or doubled slashes), below one
-    /// of the roots, and reached from there through no symbolic link. The last part, and its parents, need not exist.
+    /// of the roots, and reached from there through no symbolic link. The last part, and its parents, need not exist. Answers
+    /// the real path, which is another one where the root is a link.
     ///
     /// The root itself may be a link: an administrator chose it. What lies below is made by orchestrators and pods.
     pub fn check(&self, what: &str, path: &str) -> Result<PathBuf, Refusal> {
@@ -61,25 +94,31 @@ impl Roots {
                 "{what} {path:?} is not an absolute path in its plain form"
             )));
         }
-        let root = self.roots.iter().find(|root| {
-            plain
-                .strip_prefix(root)
-                .is_ok_and(|rest| rest.components().next().is_some())
-        });
-        let Some(root) = root else {
+        let Some((root, real)) = self.below(&plain) else {
             return Err(Refusal::invalid(format!(
                 "{what} {path:?} does not lie below {}",
                 self.roots
                     .iter()
-                    .map(|root| root.display().to_string())
+                    .map(|root| root.given.display().to_string())
                     .collect::<Vec<_>>()
                     .join(" or ")
             )));
         };
-        no_links(root, &plain).map_err(|error| {
+        no_links(&root.real, &real).map_err(|error| {
             Refusal::invalid(format!("{what} {path:?} cannot be used: {error}"))
         })?;
-        Ok(plain)
+        Ok(real)
+    }
+}
+
+/// Where a path leads, as far as there is something.
+fn real(path: &Path) -> PathBuf {
+    if let Ok(real) = path.canonicalize() {
+        return real;
+    }
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => real(parent).join(name),
+        _ => path.to_owned(),
     }
 }
 
@@ -184,7 +223,7 @@ mod tests {
     #[test]
     fn only_plain_paths_below_a_root_are_believed() {
         let scratch = tempfile::tempdir().expect("a directory");
-        let root = scratch.path().join("kubelet");
+        let root = scratch.path().canonicalize().expect("real").join("kubelet");
         std::fs::create_dir_all(root.join("pods/a")).expect("made");
         std::fs::write(root.join("pods/file"), b"").expect("made");
         symlink("/etc", root.join("pods/link")).expect("made");
@@ -226,6 +265,32 @@ mod tests {
             let refused = roots.check("target", &bad).expect_err(&bad);
             assert_eq!(refused.class, Class::InvalidArgument, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_root_that_is_a_link_is_followed_and_nothing_below_it() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let base = scratch.path().canonicalize().expect("real");
+        std::fs::create_dir_all(base.join("disk/kubelet/pods")).expect("made");
+        symlink(base.join("disk"), base.join("var")).expect("made");
+        symlink("/etc", base.join("disk/kubelet/link")).expect("made");
+        let given = base.join("var/kubelet");
+        let roots = Roots::new(vec![given.clone(), base.join("var/none/yet")]);
+        let text = |path: &Path| path.to_str().expect("text").to_owned();
+        let pods = base.join("disk/kubelet/pods");
+        for named in [given.join("pods"), pods.clone()] {
+            assert_eq!(roots.check("target", &text(&named)), Ok(pods.clone()));
+            assert_eq!(roots.real(&named), pods);
+        }
+        let later = base.join("var/none/yet/pods");
+        let real = base.join("disk/none/yet/pods");
+        assert_eq!(roots.check("target", &text(&later)), Ok(real));
+        let link = text(&given.join("link/passwd"));
+        assert!(roots.check("target", &link).is_err());
+        assert_eq!(
+            roots.real(Path::new("/etc/passwd")),
+            Path::new("/etc/passwd")
+        );
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,6 +103,10 @@ pub struct Arguments {
     /// Seconds that an unstage waits for a daemon that does not answer before it gives up what was not written yet
     #[arg(long, env = "ASHLAR_CSI_UNSTAGE_PATIENCE", default_value_t = 30)]
     pub unstage_patience: u64,
+    /// Whether FlexVolume uses every volume, also those that were made for claims or by Docker: whoever may write a pod can then
+    /// use all of them
+    #[arg(long, env = "ASHLAR_CSI_FLEXVOLUME_ANY_VOLUME", default_value_t = false, action = clap::ArgAction::Set)]
+    pub flexvolume_any_volume: bool,
     /// What to log, as in `info` or `ashlar_csi=debug`
     #[arg(long, env = "ASHLAR_CSI_LOG", default_value = "info")]
     pub log: String,
@@ -179,15 +184,31 @@ pub fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Makes a state directory, for this user alone, where there is none, and answers its real path: the kernel's tables have no
+/// other.
+pub fn open_state_directory(directory: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("making {}", directory.display()))?;
+    directory
+        .canonicalize()
+        .with_context(|| format!("finding {}", directory.display()))
+}
+
 /// Runs the driver until it is told to stop.
-pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
     if let Some(name) = &arguments.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
     }
     let daemon = the_daemon(&arguments, arguments.mode == Mode::Controller)?;
     let node = match arguments.mode {
         Mode::Controller => None,
-        Mode::Node | Mode::All => Some(prepare_node(&arguments, daemon.clone()).await?),
+        Mode::Node | Mode::All => {
+            arguments.state_dir = open_state_directory(&arguments.state_dir)?;
+            Some(prepare_node(&arguments, daemon.clone()).await?)
+        }
     };
     let controller = match arguments.mode {
         Mode::Node => None,
@@ -236,7 +257,8 @@ pub fn the_daemon(arguments: &Arguments, may_be_several: bool) -> anyhow::Result
     )?)
 }
 
-/// The ways of attaching there are here, and the one to use.
+/// Every way of attaching, and the one to use from now on. What is attached in another way is still seen and handled: a
+/// device that is not seen would be made a second time.
 pub async fn attachers(
     arguments: &Arguments,
 ) -> anyhow::Result<(Vec<Arc<dyn Attach>>, DeviceKind)> {
@@ -252,15 +274,12 @@ pub async fn attachers(
         Way::Auto | Way::Kernel | Way::Fuse => DeviceKind::FuseLoop,
     };
     let fuse = FuseLoop::new(arguments.state_dir.join("fuse"), arguments.nbd_connections);
-    let mut all: Vec<Arc<dyn Attach>> = vec![Arc::new(fuse)];
-    if kernel_is_there {
-        all.push(Arc::new(KernelNbd::new(KernelSettings {
-            connections: arguments.nbd_connections,
-            request_timeout: Duration::from_secs(arguments.nbd_timeout),
-            dead_connection_timeout: Duration::from_secs(arguments.nbd_dead_timeout),
-        })));
-    }
-    Ok((all, preferred))
+    let kernel = KernelNbd::new(KernelSettings {
+        connections: arguments.nbd_connections,
+        request_timeout: Duration::from_secs(arguments.nbd_timeout),
+        dead_connection_timeout: Duration::from_secs(arguments.nbd_dead_timeout),
+    });
+    Ok((vec![Arc::new(kernel), Arc::new(fuse)], preferred))
 }
 
 /// The operations of this node, in line with the system.
@@ -312,7 +331,7 @@ async fn prepare_node(arguments: &Arguments, daemon: Daemon) -> anyhow::Result<N
         max_volumes: arguments.max_volumes,
     };
     let node = open_node(arguments, &placement.node_id, daemon).await?;
-    tokio::spawn(keep_connected(Arc::clone(&node), arguments.nbd_connections));
+    tokio::spawn(keep_connected(Arc::clone(&node)));
     tokio::spawn(keep_registered(
         node.daemon().clone(),
         placement.node_id.clone(),

@@ -14,15 +14,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 use uuid::Uuid;
 
-use super::{Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, look, until, verify};
+use super::{
+    Attach, AttachError, Attached, BLOCK_BYTES, Device, DeviceKind, Export, look, until, verify,
+};
 use crate::address::Address;
 use crate::child::Child;
 use crate::failpoint;
 use crate::mountinfo::Mounts;
-use crate::sysfs;
+use crate::{stored, sysfs};
 
 /// The file nbdfuse shows.
 const FILE: &str = "nbd";
@@ -37,6 +40,15 @@ pub struct FuseLoop {
     /// Where the files are shown, a directory a volume.
     directory: PathBuf,
     connections: u32,
+}
+
+/// Which loop device a volume has, because the kernel forgets the way to a file whose mount is gone, as after the end of
+/// the container that the mount was in: it says `/nbd` then, of every volume.
+#[derive(Debug, Serialize, Deserialize)]
+struct Remembered {
+    name: String,
+    /// The kernel's number of this use of the device (Linux 5.15).
+    sequence: String,
 }
 
 impl FuseLoop {
@@ -103,22 +115,24 @@ impl FuseLoop {
 
     /// Takes away what there is of a volume, device first.
     async fn clear(&self, volume: Uuid) -> Result<(), AttachError> {
-        let file = self.file(volume);
-        for name in loops_of(&file)? {
+        for name in self.loops_of(volume)? {
             let finished = Child::new("losetup")
                 .arg("-d")
                 .arg(sysfs::node(&name))
                 .run(CHILD_LIMIT)
                 .await?;
             // A device that went by itself meanwhile is what was wanted.
-            if !finished.succeeded() && loops_of(&file)?.contains(&name) {
+            if !finished.succeeded() && self.loops_of(volume)?.contains(&name) {
                 return Err(AttachError::Failed(finished.to_string()));
             }
             // The kernel lets it go when the last user closes it.
             until(
                 &format!("{name} is let go (somebody has it open)"),
                 SETTLE_LIMIT,
-                || loops_of(&file).is_ok_and(|left| !left.contains(&name)),
+                || {
+                    self.loops_of(volume)
+                        .is_ok_and(|left| !left.contains(&name))
+                },
             )
             .await?;
         }
@@ -145,10 +159,53 @@ impl FuseLoop {
             servers(&point).is_empty()
         })
         .await?;
-        for leftover in [point, self.directory.join(format!("{volume}.log"))] {
+        let log = self.directory.join(format!("{volume}.log"));
+        for leftover in [point, log, self.memory(volume)] {
             let _ = crate::paths::remove(&leftover);
         }
         Ok(())
+    }
+
+    fn memory(&self, volume: Uuid) -> PathBuf {
+        self.directory.join(format!("{volume}.loop"))
+    }
+
+    fn remember(&self, volume: Uuid, name: &str) -> Result<(), AttachError> {
+        let Some(sequence) = sysfs::attribute(name, "diskseq") else {
+            return Ok(());
+        };
+        let path = self.memory(volume);
+        let remembered = Remembered {
+            name: name.to_owned(),
+            sequence,
+        };
+        stored::replace(&path, &remembered)
+            .map_err(|error| AttachError::system(format!("writing {}", path.display()), error))
+    }
+
+    /// Loop devices over the file of a volume.
+    fn loops_of(&self, volume: Uuid) -> Result<Vec<String>, AttachError> {
+        let file = self.file(volume);
+        let detached = Path::new("/").join(FILE);
+        let remembered: Option<Remembered> = fs::read(self.memory(volume))
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let is_remembered = |name: &str| {
+            remembered.as_ref().is_some_and(|known| {
+                known.name == name
+                    && sysfs::attribute(name, "diskseq").as_ref() == Some(&known.sequence)
+            })
+        };
+        let mut all = sysfs::devices("loop")
+            .map_err(|error| AttachError::system("reading /sys/block", error))?;
+        all.retain(|name| {
+            let backing = sysfs::attribute(name, "loop/backing_file");
+            backing.is_some_and(|backing| {
+                let backing = Path::new(backing.strip_suffix(" (deleted)").unwrap_or(&backing));
+                backing == file || (backing == detached && is_remembered(name))
+            })
+        });
+        Ok(all)
     }
 }
 
@@ -184,22 +241,6 @@ fn uri(server: &Address, name: &str) -> String {
 
 fn is_mounted(point: &Path) -> bool {
     Mounts::read().is_ok_and(|mounts| mounts.at(point).is_some())
-}
-
-/// Loop devices over `file`. The kernel shows the path without resolving it again, so a file whose mount is gone is still
-/// found, with a mark behind its name.
-fn loops_of(file: &Path) -> Result<Vec<String>, AttachError> {
-    let all =
-        sysfs::devices("loop").map_err(|error| AttachError::system("reading /sys/block", error))?;
-    Ok(all
-        .into_iter()
-        .filter(|name| {
-            sysfs::attribute(name, "loop/backing_file").is_some_and(|backing| {
-                let backing = backing.strip_suffix(" (deleted)").unwrap_or(&backing);
-                Path::new(backing) == file
-            })
-        })
-        .collect())
 }
 
 /// Processes of nbdfuse that serve `point`.
@@ -248,15 +289,19 @@ impl Attach for FuseLoop {
         false
     }
 
+    fn connections(&self) -> u32 {
+        self.connections
+    }
+
     async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
-        let found = loops_of(&self.file(volume))?.into_iter().next();
+        let found = self.loops_of(volume)?.into_iter().next();
         Ok(found.map(|name| Device {
             kind: DeviceKind::FuseLoop,
             name,
         }))
     }
 
-    async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
+    async fn attach(&self, export: &Export) -> Result<Attached, AttachError> {
         self.clear(export.volume).await?;
         let (server, info) = look(export).await?;
         verify(export, &info)?;
@@ -291,13 +336,17 @@ impl Attach for FuseLoop {
             kind: DeviceKind::FuseLoop,
             name: name.to_owned(),
         };
+        self.remember(export.volume, &device.name)?;
         until(
             &format!("{} has its size", device.name),
             SETTLE_LIMIT,
             || device.size_bytes() == info.size_bytes,
         )
         .await?;
-        Ok(device)
+        Ok(Attached {
+            device,
+            connections: self.connections,
+        })
     }
 
     async fn reconnect(
@@ -319,7 +368,7 @@ impl Attach for FuseLoop {
             return Ok(present);
         }
         Err(AttachError::NotWhileInUse(format!(
-            "{} cannot grow while it is used, because this kernel has no nbd driver; the file system grows when the \
+            "{} cannot grow while it is used, because it is not of the kernel's nbd driver; the file system grows when the \
              volume is staged again",
             device.name
         )))

@@ -9,10 +9,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
+use super::asks::Asks;
 use super::handshake::{self, Connection};
 use super::netlink::{Nbd, Setup};
 use super::{
-    Attach, AttachError, BLOCK_BYTES, Device, DeviceKind, Export, in_order, look, until, verify,
+    Attach, AttachError, Attached, BLOCK_BYTES, Device, DeviceKind, Export, in_order, look, until,
+    verify,
 };
 use crate::child::Child;
 use crate::failpoint;
@@ -20,6 +22,8 @@ use crate::sysfs;
 
 /// How long the kernel gets to show a new device, or to let one go that nobody has open.
 const SETTLE_LIMIT: Duration = Duration::from_secs(15);
+/// How long the kernel gets for what it is asked: it answers at once, but a change of size waits for requests in flight.
+const ASK_LIMIT: Duration = Duration::from_secs(20);
 /// The kernel since which devices can be told apart by an identifier.
 const IDENTIFIER_SINCE: (u32, u32) = (5, 14);
 
@@ -40,12 +44,16 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct KernelNbd {
     settings: Settings,
+    asks: Asks,
 }
 
 impl KernelNbd {
     /// With the kernel as it is; see [`KernelNbd::is_there`].
     pub fn new(settings: Settings) -> KernelNbd {
-        KernelNbd { settings }
+        KernelNbd {
+            settings,
+            asks: Asks::default(),
+        }
     }
 
     /// Whether the kernel has the driver, loading its module when it is not yet, and can tell its devices apart: a name
@@ -63,6 +71,16 @@ impl KernelNbd {
             .run(Duration::from_secs(20))
             .await;
         loaded.is_ok_and(|finished| finished.succeeded()) && Nbd::open().is_ok()
+    }
+
+    /// Tells the driver something where it may wait.
+    async fn tell<T, F>(&self, what: &'static str, work: F) -> Result<T, AttachError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Nbd) -> std::io::Result<T> + Send + 'static,
+    {
+        let work = move || Nbd::open().and_then(|nbd| work(&nbd));
+        self.asks.ask(what, ASK_LIMIT, work).await
     }
 
     /// `count` connections to the first server that serves the export as published.
@@ -114,20 +132,6 @@ fn index(device: &Device) -> Result<u32, AttachError> {
         .ok_or_else(|| AttachError::Failed(format!("{} is no nbd device", device.name)))
 }
 
-/// Runs what talks to the kernel where it may wait.
-async fn tell<T, F>(what: &'static str, work: F) -> Result<T, AttachError>
-where
-    T: Send + 'static,
-    F: FnOnce(&Nbd) -> std::io::Result<T> + Send + 'static,
-{
-    let done = tokio::task::spawn_blocking(move || Nbd::open().and_then(|nbd| work(&nbd))).await;
-    match done {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(AttachError::system(what, error)),
-        Err(error) => Err(AttachError::system(what, std::io::Error::other(error))),
-    }
-}
-
 fn is_connected(device: &str) -> bool {
     sysfs::attribute(device, "pid").is_some()
 }
@@ -140,6 +144,10 @@ impl Attach for KernelNbd {
 
     fn reconnects(&self) -> bool {
         true
+    }
+
+    fn connections(&self) -> u32 {
+        self.settings.connections
     }
 
     async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError> {
@@ -158,24 +166,26 @@ impl Attach for KernelNbd {
             }))
     }
 
-    async fn attach(&self, export: &Export) -> Result<Device, AttachError> {
+    async fn attach(&self, export: &Export) -> Result<Attached, AttachError> {
         let connections = self.connections(export, self.settings.connections).await?;
         let (size_bytes, flags) = (connections[0].info.size_bytes, connections[0].info.flags);
+        let count = connections.len() as u32;
         let sockets: Vec<OwnedFd> = connections.into_iter().map(|each| each.socket).collect();
         let (settings, volume) = (self.settings, export.volume);
-        let index = tell("setting an nbd device up", move |nbd| {
-            nbd.connect(&Setup {
-                index: None,
-                size_bytes,
-                block_bytes: BLOCK_BYTES,
-                request_timeout: settings.request_timeout,
-                dead_connection_timeout: settings.dead_connection_timeout,
-                flags,
-                identifier: &volume.to_string(),
-                sockets: &sockets,
+        let index = self
+            .tell("setting an nbd device up", move |nbd| {
+                nbd.connect(&Setup {
+                    index: None,
+                    size_bytes,
+                    block_bytes: BLOCK_BYTES,
+                    request_timeout: settings.request_timeout,
+                    dead_connection_timeout: settings.dead_connection_timeout,
+                    flags,
+                    identifier: &volume.to_string(),
+                    sockets: &sockets,
+                })
             })
-        })
-        .await?;
+            .await?;
         failpoint::reach("attach-half");
         let device = Device {
             kind: DeviceKind::KernelNbd,
@@ -186,10 +196,15 @@ impl Attach for KernelNbd {
             device.size_bytes() == size_bytes && device.node().exists()
         });
         if let Err(error) = shown.await {
-            let _ = tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await;
+            let _ = self
+                .tell("letting an nbd device go", move |nbd| nbd.disconnect(index))
+                .await;
             return Err(error);
         }
-        Ok(device)
+        Ok(Attached {
+            device,
+            connections: count,
+        })
     }
 
     async fn reconnect(
@@ -215,7 +230,7 @@ impl Attach for KernelNbd {
         // One by one: the kernel fills dead places in turn and drops what is too much without a word.
         for socket in sockets {
             let identifier = identifier.clone();
-            tell("giving an nbd device a new connection", move |nbd| {
+            self.tell("giving an nbd device a new connection", move |nbd| {
                 nbd.replace_sockets(index, &identifier, &[socket])
             })
             .await?;
@@ -234,7 +249,7 @@ impl Attach for KernelNbd {
             return Ok(device.size_bytes());
         }
         let identifier = export.volume.to_string();
-        tell("growing an nbd device", move |nbd| {
+        self.tell("growing an nbd device", move |nbd| {
             nbd.resize(index, &identifier, size_bytes)
         })
         .await?;
@@ -254,7 +269,8 @@ impl Attach for KernelNbd {
 
     async fn fail(&self, device: &Device, _volume: Uuid) -> Result<(), AttachError> {
         let index = index(device)?;
-        tell("failing an nbd device", move |nbd| nbd.disconnect(index)).await
+        self.tell("failing an nbd device", move |nbd| nbd.disconnect(index))
+            .await
     }
 
     async fn detach(&self, volume: Uuid) -> Result<(), AttachError> {
@@ -262,7 +278,8 @@ impl Attach for KernelNbd {
             return Ok(());
         };
         let index = index(&device)?;
-        tell("letting an nbd device go", move |nbd| nbd.disconnect(index)).await?;
+        self.tell("letting an nbd device go", move |nbd| nbd.disconnect(index))
+            .await?;
         failpoint::reach("detach-half");
         until(
             &format!("{} is let go (somebody has it open)", device.name),

@@ -4,6 +4,7 @@
 //! driver: nbdfuse and a loop device. Whatever a restart of this program may forget, both find again in the kernel's own
 //! tables, by the volume's id.
 
+pub mod asks;
 pub mod fuse;
 pub mod handshake;
 pub mod kernel;
@@ -90,6 +91,15 @@ impl Device {
     }
 }
 
+/// A device that was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Which.
+    pub device: Device,
+    /// Its connections: as many as it has places for, ever after.
+    pub connections: u32,
+}
+
 /// Why a device could not be attached, grown, failed or detached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -112,6 +122,15 @@ pub enum AttachError {
         what: String,
         /// The system's reason.
         source: std::io::Error,
+    },
+    /// An earlier ask of the kernel was not answered yet.
+    #[error(
+        "{what}: the kernel's nbd driver has not answered an earlier ask, and nothing more is asked of it until it does; it may \
+         wait for a device whose server is away"
+    )]
+    KernelStuck {
+        /// What was to be done.
+        what: &'static str,
     },
     /// Something that has to appear or go did not.
     #[error("{what} within {} s", limit.as_secs())]
@@ -146,7 +165,8 @@ impl From<AttachError> for Refusal {
     fn from(error: AttachError) -> Refusal {
         let class = match &error {
             // The server may be starting, or the head moving: asking again is right.
-            AttachError::Handshake(HandshakeError::Unreachable { .. }) => Class::Unavailable,
+            AttachError::Handshake(HandshakeError::Unreachable { .. })
+            | AttachError::KernelStuck { .. } => Class::Unavailable,
             AttachError::Handshake(
                 HandshakeError::Refused { .. } | HandshakeError::WantsTls { .. },
             )
@@ -178,12 +198,15 @@ pub trait Attach: Send + Sync {
     /// Whether a device whose server went away can be used again once the server is back.
     fn reconnects(&self) -> bool;
 
+    /// Connections that a device of an export gets from now on; one that is attached already may have another number.
+    fn connections(&self) -> u32;
+
     /// The device that carries `volume`, from the kernel's tables.
     async fn find(&self, volume: Uuid) -> Result<Option<Device>, AttachError>;
 
     /// Makes a device of an export, after checking that it is served as published. What an earlier, broken-off attempt
     /// left is cleared away first. To be called only when [`Attach::find`] finds none.
-    async fn attach(&self, export: &Export) -> Result<Device, AttachError>;
+    async fn attach(&self, export: &Export) -> Result<Attached, AttachError>;
 
     /// Gives a device whose server went away `missing` new connections. Returns how many were made. `may`: asked when they
     /// are made and the kernel does not have them yet, whether the device may go on with them.
@@ -195,7 +218,8 @@ pub trait Attach: Send + Sync {
         may: Check<'_>,
     ) -> Result<u32, AttachError>;
 
-    /// Makes the device as large as its export is now, and returns that size in bytes.
+    /// Makes the device as large as its export is now, and returns that size in bytes. To be called only while all connections
+    /// of the device are there ([`netlink::Nbd::resize`]).
     async fn grow(&self, device: &Device, export: &Export) -> Result<u64, AttachError>;
 
     /// Whether a device that was found, and was attached by an earlier run of this program, is of this very export.

@@ -25,7 +25,8 @@ const CONTROL_FAMILY_ID: u16 = 1;
 const CONTROL_FAMILY_NAME: u16 = 2;
 const FAMILY: &str = "nbd";
 const FAMILY_VERSION: u8 = 1;
-/// The driver answers at once, except that a change of size waits for requests in flight.
+/// How long an answer is waited for that was lost. The kernel does the work before the *send* returns, so this bounds none
+/// of it, and a send cannot be bounded: whoever asks waits on another thread ([`super::asks`]).
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 const CONNECT: u8 = 1;
@@ -122,7 +123,9 @@ impl Nbd {
         self.ask(RECONFIGURE, &attributes).map(drop)
     }
 
-    /// Makes a device larger. Waits for the requests in flight.
+    /// Makes a device larger. Waits for the requests in flight, with every other ask of generic netlink behind it (Linux 6.9
+    /// and later freeze the queue under its lock): never to be asked while requests wait for a new connection, which is
+    /// given by netlink too.
     pub fn resize(&self, index: u32, identifier: &str, size_bytes: u64) -> io::Result<()> {
         let mut attributes = target(index);
         identify(&mut attributes, identifier);

@@ -9,8 +9,8 @@ use crate::capability::{Access, Capability};
 use crate::daemon::{Limits, NewVolume, Volume};
 use crate::refusal::{Class, Refusal};
 
-/// The orchestrator's name for a volume.
-const NAME_KEY: &str = "csi.ashlar.io/name";
+/// The annotation of a volume that this driver made: what its orchestrator called it.
+pub const NAME_KEY: &str = "csi.ashlar.io/name";
 /// Its parameters, one key each.
 const PARAMETER_PREFIX: &str = "csi.ashlar.io/parameter/";
 /// There when it shall be used on several nodes at once. One that turns out to have copies was never answered then.

@@ -40,6 +40,15 @@ pub struct Volume {
     pub head: String,
 }
 
+impl Volume {
+    /// Open connections of what is published to `node`; 0 when nothing is.
+    pub fn connections_of(&self, node: &str) -> u32 {
+        let mut publications = self.publications.iter();
+        let of_node = publications.find(|publication| publication.node_id == node);
+        of_node.map_or(0, |publication| publication.connections)
+    }
+}
+
 /// A volume given to a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publication {

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::format::Found;
 use crate::capability::Filesystem;
 use crate::child::{Child, ChildError, Finished};
+use crate::mount_options;
 use crate::mountinfo::Mounts;
 use crate::refusal::{Class, Refusal};
 
@@ -17,8 +18,9 @@ use crate::refusal::{Class, Refusal};
 const PROBE_LIMIT: Duration = Duration::from_secs(45);
 /// Making a filesystem writes megabytes, not gigabytes: inode tables are made later by the kernel.
 const MAKE_LIMIT: Duration = Duration::from_secs(300);
-/// Checking may read every inode.
-const CHECK_LIMIT: Duration = Duration::from_secs(1800);
+/// How long a check may stand still. It may read every inode, which takes as long as it takes: one that was killed for that
+/// would begin from the start the next time, and never end. Longer than a server takes to come back.
+const CHECK_STILL_LIMIT: Duration = Duration::from_secs(600);
 /// Mounting replays a log of at most some hundred megabytes.
 const MOUNT_LIMIT: Duration = Duration::from_secs(120);
 /// Growing writes new group descriptors.
@@ -88,6 +90,64 @@ pub async fn look_closer(device: &Path, size_bytes: u64) -> Result<Found, Refusa
         }
     }
     Ok(Found::Nothing)
+}
+
+/// What is found, after a look inside where it is the filesystem that was begun with this UUID: one that says itself that it
+/// was never finished is told from one that somebody may have used.
+pub async fn look_inside(device: &Path, found: Found, begun: Uuid) -> Result<Found, Refusal> {
+    let Found::Signature { kind, uuid } = &found else {
+        return Ok(found);
+    };
+    let (Ok(filesystem), Ok(own)) = (kind.parse::<Filesystem>(), uuid.parse::<Uuid>()) else {
+        return Ok(found);
+    };
+    if own != begun {
+        return Ok(found);
+    }
+    let unfinished = || Found::Unfinished {
+        kind: kind.clone(),
+        uuid: uuid.clone(),
+    };
+    let unreadable = |finished: &Finished| Ok(Found::Unreadable(finished.to_string()));
+    match filesystem {
+        Filesystem::Ext4 => {
+            let told = Child::new("dumpe2fs").arg("-h").arg(device);
+            let told = told.run(PROBE_LIMIT).await?;
+            if !told.succeeded() {
+                return unreadable(&told);
+            }
+            if !was_never_mounted(&told.stdout) {
+                return Ok(found);
+            }
+            let checked = Child::new("e2fsck").args(["-f", "-n"]).arg(device);
+            let checked = checked.run(MAKE_LIMIT).await?;
+            match checked.code {
+                0 => Ok(found),
+                // e2fsck(8): errors that were left, be it that it gave up on them.
+                4 | 12 => Ok(unfinished()),
+                _ => unreadable(&checked),
+            }
+        }
+        Filesystem::Xfs => {
+            // mkfs.xfs takes the mark away last, and the kernel mounts none that has it.
+            let child = Child::new("xfs_db").args(["-r", "-c", "sb 0", "-c", "print inprogress"]);
+            let told = child.arg(device).run(PROBE_LIMIT).await?;
+            match told.stdout.trim() {
+                "inprogress = 0" => Ok(found),
+                "inprogress = 1" => Ok(unfinished()),
+                _ => unreadable(&told),
+            }
+        }
+    }
+}
+
+/// Whether an ext4 was never mounted for writing, in the words of dumpe2fs.
+fn was_never_mounted(told: &str) -> bool {
+    let mut lines = told.lines();
+    lines.any(|line| {
+        line.strip_prefix("Last mount time:")
+            .is_some_and(|time| time.trim() == "n/a")
+    })
 }
 
 /// blkid's `NAME=value` lines.
@@ -221,7 +281,7 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     let finished = Child::new("e2fsck")
         .arg("-p")
         .arg(device)
-        .run(CHECK_LIMIT)
+        .run_while_busy(CHECK_STILL_LIMIT)
         .await?;
     // e2fsck(8): 1 is repaired, 2 asks for a restart when the filesystem was mounted, which it is not.
     if finished.code <= 2 {
@@ -233,7 +293,7 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     )))
 }
 
-/// Mounts a device at a directory.
+/// Mounts a device at a directory: read-only where that is asked for, be it by the options.
 pub async fn mount(
     filesystem: Filesystem,
     device: &Path,
@@ -241,6 +301,7 @@ pub async fn mount(
     options: &[String],
     read_only: bool,
 ) -> Result<(), Refusal> {
+    let read_only = read_only || mount_options::is_read_only(options);
     let mut all: Vec<&str> = options.iter().map(String::as_str).collect();
     all.push(if read_only { "ro" } else { "rw" });
     let finished = Child::new("mount")
@@ -315,7 +376,7 @@ pub async fn grow(filesystem: Filesystem, device: &Path, point: &Path) -> Result
 /// Makes an ext4 that is not mounted as large as its device. Wants a full check before, which may take long.
 pub async fn check_and_grow(device: &Path) -> Result<(), Refusal> {
     let child = Child::new("e2fsck").args(["-f", "-p"]).arg(device);
-    let finished = child.run(CHECK_LIMIT).await?;
+    let finished = child.run_while_busy(CHECK_STILL_LIMIT).await?;
     if finished.code > 2 {
         return Err(Refusal::internal(finished.to_string()));
     }
@@ -372,8 +433,47 @@ mod tests {
             kind: "ext4".into(),
             uuid: uuid.to_string(),
         };
-        assert_eq!(look(&image, 16 << 20).await, Ok(wanted));
+        assert_eq!(look(&image, 16 << 20).await, Ok(wanted.clone()));
+        // Whole, and then with a hole in its inode table as of a mkfs that did not get there.
+        let inside = look_inside(&image, wanted.clone(), uuid).await;
+        assert_eq!(inside, Ok(wanted.clone()));
+        let inside = look_inside(&image, wanted.clone(), Uuid::nil()).await;
+        assert_eq!(inside, Ok(wanted.clone()), "not the one that was begun");
+        let half = scratch.path().join("half");
+        std::fs::copy(&image, &half).expect("copied");
+        let holed = std::fs::OpenOptions::new().write(true).open(&half);
+        let zeros = vec![0; 256 << 10];
+        std::os::unix::fs::FileExt::write_all_at(&holed.expect("opened"), &zeros, 4 << 10)
+            .expect("written");
+        let inside = look_inside(&half, wanted, uuid).await;
+        assert_eq!(
+            inside,
+            Ok(Found::Unfinished {
+                kind: "ext4".into(),
+                uuid: uuid.to_string(),
+            })
+        );
+        let mounted = "Last mount time:          Fri Nov 27 07:00:12 2026\nMount count: 1\n";
+        assert!(!was_never_mounted(mounted) && !was_never_mounted(""));
+        assert!(was_never_mounted("Last mount time:          n/a\n"));
         check(Filesystem::Ext4, &image).await.expect("sound");
+        let xfs = scratch.path().join("xfs");
+        let file_of_xfs = std::fs::File::create_new(&xfs).expect("made");
+        file_of_xfs
+            .set_len(Filesystem::Xfs.minimum_bytes())
+            .expect("sized");
+        make(Filesystem::Xfs, uuid, &[], &xfs).await.expect("made");
+        let whole = look(&xfs, Filesystem::Xfs.minimum_bytes())
+            .await
+            .expect("looked");
+        assert_eq!(
+            look_inside(&xfs, whole.clone(), uuid).await,
+            Ok(whole.clone())
+        );
+        // sb_inprogress, as mkfs.xfs leaves it until it is done.
+        std::os::unix::fs::FileExt::write_all_at(&file_of_xfs, &[1], 126).expect("written");
+        let inside = look_inside(&xfs, whole, uuid).await;
+        assert!(matches!(inside, Ok(Found::Unfinished { .. })), "{inside:?}");
         // mkfs.xfs finds the first one and is not forced.
         file.set_len(Filesystem::Xfs.minimum_bytes())
             .expect("sized");

@@ -41,6 +41,14 @@ pub enum Found {
         /// Empty when it has none.
         uuid: String,
     },
+    /// A signature whose filesystem was never finished, as its own marks say: nobody can have mounted it. Told only of one
+    /// that is recorded as begun.
+    Unfinished {
+        /// As blkid names it.
+        kind: String,
+        /// Its own.
+        uuid: String,
+    },
     /// The device could not be read, or has signatures of more than one kind.
     Unreadable(String),
 }
@@ -52,6 +60,8 @@ pub enum Decision {
     Make,
     /// What is there is of a mkfs that did not finish: discard it and make it again, with the same UUID.
     MakeAgain(Filesystem, Uuid),
+    /// It is the one that was begun and it is whole, though nobody recorded that: record it, check it and mount it.
+    Keep(Filesystem, Uuid),
     /// Check it and mount it.
     Use(Filesystem),
     /// Neither; why, and what a person can do.
@@ -79,6 +89,18 @@ pub enum Problem {
     Other {
         /// As recorded.
         recorded: String,
+        /// What was seen.
+        found: String,
+    },
+    /// Its filesystem was begun and did not end, and somebody else wrote to it since.
+    #[error(
+        "making {begun} on the volume was begun and did not end, and the device has {found} now: somebody else wrote that, \
+         and it is not touched. If it is needed, have the volume detached, open it by its name, which is read-only, and copy \
+         it; then delete this volume"
+    )]
+    Overwritten {
+        /// As recorded.
+        begun: String,
         /// What was seen.
         found: String,
     },
@@ -132,24 +154,7 @@ pub fn decide(
             uuid,
         } => match kind.parse::<Filesystem>() {
             _ if read_only => Decision::Refuse(Problem::ReadOnly),
-            Ok(kind) if kind == filesystem || wanted.is_none() => {
-                if let Found::Unreadable(why) = found {
-                    return Decision::Refuse(Problem::Damaged {
-                        filesystem: kind.to_string(),
-                        uuid: *uuid,
-                        why: why.clone(),
-                    });
-                }
-                // A mkfs that did not end leaves nothing of another kind.
-                if let Found::Signature { kind: seen, .. } = found
-                    && seen != kind.name()
-                {
-                    return Decision::Refuse(Problem::Occupied {
-                        found: format!("holds {seen}"),
-                    });
-                }
-                Decision::MakeAgain(kind, *uuid)
-            }
+            Ok(kind) if kind == filesystem || wanted.is_none() => begun(kind, *uuid, found),
             _ => Decision::Refuse(Problem::Unwanted {
                 recorded: kind.clone(),
                 wanted: filesystem,
@@ -158,12 +163,49 @@ pub fn decide(
         Recorded::Nothing if ever_written => written(found, wanted),
         Recorded::Nothing => match found {
             Found::Nothing => Decision::Make,
-            Found::Signature { kind, .. } => Decision::Refuse(Problem::WrongDevice(kind.clone())),
+            Found::Signature { kind, .. } | Found::Unfinished { kind, .. } => {
+                Decision::Refuse(Problem::WrongDevice(kind.clone()))
+            }
             // Even though nothing is at stake: a device that cannot be read is no place for a filesystem.
             Found::Unreadable(why) => Decision::Refuse(Problem::Occupied {
                 found: format!("cannot be read ({why})"),
             }),
         },
+    }
+}
+
+/// One was announced. Until it is recorded as made only who has the secret name of a publication can write to the volume,
+/// and that is the driver. So what has no signature is of our own mkfs; what has one is ours if it has our UUID, and worth
+/// nothing only if it says itself that it was never finished.
+fn begun(kind: Filesystem, uuid: Uuid, found: &Found) -> Decision {
+    let is_own =
+        |seen: &str, its: &str| seen == kind.name() && its.parse::<Uuid>().as_ref() == Ok(&uuid);
+    match found {
+        Found::Nothing => Decision::MakeAgain(kind, uuid),
+        Found::Unfinished {
+            kind: seen,
+            uuid: its,
+        } if is_own(seen, its) => Decision::MakeAgain(kind, uuid),
+        Found::Signature {
+            kind: seen,
+            uuid: its,
+        } if is_own(seen, its) => Decision::Keep(kind, uuid),
+        Found::Signature {
+            kind: seen,
+            uuid: its,
+        }
+        | Found::Unfinished {
+            kind: seen,
+            uuid: its,
+        } => Decision::Refuse(Problem::Overwritten {
+            begun: format!("{kind} {uuid}"),
+            found: format!("{seen} {its}").trim_end().to_owned(),
+        }),
+        Found::Unreadable(why) => Decision::Refuse(Problem::Damaged {
+            filesystem: kind.to_string(),
+            uuid,
+            why: why.clone(),
+        }),
     }
 }
 
@@ -183,6 +225,7 @@ fn made(kind: &str, uuid: Uuid, found: &Found, wanted: Option<Filesystem>) -> De
     else {
         return match found {
             Found::Unreadable(why) => damaged(why),
+            Found::Unfinished { .. } => damaged("it says that it was never finished"),
             _ => damaged("there is none where it should be"),
         };
     };
@@ -199,9 +242,11 @@ fn made(kind: &str, uuid: Uuid, found: &Found, wanted: Option<Filesystem>) -> De
 fn written(found: &Found, wanted: Option<Filesystem>) -> Decision {
     match found {
         Found::Signature { kind, .. } if kind.parse::<Filesystem>().is_ok() => usable(kind, wanted),
-        Found::Signature { kind, .. } => Decision::Refuse(Problem::Occupied {
-            found: format!("holds {kind}"),
-        }),
+        Found::Signature { kind, .. } | Found::Unfinished { kind, .. } => {
+            Decision::Refuse(Problem::Occupied {
+                found: format!("holds {kind}"),
+            })
+        }
         Found::Nothing => Decision::Refuse(Problem::Occupied {
             found: "holds no filesystem that can be recognised".to_owned(),
         }),
@@ -241,6 +286,13 @@ mod tests {
         }
     }
 
+    fn unfinished(kind: &str, uuid: &str) -> Found {
+        Found::Unfinished {
+            kind: kind.into(),
+            uuid: uuid.into(),
+        }
+    }
+
     fn everything_found() -> Vec<Found> {
         vec![
             Found::Nothing,
@@ -249,6 +301,9 @@ mod tests {
             signature("ext4", &Uuid::nil().to_string()),
             signature("xfs", &uuid().to_string()),
             signature("LVM2_member", "x"),
+            unfinished("ext4", &uuid().to_string()),
+            unfinished("ext4", &Uuid::nil().to_string()),
+            unfinished("xfs", &uuid().to_string()),
         ]
     }
 
@@ -292,8 +347,19 @@ mod tests {
                                         && !read_only,
                                     "{case}"
                                 ),
-                                Decision::MakeAgain(..) => assert!(
-                                    matches!(recorded, Recorded::Begun { .. }) && !read_only,
+                                // Nothing but what a mkfs of ours that did not end leaves.
+                                Decision::MakeAgain(kind, own) => assert!(
+                                    matches!(recorded, Recorded::Begun { .. })
+                                        && !read_only
+                                        && (found == Found::Nothing
+                                            || found == unfinished(kind.name(), &own.to_string())),
+                                    "{case}"
+                                ),
+                                Decision::Keep(kind, own) => assert!(
+                                    matches!(recorded, Recorded::Begun { .. })
+                                        && !read_only
+                                        && found == signature(kind.name(), &own.to_string())
+                                        && wanted.is_none_or(|wanted| wanted == kind),
                                     "{case}"
                                 ),
                                 Decision::Use(kind) => {
@@ -331,19 +397,32 @@ mod tests {
             Decision::Make
         );
         assert_eq!(decide(&made, &whole, true), Decision::Use(Ext4));
+        assert_eq!(decide(&begun, &whole, true), Decision::Keep(Ext4, uuid()));
         assert_eq!(
-            decide(&begun, &whole, true),
+            decide(&begun, &unfinished("ext4", &uuid().to_string()), true),
             Decision::MakeAgain(Ext4, uuid())
         );
         assert_eq!(
             decide(&begun, &Found::Nothing, false),
             Decision::MakeAgain(Ext4, uuid())
         );
-        // Written raw meanwhile, or the wrong device.
-        assert!(matches!(
-            decide(&begun, &signature("xfs", ""), true),
-            Decision::Refuse(Problem::Occupied { .. })
-        ));
+        // Written by somebody meanwhile, or the wrong device: one of the same kind too.
+        for other in [
+            signature("xfs", ""),
+            signature("ext4", &Uuid::nil().to_string()),
+            signature("ext4", ""),
+            signature("xfs", &uuid().to_string()),
+            unfinished("ext4", &Uuid::nil().to_string()),
+            signature("a partition table (gpt)", ""),
+        ] {
+            assert!(
+                matches!(
+                    decide(&begun, &other, true),
+                    Decision::Refuse(Problem::Overwritten { .. })
+                ),
+                "{other:?}"
+            );
+        }
         for damaged in [Found::Nothing, Found::Unreadable("EIO".into())] {
             assert!(matches!(
                 decide(&made, &damaged, true),

@@ -107,10 +107,26 @@ impl Node {
         required_bytes: u64,
     ) -> Result<u64, Refusal> {
         let (state, device) = self.at(volume, path).await?;
-        let size = self
-            .attacher(device.kind)?
-            .grow(&device, &state.export)
-            .await?;
+        let attacher = self.attacher(device.kind)?;
+        if attacher.reconnects() {
+            // Requests of a lost connection wait for a new one, growing waits for the requests, and the kernel takes no
+            // connection while it waits so. The count is the daemon's: the kernel tells of none.
+            let known = self.daemon.volume(volume).await?;
+            let (open, whole) = (
+                known.connections_of(&self.settings.node_id),
+                self.whole_connections(&state, &device)?,
+            );
+            if open < whole {
+                return Err(Refusal::new(
+                    Class::Unavailable,
+                    format!(
+                        "{} has {open} of its {whole} connections to the daemon; it grows when the others are back",
+                        device.name
+                    ),
+                ));
+            }
+        }
+        let size = attacher.grow(&device, &state.export).await?;
         if size < required_bytes {
             // The daemon beside this node hears a moment later of what the controller's daemon did.
             let class = match self.daemon.volume(volume).await?.is_replicated {
@@ -126,7 +142,7 @@ impl Node {
         }
         if let Some(kind) = state.stage.filesystem
             && !state.export.read_only
-            && !state.stage.capability.mode.is_reader_only()
+            && !state.stage.capability.is_mounted_read_only()
         {
             filesystem::grow(kind, &device.node(), &state.stage.path).await?;
         }
@@ -168,7 +184,7 @@ impl Node {
             )));
         }
         let mounts = filesystem::mounts()?;
-        let writable = !state.export.read_only && !state.stage.capability.mode.is_reader_only();
+        let writable = !state.export.read_only && !state.stage.capability.is_mounted_read_only();
         let is_broken = mount_of(&mounts, &device, &state.stage.path)
             .is_some_and(|mount| mount.is_file_system_read_only());
         if writable && is_broken && state.stage.filesystem.is_some() {

@@ -7,6 +7,7 @@
 
 pub mod filesystem;
 pub mod format;
+mod guard;
 mod inspect;
 mod inventory;
 mod publish;
@@ -144,6 +145,15 @@ impl Node {
             }
         }
         Ok(None)
+    }
+
+    /// How many connections the device of a volume has when none is missing.
+    fn whole_connections(&self, state: &VolumeState, device: &Device) -> Result<u32, Refusal> {
+        match state.connections {
+            // Of an earlier version, which gave every device as many as were set.
+            0 => Ok(self.attacher(device.kind)?.connections()),
+            known => Ok(known),
+        }
     }
 
     fn set_problem(&self, volume: Uuid, problem: Option<Problem>) {

@@ -93,6 +93,8 @@ impl Node {
         }
         failpoint::reach("publish-bound");
         if !is_bound(&device, block, &request.target) {
+            let _ = filesystem::unmount(&request.target, UNMOUNT_LIMIT).await;
+            let _ = paths::remove(&request.target);
             return Err(Refusal::internal(format!(
                 "{} does not show the volume after it was bound there",
                 request.target.display()
@@ -146,7 +148,7 @@ impl Node {
         }
         if state.export.read_only
             || state.stage.filesystem.is_none()
-            || state.stage.capability.mode.is_reader_only()
+            || state.stage.capability.is_mounted_read_only()
         {
             return Ok(true);
         }

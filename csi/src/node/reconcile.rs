@@ -66,7 +66,7 @@ impl Node {
 
     /// Gives a kernel's NBD device as many new connections as it lacks. The daemon's count of connections tells, not
     /// the kernel's: the kernel says "connected" of a device whose sockets are all dead.
-    async fn heal(&self, state: &VolumeState, connections: u32) -> Result<(), Refusal> {
+    async fn heal(&self, state: &VolumeState) -> Result<(), Refusal> {
         let volume = state.export.volume;
         if state.boot_id != self.boot_id {
             return Ok(());
@@ -86,7 +86,8 @@ impl Node {
             .find(|publication| publication.node_id == self.settings.node_id)
             .map(|publication| publication.connections);
         // Not published here: fenced on purpose.
-        let Some(missing) = open.and_then(|open| connections.checked_sub(open)) else {
+        let whole = self.whole_connections(state, &device)?;
+        let Some(missing) = open.and_then(|open| whole.checked_sub(open)) else {
             return Ok(());
         };
         if missing == 0 {
@@ -146,9 +147,9 @@ impl Node {
     }
 }
 
-/// Looks after the connections of this node's devices until the task is dropped. `connections` is how many each has. A volume
-/// that cannot be opened for long keeps no other one waiting.
-pub async fn keep_connected(node: Arc<Node>, connections: u32) {
+/// Looks after the connections of this node's devices until the task is dropped. A volume that cannot be opened for long keeps
+/// no other one waiting.
+pub async fn keep_connected(node: Arc<Node>) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut tasks = JoinSet::new();
@@ -171,7 +172,7 @@ pub async fn keep_connected(node: Arc<Node>, connections: u32) {
             let node = node.clone();
             tasks.spawn(async move {
                 let _turn = turn;
-                if let Err(error) = node.heal(&state, connections).await {
+                if let Err(error) = node.heal(&state).await {
                     tracing::warn!(volume = %volume, %error, "looking after connections failed");
                 }
             });

@@ -7,11 +7,12 @@ use uuid::Uuid;
 use super::filesystem;
 use super::format::{Decision, Found, Recorded, decide};
 use super::state::{Stage, VolumeState};
-use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, is_node_of, mount_of};
+use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, guard, is_node_of, mount_of};
 use crate::attach::{Device, Export};
 use crate::capability::{Access, Filesystem};
 use crate::daemon::Volume;
 use crate::failpoint;
+use crate::mount_options;
 use crate::paths;
 use crate::refusal::{Class, Refusal};
 
@@ -24,8 +25,56 @@ struct Wish<'a> {
 
 impl Node {
     /// Stages a volume. OK when it is staged there in the same way; [`Class::AlreadyExists`] when in another.
+    ///
+    /// After a final answer nobody comes to unstage. So what is there half made goes before one is given, and while it
+    /// cannot go the answer is [`Class::Unavailable`].
     pub async fn stage(&self, request: &StageRequest) -> Result<(), Refusal> {
         let id = request.export.volume;
+        match self.try_stage(request).await {
+            Err(refusal) if is_final(refusal.class) => {
+                match self.clear_half_made(id, &request.staging).await {
+                    Ok(()) => Err(refusal),
+                    Err(error) => Err(Refusal::new(
+                        Class::Unavailable,
+                        format!("{refusal}; clearing away what was attached failed: {error}"),
+                    )),
+                }
+            }
+            staged => staged,
+        }
+    }
+
+    /// Takes away what there is of a volume that is not staged as a whole. What is staged as a whole, and what is in use,
+    /// stays.
+    async fn clear_half_made(&self, volume: Uuid, staging: &Path) -> Result<(), Refusal> {
+        let known = self.known(volume)?;
+        let device = self.device_of(volume).await?;
+        match (&known, &device) {
+            (None, None) => return Ok(()),
+            (Some(state), Some(device))
+                if state.stage.is_complete && is_in_place(state, device)? =>
+            {
+                return Ok(());
+            }
+            // Staged as a whole by a driver that has lost its memory.
+            (None, Some(device)) if is_mounted(device)? => return Ok(()),
+            _ => {}
+        }
+        let mut targets = known.iter().flat_map(|state| &state.targets);
+        if let Some(target) = targets.find(|target| is_used(&target.path)) {
+            return Err(Refusal::precondition(format!(
+                "the volume is still published at {}",
+                target.path.display()
+            )));
+        }
+        self.take_down(volume, staging).await
+    }
+
+    async fn try_stage(&self, request: &StageRequest) -> Result<(), Refusal> {
+        let id = request.export.volume;
+        if let Access::Mount { options, .. } = &request.capability.access {
+            mount_options::check(options)?;
+        }
         let mut volume = self.daemon.volume(id).await?;
         if volume.is_deleting {
             return Err(Refusal::not_found(format!("volume {id} is being deleted")));
@@ -51,10 +100,6 @@ impl Node {
             Err(refusal) if is_final(refusal.class) => {
                 let message = refusal.message.clone();
                 self.set_problem(id, Some(("StagingFailed", message)));
-                // After a final answer nobody comes to unstage: what was attached for nothing goes now.
-                if let Err(error) = self.take_down(id, &request.staging).await {
-                    tracing::warn!(volume = %id, %error, "clearing up after a failed staging failed");
-                }
             }
             Err(_) => {}
         }
@@ -108,7 +153,7 @@ impl Node {
         }
         // A filesystem that gave up after an error is of no use until it is checked and mounted again.
         let is_broken = !request.export.read_only
-            && !request.capability.mode.is_reader_only()
+            && !request.capability.is_mounted_read_only()
             && filesystem::mounts()?
                 .at(&state.stage.path)
                 .is_some_and(|mount| mount.is_file_system_read_only())
@@ -156,6 +201,7 @@ impl Node {
             is_complete: false,
         };
         let mut device = self.device_of(id).await?;
+        guard::nothing_else_is_mounted(request, known.as_ref(), device.as_ref())?;
         let is_same_export = known
             .as_ref()
             .is_none_or(|state| state.export.name == request.export.name);
@@ -180,13 +226,24 @@ impl Node {
             stage,
         );
         state.device = device.clone();
+        state.connections = match (&known, &device) {
+            (Some(known), Some(_)) => known.connections,
+            _ => self.attacher(self.settings.preferred)?.connections(),
+        };
         self.states.save(&state)?;
         failpoint::reach("stage-state-written");
         let device = match device {
             Some(device) => device,
             None => {
+                // What an attempt left that broke off has no device yet and may have connections.
+                for attacher in &self.attachers {
+                    attacher.detach(id).await?;
+                }
+                self.nobody_is_connected(request, volume).await?;
                 let attacher = self.attacher(self.settings.preferred)?;
-                attacher.attach(&request.export).await?
+                let attached = attacher.attach(&request.export).await?;
+                state.connections = attached.connections;
+                attached.device
             }
         };
         failpoint::reach("attach-done");
@@ -255,6 +312,9 @@ impl Node {
         if found == Found::Nothing && !volume.ever_written {
             found = filesystem::look_closer(&node, volume.size_bytes).await?;
         }
+        if let Recorded::Begun { uuid, .. } = &volume.filesystem {
+            found = filesystem::look_inside(&node, found, *uuid).await?;
+        }
         let decision = decide(
             &volume.filesystem,
             &found,
@@ -273,6 +333,13 @@ impl Node {
             }
             Decision::MakeAgain(kind, uuid) => {
                 self.format(request, kind, uuid, true, &node).await?;
+                kind
+            }
+            Decision::Keep(kind, uuid) => {
+                self.daemon
+                    .end_format(volume.id, uuid)
+                    .await
+                    .map_err(|refusal| refusal.during("recording the filesystem"))?;
                 kind
             }
             Decision::Refuse(problem) => {
@@ -302,6 +369,7 @@ impl Node {
             )));
         }
         if !wish.read_only
+            && !mount_options::is_read_only(wish.options)
             && let Err(refusal) = filesystem::grow(kind, &node, &request.staging).await
         {
             // The kernel grows no mounted ext4 that ever saw an error, nor for who lacks CAP_SYS_RESOURCE.
@@ -356,6 +424,16 @@ pub(super) fn is_in_place(state: &VolumeState, device: &Device) -> Result<bool, 
             Ok(mount_of(&filesystem::mounts()?, device, &state.stage.path).is_some())
         }
     }
+}
+
+/// Whether a device's filesystem is mounted, or its node bound, anywhere.
+fn is_mounted(device: &Device) -> Result<bool, Refusal> {
+    let mounts = filesystem::mounts()?;
+    let number = device.number();
+    Ok(
+        number.is_some_and(|number| mounts.of_device(number).next().is_some())
+            || mounts.of_node(&device.name).next().is_some(),
+    )
 }
 
 /// Whether something is mounted at a target. A table that cannot be read counts as yes.

@@ -31,6 +31,9 @@ pub struct VolumeState {
     /// for done may be gone.
     #[serde(default)]
     pub client_generation: u64,
+    /// Connections of its device; 0 when an earlier version of this program wrote the file.
+    #[serde(default)]
+    pub connections: u32,
     /// The device it was last attached as.
     pub device: Option<Device>,
     /// Where it is, or is being, staged.
@@ -76,6 +79,7 @@ impl VolumeState {
             boot_id,
             export,
             client_generation,
+            connections: 0,
             device: None,
             stage,
             targets: Vec::new(),

@@ -7,8 +7,8 @@ use tonic::{Request, Response, Status};
 
 use super::convert::{self, bytes};
 use super::{Spec, carry_out, patience, status};
-use crate::capability::Capability;
-use crate::controller::parameters::{Mutable, Parameters};
+use crate::capability::{Access, Capability, Filesystem};
+use crate::controller::parameters::{self, Mutable, Parameters};
 use crate::controller::sizing::{self, Range};
 use crate::controller::{
     Controller as Operations, CreateRequest, context_of, is_within, unsupported,
@@ -113,6 +113,30 @@ fn range(given: Option<csi::CapacityRange>) -> Result<Range, Refusal> {
     })
 }
 
+/// What an orchestrator asks for, often a default of its own, must not pass over what the class says.
+fn one_filesystem(
+    capabilities: &[Capability],
+    of_class: Option<Filesystem>,
+) -> Result<(), Refusal> {
+    let Some(of_class) = of_class else {
+        return Ok(());
+    };
+    let mut wanted = capabilities
+        .iter()
+        .filter_map(|capability| match &capability.access {
+            Access::Mount { filesystem, .. } => *filesystem,
+            Access::Block => None,
+        });
+    match wanted.find(|wanted| *wanted != of_class) {
+        None => Ok(()),
+        Some(wanted) => Err(Refusal::invalid(format!(
+            "the class says {}: {of_class} and the capability fs_type {wanted}: leave one out, or make them the same \
+             (in Kubernetes fs_type is csi.storage.k8s.io/fstype of the class, or --default-fstype of the provisioner)",
+            parameters::FILESYSTEM
+        ))),
+    }
+}
+
 fn create_request(message: csi::CreateVolumeRequest) -> Result<CreateRequest, Refusal> {
     let name = convert::name(&message.name)?;
     let capabilities = convert::capabilities(message.volume_capabilities)?;
@@ -125,6 +149,7 @@ fn create_request(message: csi::CreateVolumeRequest) -> Result<CreateRequest, Re
     let parameters = convert::map("parameters", message.parameters)?;
     let mutable = convert::map("mutable_parameters", message.mutable_parameters)?;
     let parsed = Parameters::parse(&parameters, &mutable)?;
+    one_filesystem(&capabilities, parsed.filesystem)?;
     let mut given = parameters;
     // Kept apart: a class may name a mutable one too.
     given.extend(

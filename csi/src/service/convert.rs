@@ -11,27 +11,12 @@ use crate::capability::{Access, AccessMode, Capability};
 use crate::controller::Place;
 use crate::csi;
 use crate::daemon::Volume;
+use crate::mount_options;
 use crate::refusal::Refusal;
 
 const STRING_BYTES_MAX: usize = 128;
 const NODE_ID_BYTES_MAX: usize = 256;
 const MAP_BYTES_MAX: usize = 4096;
-/// All mount flags together.
-const FLAGS_BYTES_MAX: usize = 4096;
-/// Mount flags that would not mount what is asked for, or somewhere else.
-const FLAGS_REFUSED: [&str; 10] = [
-    "bind",
-    "rbind",
-    "move",
-    "remount",
-    "loop",
-    "offset",
-    "sizelimit",
-    "helper",
-    "uhelper",
-    "defaults.",
-];
-
 const EXPORT_KEY: &str = "export";
 const SERVERS_KEY: &str = "servers";
 const READ_ONLY_KEY: &str = "readOnly";
@@ -116,9 +101,10 @@ pub fn capability(given: Option<csi::VolumeCapability>) -> Result<Capability, Re
                 "" => None,
                 other => Some(other.parse().map_err(Refusal::invalid)?),
             };
+            mount_options::check(&mount.mount_flags)?;
             Access::Mount {
                 filesystem,
-                options: mount_flags(mount.mount_flags)?,
+                options: mount.mount_flags,
             }
         }
     };
@@ -150,31 +136,6 @@ fn access_mode(mode: csi::volume_capability::access_mode::Mode) -> Result<Access
             mode.as_str_name()
         ))),
     }
-}
-
-/// Mount flags may be secret: messages never repeat them.
-fn mount_flags(flags: Vec<String>) -> Result<Vec<String>, Refusal> {
-    let bytes: usize = flags.iter().map(|flag| flag.len() + 1).sum();
-    if bytes > FLAGS_BYTES_MAX {
-        return Err(Refusal::invalid(format!(
-            "mount_flags are longer than {FLAGS_BYTES_MAX} bytes"
-        )));
-    }
-    let is_wrong = |flag: &String| {
-        flag.is_empty()
-            || flag.chars().any(char::is_control)
-            || flag.split(',').any(|part| {
-                let part = part.trim();
-                let name = part.split('=').next().unwrap_or_default();
-                part.is_empty() || FLAGS_REFUSED.contains(&name) || name.starts_with("X-")
-            })
-    };
-    if flags.iter().any(is_wrong) {
-        return Err(Refusal::invalid(
-            "mount_flags has one that is empty, has control characters or would mount something else",
-        ));
-    }
-    Ok(flags)
 }
 
 /// Places a volume must, or should, be reachable from.

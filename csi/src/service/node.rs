@@ -1,7 +1,7 @@
 //! `csi.v1.Node`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,6 +66,11 @@ impl Node {
 
     fn path(&self, what: &str, path: &str) -> Result<PathBuf, Status> {
         self.operations.roots().check(what, path).map_err(status)
+    }
+
+    /// A path that is only compared.
+    fn real(&self, path: &str) -> PathBuf {
+        self.operations.roots().real(Path::new(path))
     }
 }
 
@@ -208,7 +213,7 @@ impl csi::node_server::Node for Node {
         convert::volume_id(&message.volume_id).map_err(status)?;
         given("volume_path", &message.volume_path)?;
         let id = convert::known_id(&message.volume_id).map_err(status)?;
-        let path = PathBuf::from(&message.volume_path);
+        let path = self.real(&message.volume_path);
         let usage = self.operations.usage(id, &path).await.map_err(status)?;
         Ok(Response::new(csi::NodeGetVolumeStatsResponse {
             usage: volume_usage(usage),
@@ -224,7 +229,7 @@ impl csi::node_server::Node for Node {
         let path = [message.volume_publish_path, message.staging_target_path]
             .into_iter()
             .find(|path| !path.is_empty())
-            .map(PathBuf::from);
+            .map(|path| self.real(&path));
         let health = self
             .operations
             .health(id, path.as_deref())
@@ -293,7 +298,7 @@ impl csi::node_server::Node for Node {
                     .required_bytes
             }
         };
-        let path = PathBuf::from(&message.volume_path);
+        let path = self.real(&message.volume_path);
         let size = self
             .change(&message.volume_id, waits, |operations| async move {
                 operations.expand(id, &path, required).await

@@ -1,7 +1,7 @@
 //! The volumes as NBD exports.
 
 use ashlar_core::nbd::handshake::{Export, ExportName};
-use ashlar_core::records::{VolumeRecord, VolumeState, parse_export_name};
+use ashlar_core::records::{FilesystemState, VolumeRecord, VolumeState, parse_export_name};
 
 use super::{Serving, Volumes};
 use crate::nbd::{CatalogError, ExportCatalog};
@@ -47,7 +47,9 @@ impl ExportCatalog for Volumes {
                 },
                 description: description(record),
                 size_bytes: record.size_bytes,
-                read_only: record.read_only || publication.is_some_and(|p| p.read_only),
+                read_only: record.read_only
+                    || publication.is_some_and(|p| p.read_only)
+                    || (token.is_none() && is_being_formatted(record)),
                 token,
             })),
             unserved => Err(CatalogError::Unavailable(format!(
@@ -77,6 +79,15 @@ impl ExportCatalog for Volumes {
     }
 }
 
+/// A filesystem was begun on it. Whoever stages the volume next throws away what is there without one and makes it again, so
+/// nobody else may put anything there; what is there may be read.
+fn is_being_formatted(record: &VolumeRecord) -> bool {
+    record
+        .filesystem
+        .as_ref()
+        .is_some_and(|filesystem| filesystem.state == FilesystemState::Formatting)
+}
+
 fn description(record: &VolumeRecord) -> String {
     let mut text = format!("Ashlar volume {}", record.id.0);
     if record.read_only {
@@ -84,6 +95,9 @@ fn description(record: &VolumeRecord) -> String {
     }
     if record.write_through {
         text.push_str(", write-through");
+    }
+    if is_being_formatted(record) {
+        text.push_str(", read-only by this name: its filesystem was begun and is not finished");
     }
     if !record.publications.is_empty() {
         text.push_str(", published");

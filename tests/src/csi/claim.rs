@@ -14,7 +14,7 @@ pub fn text(path: &Path) -> String {
     path.to_str().expect("a UTF-8 path").to_owned()
 }
 
-pub(super) fn strings(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+pub fn strings(pairs: &[(&str, &str)]) -> HashMap<String, String> {
     let pairs = pairs.iter();
     pairs
         .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::Endpoint;
 
 pub use calls::{Answer, Calls};
-pub use claim::{Claim, mounted, raw, text};
+pub use claim::{Claim, mounted, raw, strings, text};
 
 use crate::daemon::{Daemon, Setup, binary};
 use crate::log::Log;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::pod::Data;
 use super::{GaveUp, World};
-use crate::csi::{csi, loops_below, mounts_below, text};
+use crate::csi::{csi, loops_below, mounts_below, strings, text};
 use crate::seed::Rng;
 
 const GROWTH: i64 = 4 << 20;
@@ -127,6 +127,7 @@ impl Life {
                 limit_bytes: 0,
             }),
             volume_capabilities: vec![self.data.capability()],
+            parameters: strings(self.data.class().1),
             ..Default::default()
         };
         let world = Arc::clone(&self.world);

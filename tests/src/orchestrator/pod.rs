@@ -11,6 +11,8 @@ use crate::workload::{Blocks, Files, direct};
 
 /// Blocks of a raw volume that are used.
 const BLOCKS: u64 = 64;
+/// What statfs(2) calls an xfs.
+const XFS: rustix::fs::FsWord = 0x5846_5342;
 
 /// What pods know of their volume.
 #[derive(Debug)]
@@ -36,15 +38,29 @@ impl Data {
 
     pub(super) fn capability(&self) -> csi::VolumeCapability {
         match self {
-            Data::Mounted(filesystem, _) => mounted(filesystem, Mode::SingleNodeMultiWriter),
+            Data::Mounted(_, _) => mounted(self.class().0, Mode::SingleNodeMultiWriter),
             Data::Raw(_) => raw(Mode::SingleNodeMultiWriter),
+        }
+    }
+
+    /// The class of the volume: `csi.storage.k8s.io/fstype`, which the external provisioner takes for the file system of the
+    /// capability and leaves that empty without it; and the parameters that it hands on.
+    pub(super) fn class(&self) -> (&'static str, &'static [(&'static str, &'static str)]) {
+        match self {
+            Data::Mounted("xfs", _) => ("", &[("filesystem", "xfs")]),
+            Data::Mounted(filesystem, _) => (filesystem, &[]),
+            Data::Raw(_) => ("", &[]),
         }
     }
 
     /// Panics when something of an earlier pod is missing or wrong; an error is the device's.
     pub(super) fn check(&mut self, target: &Path) -> io::Result<()> {
         match self {
-            Data::Mounted(_, files) => files.check(target),
+            Data::Mounted(filesystem, files) => {
+                let found = rustix::fs::statfs(target)?.f_type;
+                assert_eq!(found == XFS, *filesystem == "xfs", "type {found:#x}");
+                files.check(target)
+            }
             Data::Raw(blocks) => blocks.check(&direct(target)?).map(drop),
         }
     }

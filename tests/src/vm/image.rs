@@ -13,7 +13,7 @@ use crate::suites;
 use crate::tool::Tool;
 
 /// Programs of the host that go in. `scripts/setup.sh` installs what brings them.
-const TOOLS: [&str; 72] = [
+const TOOLS: [&str; 73] = [
     // A shell and what scripts are made of.
     "bash",
     "basename",
@@ -80,6 +80,7 @@ const TOOLS: [&str; 72] = [
     "umount",
     "wipefs",
     "debugfs",
+    "dumpe2fs",
     "dumpe2fs",
     "e2fsck",
     "mke2fs",

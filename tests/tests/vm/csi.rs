@@ -22,6 +22,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// `ashlar-csi` in a machine.
 struct Plugin<'a> {
     machine: &'a Machine,
+    /// `--attach`.
+    attach: &'static str,
     arguments: Vec<&'static str>,
     pid: Option<u32>,
 }
@@ -33,6 +35,7 @@ impl<'a> Plugin<'a> {
         machine.save(LOG);
         let mut plugin = Plugin {
             machine,
+            attach: "kernel",
             arguments: arguments.to_vec(),
             pid: None,
         };
@@ -49,7 +52,7 @@ impl<'a> Plugin<'a> {
             "--node-id",
             NODE,
             "--attach",
-            "kernel",
+            self.attach,
             "--log",
             "info,ashlar_csi=debug",
         ];
@@ -338,6 +341,52 @@ fn a_path_that_leads_to_another_device_is_never_formatted() {
     machine.sh("nbd-client -d /dev/nbd9");
     plugin.take_down("victim");
     plugin.call("delete", "victim", "");
+    no_leftovers(&machine);
+}
+
+/// `--attach` is for new devices: one that the kernel has is seen, used, healed, grown and undone by a driver that is told to make
+/// them otherwise, and the volume is not attached a second time.
+#[test]
+fn a_device_of_the_other_way_is_gone_on_with() {
+    let (machine, _scratch) = machine("csi_ways");
+    let mut daemon = GuestDaemon::first(&machine, "1GiB");
+    let mut plugin = Plugin::start(&machine, &["--nbd-timeout", "5"]);
+    plugin.bring_up("claim", "ext4", 128 << 20);
+    let directory = pod("claim");
+    let used = device(&machine, "claim");
+    machine.sh(&format!(
+        "echo before > {directory}/file; sync {directory}/file"
+    ));
+    plugin.kill();
+    plugin.attach = "fuse";
+    plugin.spawn();
+    for call in ["stage", "publish", "stage"] {
+        plugin.call(call, "claim", "");
+    }
+    assert_eq!(device(&machine, "claim"), used);
+    daemon.kill();
+    daemon.spawn();
+    daemon.wait_ready();
+    machine.sh(&format!(
+        "echo after > {directory}/more; sync {directory}/more"
+    ));
+    let grown = line("expand", "claim", &format!("--size {}", 256 << 20));
+    wait::until(LIMIT, "it grows once its connections are back", || {
+        let outcome = machine.run_within(&["bash", "-c", &grown], LIMIT);
+        if outcome.ok() {
+            Ok(())
+        } else {
+            Err(format!("{outcome}"))
+        }
+    });
+    let size = machine.sh(&format!("blockdev --getsize64 /dev/{used}"));
+    assert_eq!(size, (256 << 20).to_string());
+    assert_eq!(
+        machine.sh(&format!("cat {directory}/file {directory}/more")),
+        "before\nafter"
+    );
+    plugin.take_down("claim");
+    plugin.call("delete", "claim", "");
     no_leftovers(&machine);
 }
 

@@ -26,13 +26,13 @@ use uuid::Uuid;
 
 use super::{Host, Wish};
 use crate::capability::{Access, AccessMode, Capability};
-use crate::controller::{CreateRequest, naming};
+use crate::controller::{CreateRequest, NAME_KEY, naming};
 use crate::daemon::Volume;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
 use crate::operations::Turn;
 use crate::refusal::{Class, Refusal};
-use crate::run::{Arguments, keep_registered, start_log};
+use crate::run::{Arguments, keep_registered, open_state_directory, start_log};
 use crate::service::server;
 use crate::{failpoint, sysfs};
 use message::{Answer, Ask, CONTENT_TYPE, Shown};
@@ -51,7 +51,6 @@ const SETTLE_INTERVAL: Duration = Duration::from_secs(30);
 const ORIGIN_KEY: &str = "created-by";
 const ORIGIN: &str = "docker";
 const ORIGIN_ANNOTATION: &str = "csi.ashlar.io/claim/created-by";
-const NAME_ANNOTATION: &str = "csi.ashlar.io/name";
 /// Volumes asked for at a time.
 const PAGE: u32 = 500;
 
@@ -89,8 +88,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     served
 }
 
-async fn serve(settings: Arguments, tls: tls::Settings) -> anyhow::Result<()> {
-    let endpoint = &settings.endpoint;
+async fn serve(mut settings: Arguments, tls: tls::Settings) -> anyhow::Result<()> {
+    let endpoint = &settings.endpoint.clone();
     if let Some(parent) = endpoint.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
     }
@@ -99,11 +98,9 @@ async fn serve(settings: Arguments, tls: tls::Settings) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening at {}", endpoint.display()))?;
     let tls = tls.listen().await?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     let host = Host::open(&settings, NODE_SUFFIX).await?;
-    tokio::spawn(keep_connected(
-        Arc::clone(host.node()),
-        settings.nbd_connections,
-    ));
+    tokio::spawn(keep_connected(Arc::clone(host.node())));
     tokio::spawn(keep_registered(
         host.node().daemon().clone(),
         host.node_id().to_owned(),
@@ -388,7 +385,7 @@ fn is_made_here(volume: &Volume) -> bool {
 
 /// What the engine calls a volume: the name it was made under, where that leads to it.
 fn name_of(volume: &Volume) -> String {
-    match volume.annotations.get(NAME_ANNOTATION) {
+    match volume.annotations.get(NAME_KEY) {
         Some(name) if naming::volume_name(name) == volume.name => name.clone(),
         _ => volume.name.clone(),
     }

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::capability::Filesystem;
 use crate::frontend::Wish;
+use crate::mount_options;
 use crate::refusal::Refusal;
 
 /// Keys of Kubernetes' own start with it.
@@ -143,11 +144,8 @@ impl Options {
             match key.as_str() {
                 VOLUME if !value.is_empty() => volume = Some(value),
                 MOUNT_OPTIONS => {
-                    wish.options = value
-                        .split(',')
-                        .filter(|option| !option.is_empty())
-                        .map(str::to_owned)
-                        .collect();
+                    wish.options = mount_options::split(&value);
+                    mount_options::check(&wish.options)?;
                 }
                 FILESYSTEM if value.is_empty() => {}
                 FILESYSTEM => {
@@ -369,6 +367,9 @@ mod tests {
             r#"{"volume":"v","kubernetes.io/fsType":"ntfs"}"#,
             r#"{"volume":"v","kubernetes.io/readwrite":"wo"}"#,
             r#"{"volume":"v","replica":"3"}"#,
+            r#"{"volume":"v","mountOptions":"noatime,logdev=/dev/sda"}"#,
+            r#"{"volume":"v","mountOptions":"errors=panic"}"#,
+            r#"{"volume":"v","mountOptions":"context=\"a,bind"}"#,
         ] {
             Options::parse(bad).expect_err(bad);
         }

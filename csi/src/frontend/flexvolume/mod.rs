@@ -7,8 +7,8 @@
 pub mod call;
 pub mod install;
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,10 +20,11 @@ use rustix::fs::{FlockOperation, flock};
 use tracing_subscriber::EnvFilter;
 
 use super::Host;
+use crate::controller::NAME_KEY;
 use crate::node::filesystem::mounts;
 use crate::node::keep_connected;
-use crate::refusal::Refusal;
-use crate::run::{Arguments, keep_registered, start_log};
+use crate::refusal::{Class, Refusal};
+use crate::run::{Arguments, keep_registered, open_state_directory, start_log};
 use crate::{failpoint, paths};
 use call::{Answer, COMMANDS, Call, Options};
 
@@ -75,8 +76,8 @@ fn answer(arguments: &[String]) -> Answer {
 }
 
 fn work(call: Call) -> anyhow::Result<Answer> {
-    let settings = settings()?;
-    make_private(&settings.state_dir)?;
+    let mut settings = settings()?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     log_to(&settings)?;
     if let Some(name) = &settings.fail_point {
         failpoint::arm(name).map_err(|error| anyhow!(error))?;
@@ -88,7 +89,7 @@ fn work(call: Call) -> anyhow::Result<Answer> {
     let done = runtime.block_on(async {
         let _lock = lock(&settings.state_dir).await?;
         let host = Host::open(&settings, NODE_SUFFIX).await?;
-        anyhow::Ok(carry_out(&host, call).await?)
+        anyhow::Ok(carry_out(&host, call, settings.flexvolume_any_volume).await?)
     });
     runtime.shutdown_background();
     if let Err(error) = &done {
@@ -97,12 +98,13 @@ fn work(call: Call) -> anyhow::Result<Answer> {
     done
 }
 
-async fn carry_out(host: &Host, call: Call) -> Result<Answer, Refusal> {
+async fn carry_out(host: &Host, call: Call, any_volume: bool) -> Result<Answer, Refusal> {
     let node = host.node();
     match call {
         Call::Mount { directory, options } => {
             let target = node.roots().check("the directory", &directory)?;
             let volume = find(host, &options).await?;
+            is_free(&volume, any_volume)?;
             if let Some(parent) = target.parent() {
                 std::fs::create_dir_all(parent).map_err(|error| {
                     Refusal::internal(format!("making {}: {error}", parent.display()))
@@ -124,6 +126,7 @@ async fn carry_out(host: &Host, call: Call) -> Result<Answer, Refusal> {
             size_bytes,
         } => {
             let volume = find(host, &options).await?;
+            is_free(&volume, any_volume)?;
             let range = crate::controller::sizing::Range {
                 required_bytes: size_bytes,
                 limit_bytes: 0,
@@ -152,6 +155,23 @@ async fn find(host: &Host, options: &Options) -> Result<crate::daemon::Volume, R
     found.ok_or_else(|| Refusal::not_found(format!("there is no volume {:?}", options.volume)))
 }
 
+/// Refuses a volume that was made for a claim or by Docker: a pod's author names any volume here, and nothing asks whether it
+/// is for him. `any_volume`: an administrator allowed it.
+fn is_free(volume: &crate::daemon::Volume, any_volume: bool) -> Result<(), Refusal> {
+    let Some(made_for) = volume.annotations.get(NAME_KEY).filter(|_| !any_volume) else {
+        return Ok(());
+    };
+    Err(Refusal::new(
+        Class::PermissionDenied,
+        format!(
+            "volume {} was made by the CSI or the Docker driver (as {made_for:?}) and is used through that one alone; FlexVolume \
+             uses volumes that were made with `ashlar volume create`. An administrator can allow it with \
+             --flexvolume-any-volume=true in the driver's settings",
+            volume.name
+        ),
+    ))
+}
+
 /// Unmounting what no volume of ours is at: done, unless something of somebody's is there.
 fn nothing_at(target: &Path) -> Result<(), Refusal> {
     let mounts = mounts()?;
@@ -169,9 +189,9 @@ fn nothing_at(target: &Path) -> Result<(), Refusal> {
 /// Keeps the connections of the node's devices: the calls come and go, and somebody has to see that a daemon was started
 /// anew. Runs until it is told to stop.
 pub async fn keep() -> anyhow::Result<()> {
-    let settings = settings()?;
+    let mut settings = settings()?;
     start_log(&settings.log, settings.log_format)?;
-    make_private(&settings.state_dir)?;
+    settings.state_dir = open_state_directory(&settings.state_dir)?;
     let host = {
         let _lock = lock(&settings.state_dir).await?;
         Host::open(&settings, NODE_SUFFIX).await?
@@ -183,7 +203,7 @@ pub async fn keep() -> anyhow::Result<()> {
         std::collections::BTreeMap::new(),
     ));
     // Only reads the state files, which are replaced as a whole, so it needs no lock.
-    let kept = keep_connected(Arc::clone(host.node()), settings.nbd_connections);
+    let kept = keep_connected(Arc::clone(host.node()));
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         () = kept => {}
@@ -229,14 +249,6 @@ fn configuration() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok()?.parent()?.join(CONFIGURATION);
     let general = Path::new("/etc/ashlar").join(CONFIGURATION);
     [beside, general].into_iter().find(|path| path.exists())
-}
-
-fn make_private(directory: &Path) -> anyhow::Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .with_context(|| format!("making {}", directory.display()))
 }
 
 /// To a file in the state directory: both outputs belong to the answer.

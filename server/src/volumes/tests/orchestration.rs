@@ -167,6 +167,21 @@ async fn what_was_written_is_not_formatted() {
         begun.record.filesystem.expect("begun").state,
         FilesystemState::Formatting
     );
+    // Only who it was published to may write now: what is there when it is begun again is thrown away.
+    let by_hand = service.lookup("db").await.expect("served").expect("found");
+    assert!(by_hand.read_only);
+    assert!(by_hand.description.contains("not finished"));
+    let (_, publication) = service
+        .publish("db", node("a"), AccessMode::SingleNodeWriter, false)
+        .await
+        .expect("published");
+    let name = publication.export_name(id);
+    let by_driver = service.lookup(&name).await.expect("served").expect("found");
+    assert!(!by_driver.read_only);
+    service
+        .unpublish("db", Some(node("a")))
+        .await
+        .expect("unpublished");
     lock(&daemon.host.changing).push(id);
     daemon.host.changes.notify_one();
     daemon.host.recorded.notified().await;
@@ -191,6 +206,8 @@ async fn what_was_written_is_not_formatted() {
         FilesystemState::Formatted
     );
     service.end_format("db", one).await.expect("again");
+    let by_hand = service.lookup("db").await.expect("served").expect("found");
+    assert!(!by_hand.read_only);
     assert!(service.begin_format("db", ext4(), one).await.is_err());
 
     // Metadata from before the first write, stores from after it.

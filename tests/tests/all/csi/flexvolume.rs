@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ashlar_tests::csi::{Driver, text};
+use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
+use ashlar_tests::csi::{Claim, Driver, mounted, text};
 use ashlar_tests::daemon::{Setup, binary};
 use ashlar_tests::tool::Tool;
 
@@ -138,6 +139,62 @@ fn each_command_answers_exactly() {
         )
     );
     kubelet.succeeds(&["unmount", &text(&directory)]);
+    assert_eq!(kubelet.driver.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn a_pods_author_gets_neither_other_devices_nor_the_volumes_of_claims() {
+    let mut kubelet = Kubelet::new("flex-hostile");
+    kubelet.driver.daemon.create("v", "64MiB");
+    let directory = text(&kubelet.directory("a"));
+    for hostile in [
+        "logdev=/dev/sda",
+        "noatime,journal_path=/dev/sda",
+        "bind",
+        "remount",
+        "loop=/dev/loop0",
+        "X-mount.subdir=x",
+        "errors=panic",
+    ] {
+        let json = options("v", "xfs", "rw").replace(
+            r#""volume""#,
+            &format!(r#""mountOptions":"{hostile}","volume""#),
+        );
+        let message = kubelet.fails(&["mount", &directory, &json]);
+        assert!(message.contains("mount option"), "{message}");
+        assert!(!message.contains(hostile), "{message}");
+    }
+    let shown = kubelet.driver.daemon.admin().run(["volume", "show", "v"]);
+    assert!(!shown.contains("node-f"), "it was taken: {shown}");
+    // Of a claim.
+    kubelet.driver.start_driver(&[]);
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let claim = Claim::unpublished(&kubelet.driver, "data", 64 << 20, capability);
+    for call in [
+        &["mount", &directory, &options(&claim.id, "ext4", "rw")][..],
+        &[
+            "expandvolume",
+            &options(&claim.id, "", "rw"),
+            "",
+            "134217728",
+            "67108864",
+        ],
+    ] {
+        let message = kubelet.fails(call);
+        assert!(message.contains("--flexvolume-any-volume"), "{message}");
+    }
+    kubelet.driver.kill_driver();
+    assert_eq!(kubelet.driver.leftovers(), Vec::<String>::new());
+    // Unless an administrator wants it.
+    let settings = kubelet.program.with_file_name("flexvolume.conf");
+    let text_of = fs::read_to_string(&settings).expect("settings");
+    fs::write(
+        &settings,
+        format!("{text_of}--flexvolume-any-volume=true\n"),
+    )
+    .expect("written");
+    kubelet.mount(Path::new(&directory), &options(&claim.id, "ext4", "rw"));
+    kubelet.succeeds(&["unmount", &directory]);
     assert_eq!(kubelet.driver.leftovers(), Vec::<String>::new());
 }
 

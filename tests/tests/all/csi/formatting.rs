@@ -1,5 +1,6 @@
 //! A blank volume is formatted once. One that may hold anything is not, whatever the device looks like.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -122,6 +123,112 @@ fn a_volume_that_was_written_to_is_never_formatted() {
         Vec::<String>::new(),
         "a final refusal leaves nothing attached"
     );
+}
+
+/// Writes a whole image to what is published, as a person with the secret name of the publication can.
+fn put(driver: &Driver, claim: &Claim, image: &std::path::Path) {
+    Tool::new("nbdcopy")
+        .args(["--flush", "--destination-is-zero"])
+        .arg(image)
+        .arg(uri(driver, claim))
+        .succeed();
+}
+
+/// Staged and killed at a point while its file system is made; then taken from the node and published anew.
+fn broken_off(driver: &mut Driver, name: &str, point: &str) -> Claim {
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let mut claim = Claim::new(driver, name, SMALL, capability);
+    driver.kill_driver();
+    driver.start_driver(&["--fail-point", point]);
+    assert!(claim.stage(driver).is_err());
+    driver.wait_killed(Duration::from_secs(60));
+    driver.start_driver(&[]);
+    claim.controller_unpublish(driver).expect("taken");
+    claim.publish_context = HashMap::new();
+    // By its name it can be read and not written.
+    let by_name = driver.daemon.uri(&claim.id);
+    let script = "assert h.is_read_only(); h.pread(4096, 0)";
+    Tool::new("nbdsh")
+        .args(["-u", &by_name, "-c", script])
+        .succeed();
+    let script = "h.set_strict_mode(0); h.pwrite(bytes(4096), 0)";
+    let written = Tool::new("nbdsh")
+        .args(["-u", &by_name, "-c", script])
+        .run();
+    assert!(!written.status.success(), "{written:?}");
+    claim.publish_context = claim.controller_publish(driver, false).expect("published");
+    claim
+}
+
+#[test]
+fn what_somebody_made_after_a_format_that_broke_off_is_never_thrown_away() {
+    let mut driver = Driver::start("csi-begun", Setup::default());
+    let scratch = driver.daemon.scratch.path().to_owned();
+    let tree = scratch.join("tree");
+    fs::create_dir(&tree).expect("made");
+    fs::write(tree.join("precious"), b"data").expect("written");
+    let image = scratch.join("image");
+    for (name, program, more) in [
+        ("same", "mkfs.ext4", &["-q", "-d"][..]),
+        ("table", "sfdisk", &["-q"]),
+    ] {
+        let claim = broken_off(&mut driver, name, "format-intended");
+        let file = fs::File::create(&image).expect("made");
+        file.set_len(SMALL as u64).expect("sized");
+        let tool = Tool::new(program).args(more);
+        if program == "sfdisk" {
+            let script = scratch.join("script");
+            fs::write(&script, "label: gpt\n,\n").expect("written");
+            let line = format!(
+                "sfdisk -q {} < {}",
+                image.to_str().expect("text"),
+                script.to_str().expect("text")
+            );
+            Tool::new("sh").args(["-c", &line]).succeed();
+        } else {
+            tool.arg(&tree).arg(&image).succeed();
+        }
+        put(&driver, &claim, &image);
+        let before = beginning(&driver, &claim);
+        let (code, why) = claim.stage(&driver).expect_err("somebody's");
+        assert_eq!(code, Code::FailedPrecondition, "{name}: {why}");
+        assert!(why.contains("not touched") && why.contains("copy"), "{why}");
+        assert!(
+            beginning(&driver, &claim) == before,
+            "{name}: it was written to"
+        );
+        assert_eq!(driver.leftovers(), Vec::<String>::new());
+    }
+    // The file system of ours was whole, and somebody used it before the driver came again.
+    let claim = broken_off(&mut driver, "whole", "format-made");
+    Tool::new("nbdcopy")
+        .arg(uri(&driver, &claim))
+        .arg(&image)
+        .succeed();
+    let uuid = uuid_of(&fs::read(&image).expect("read")).to_vec();
+    let point = scratch.join("point");
+    fs::create_dir(&point).expect("made");
+    Tool::new("mount")
+        .args(["-o", "loop"])
+        .arg(&image)
+        .arg(&point)
+        .succeed();
+    fs::write(point.join("precious"), b"data").expect("written");
+    Tool::new("umount").arg(&point).succeed();
+    put(&driver, &claim, &image);
+    claim.bring_up(&driver);
+    let kept = fs::read(claim.target.join("precious"));
+    assert_eq!(kept.expect("it was thrown away"), b"data");
+    claim.unpublish(&driver).expect("unpublished");
+    claim.unstage(&driver).expect("unstaged");
+    assert_eq!(uuid_of(&beginning(&driver, &claim)), uuid);
+    // What is only half there is made again.
+    let claim = broken_off(&mut driver, "half", "format-made");
+    write(&driver, &claim, 4 << 10, 0, 256 << 10);
+    claim.bring_up(&driver);
+    fs::write(claim.target.join("kept"), b"data").expect("written");
+    claim.take_away(&driver);
+    assert_eq!(driver.leftovers(), Vec::<String>::new());
 }
 
 #[test]

@@ -5,8 +5,10 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
+use ashlar_tests::csi::csi::node_client::NodeClient;
+use ashlar_tests::csi::csi::volume_capability::AccessType;
 use ashlar_tests::csi::csi::volume_capability::access_mode::Mode;
-use ashlar_tests::csi::{Claim, Driver, mounted, raw, text};
+use ashlar_tests::csi::{Claim, Driver, csi, mounted, raw, text};
 use ashlar_tests::daemon::Setup;
 use ashlar_tests::tool::Tool;
 use tonic::Code;
@@ -331,6 +333,123 @@ fn space_is_told_for_a_class_as_the_provisioner_hands_it_over() {
     assert!(why.contains("write_through"), "{why}");
 }
 
+/// A capability with options for mount(8).
+fn with_flags(fs_type: &str, flags: &[&str]) -> csi::VolumeCapability {
+    let mut capability = mounted(fs_type, Mode::SingleNodeMultiWriter);
+    if let Some(AccessType::Mount(mount)) = &mut capability.access_type {
+        mount.mount_flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+    }
+    capability
+}
+
+#[test]
+fn the_class_says_which_file_system_it_is() {
+    let driver = Driver::start("csi-class", Setup::default());
+    let size = 320 << 20;
+    let capability = || mounted("", Mode::SingleNodeWriter);
+    let xfs = &[("filesystem", "xfs")];
+    let mut claim = Claim::of_class(&driver, "xfs", size, capability(), xfs).expect("created");
+    claim.publish_context = claim.controller_publish(&driver, false).expect("published");
+    claim.bring_up(&driver);
+    let found = Tool::new("findmnt")
+        .args(["-no", "FSTYPE"])
+        .arg(&claim.target);
+    assert_eq!(found.succeed().trim(), "xfs");
+    claim.take_away(&driver);
+    let ext4 = mounted("ext4", Mode::SingleNodeWriter);
+    let refused = Claim::of_class(&driver, "both", size, ext4, xfs).err();
+    let (refused, why) = refused.expect("two that differ");
+    assert_eq!(refused, Code::InvalidArgument);
+    assert!(why.contains("xfs") && why.contains("ext4"), "{why}");
+}
+
+#[test]
+fn mount_options_are_kept_and_hostile_ones_refused() {
+    let driver = Driver::start("csi-options", Setup::default());
+    let mut claim = Claim::unpublished(&driver, "options", SMALL, with_flags("ext4", &["ro"]));
+    for hostile in ["bind", "logdev=/dev/sda", "errors=panic"] {
+        claim.capability = with_flags("ext4", &["noatime", hostile]);
+        assert_eq!(
+            code(claim.controller_publish(&driver, false)),
+            Code::InvalidArgument
+        );
+        assert_eq!(code(claim.stage(&driver)), Code::InvalidArgument);
+    }
+    // It is made, and then nobody writes to it; asked again that is no damage.
+    claim.capability = with_flags("ext4", &["noatime,ro"]);
+    claim.publish_context = claim.controller_publish(&driver, false).expect("published");
+    claim.bring_up(&driver);
+    let options = |path: &std::path::Path| {
+        let found = Tool::new("findmnt").args(["-no", "OPTIONS"]).arg(path);
+        found.succeed()
+    };
+    for path in [&claim.staging, &claim.target] {
+        let options = options(path);
+        assert!(
+            options.starts_with("ro,") && options.contains("noatime"),
+            "{options}"
+        );
+    }
+    assert!(fs::write(claim.target.join("no"), b"x").is_err());
+    let before = options(&claim.staging);
+    claim.bring_up(&driver);
+    let other = driver.root().join("other");
+    claim.publish_at(&driver, &other, false).expect("a second");
+    driver.unpublish(&claim.id, &other).expect("unpublished");
+    assert_eq!(options(&claim.staging), before);
+    claim.unpublish(&driver).expect("unpublished");
+    claim.unstage(&driver).expect("unstaged");
+    claim.capability = with_flags("ext4", &["ro", "rw"]);
+    claim.bring_up(&driver);
+    fs::write(claim.target.join("yes"), b"x").expect("written");
+    claim.take_away(&driver);
+    assert_eq!(driver.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn the_kubelets_directory_and_the_drivers_own_may_be_links() {
+    let mut driver = Driver::prepare("csi-linked", Setup::default());
+    let real = driver.daemon.scratch.join("disk");
+    fs::create_dir(&real).expect("made");
+    symlink(&real, driver.state_dir()).expect("made");
+    let link = driver.daemon.scratch.join("var");
+    symlink(driver.root(), &link).expect("made");
+    driver.set_arguments(&["--kubelet-dir", &text(&link)]);
+    driver.start_driver(&[]);
+    for (name, capability) in [
+        ("m", mounted("ext4", Mode::SingleNodeMultiWriter)),
+        ("b", raw(Mode::SingleNodeMultiWriter)),
+    ] {
+        let mut claim = Claim::new(&driver, name, SMALL, capability);
+        let target = claim.target.clone();
+        claim.staging = link.join(claim.staging.file_name().expect("a name"));
+        claim.target = link.join(target.file_name().expect("a name"));
+        claim.bring_up(&driver);
+        claim.bring_up(&driver);
+        assert!(driver.leftovers().len() > 2, "{:?}", driver.leftovers());
+        let stats = csi::NodeGetVolumeStatsRequest {
+            volume_id: claim.id.clone(),
+            volume_path: text(&claim.target),
+            ..Default::default()
+        };
+        let usage = driver.call(|channel| async move {
+            NodeClient::new(channel).node_get_volume_stats(stats).await
+        });
+        assert!(usage.expect("told").usage[0].total > 0);
+        // By the one name or the other, and after a restart.
+        let (linked, claim_target) = (claim.target.clone(), target);
+        claim.target = claim_target;
+        claim.publish(&driver).expect("published already");
+        claim.target = linked;
+        driver.kill_driver();
+        driver.start_driver(&[]);
+        claim.bring_up(&driver);
+        claim.take_away(&driver);
+        assert_eq!(driver.leftovers(), Vec::<String>::new(), "{name}");
+        assert_eq!(driver.remembered(), Vec::<String>::new(), "{name}");
+    }
+}
+
 #[test]
 fn nothing_hangs_when_the_daemon_is_dead() {
     let mut driver = Driver::prepare("csi-dead", Setup::default());
@@ -391,8 +510,6 @@ fn a_dead_device_is_replaced_when_nobody_uses_it() {
 
 #[test]
 fn health_is_told_as_it_is() {
-    use ashlar_tests::csi::csi;
-    use ashlar_tests::csi::csi::node_client::NodeClient;
     let mut driver = Driver::prepare("csi-health", Setup::default());
     driver.set_arguments(&["--spec", "1.13", "--unstage-patience", "1"]);
     driver.start_driver(&[]);

@@ -8,6 +8,7 @@ mod formatting;
 mod killed;
 mod lifecycle;
 mod nodes;
+mod once;
 mod sanity;
 mod simulated;
 mod tls;
