@@ -4,7 +4,7 @@ use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
     AnnotationsError, AnnotationsMoved, COPIES_MAX, ClaimError, ClientNodeError, ClientNodeId,
     ConfigureError, CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError,
-    NameError, PublishError, RenameError, ResizeError, SizeError,
+    NameError, PublishError, RenameError, ResizeError, SizeError, UnpublishError,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
@@ -167,4 +167,16 @@ fn at(address: &Option<String>) -> String {
     address
         .as_ref()
         .map_or_else(String::new, |address| format!(" ({address})"))
+}
+
+impl From<UnpublishError> for VolumeError {
+    fn from(error: UnpublishError) -> VolumeError {
+        match error {
+            UnpublishError::Claim(error) => error.into(),
+            UnpublishError::ClaimedElsewhere { name, node } => VolumeError::Elsewhere {
+                reference: name.to_string(),
+                node,
+            },
+        }
+    }
 }

@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
-    AccessMode, ClientNodeId, NewPublication, Publication, VolumeRecord, VolumeState,
+    AccessMode, ClientNodeId, NewPublication, Publication, Versioned, VolumeRecord, VolumeState,
 };
 use ashlar_core::units::{Epoch, ExportToken, VolumeId};
 use uuid::Uuid;
 
-use super::{Change, HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
+use super::{ATTEMPTS, Change, HostError, Serving, VolumeError, VolumeView, Volumes, unix_ms};
 use crate::meta::MetadataError;
 
 /// What came of taking a volume back.
@@ -132,8 +132,7 @@ impl Volumes {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
         let change = Change::Unpublish { id, node };
-        self.take_over_for(&before.record, &change).await?;
-        let ended = self.change(&change).await?;
+        let ended = self.change_at_head(&before.record, &change).await?;
         let now = match &ended {
             Some(ended) => {
                 self.update(ended.clone());
@@ -170,6 +169,23 @@ impl Volumes {
             epoch: now.epoch,
             closed_connections: closed,
         })
+    }
+
+    /// Makes a change that only the node of a volume's head may make, having taken the volume over as often as another node
+    /// claims it meanwhile.
+    async fn change_at_head(
+        &self,
+        record: &VolumeRecord,
+        change: &Change<'_>,
+    ) -> Result<Option<Versioned<VolumeRecord>>, VolumeError> {
+        for _ in 0..ATTEMPTS {
+            self.take_over_for(record, change).await?;
+            match self.change(change).await {
+                Err(VolumeError::Elsewhere { .. }) => {}
+                outcome => return outcome,
+            }
+        }
+        Err(VolumeError::Contended)
     }
 
     /// What is not served can be neither opened nor vouched for.

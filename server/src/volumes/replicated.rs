@@ -130,7 +130,13 @@ impl Volumes {
     async fn take_over(&self, current: Versioned<VolumeRecord>) -> Result<(), VolumeError> {
         let id = current.record.id;
         if self.is_open(id) {
-            return Ok(());
+            let is_ours = |head: HeadClaim| head.node == self.head.node;
+            if current.record.head.is_none_or(is_ours) {
+                return Ok(());
+            }
+            // Another node has claimed it, and the head here has not heard of that yet.
+            self.host.record_seen(id, Some(current.clone()));
+            self.wait_until_ended(id).await?;
         }
         self.open_replicated(current).await?;
         self.wait_until_served(id).await
@@ -143,14 +149,29 @@ impl Volumes {
         record: &VolumeRecord,
         change: &Change<'_>,
     ) -> Result<(), VolumeError> {
-        let is_due = record.placement.is_replicated()
-            && !self.is_open(record.id)
-            && self.decide(change).await?.is_some();
+        if !record.placement.is_replicated() {
+            return Ok(());
+        }
+        let is_due = match self.decide(change).await {
+            Err(VolumeError::Elsewhere { .. }) => true,
+            decided => decided?.is_some() && !self.is_open(record.id),
+        };
         if is_due {
             let current = self.reread(record.id).await?;
             self.take_over(current).await?;
         }
         Ok(())
+    }
+
+    /// Waits for the end of a head that was told that another node has claimed its volume.
+    async fn wait_until_ended(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let mut changes = self.served.subscribe();
+        let ended = async { while self.is_open(id) && changes.changed().await.is_ok() {} };
+        let outcome = tokio::time::timeout(OPENING_TIME, ended).await;
+        outcome.map_err(|_| VolumeError::NotServed {
+            reference: id.0.to_string(),
+            reason: "another node has claimed it, and its head here does not end".to_owned(),
+        })
     }
 
     fn is_open(&self, id: VolumeId) -> bool {

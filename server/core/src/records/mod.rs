@@ -53,8 +53,8 @@ pub use limits::{LimitsError, VolumeLimits, set_limits};
 pub use loss::{OpenedAs, answers_may_be_gone, lose_answers};
 pub use name::{NAME_MAX_BYTES, NameError, VolumeName};
 pub use publication::{
-    AccessMode, NewPublication, PUBLICATIONS_MAX, Publication, PublishError, parse_export_name,
-    publish, unpublish,
+    AccessMode, NewPublication, PUBLICATIONS_MAX, Publication, PublishError, UnpublishError,
+    parse_export_name, publish, unpublish,
 };
 pub use record::{
     DecodeError, HeadClaim, LayerCounter, NameRecord, NodeRecord, PLACEMENT_ENTRIES_MAX, Placement,

@@ -12,7 +12,7 @@ use super::{
     VolumeState, keys,
 };
 use crate::nbd::session::Admitted;
-use crate::units::{Epoch, ExportToken, VolumeId};
+use crate::units::{Epoch, ExportToken, NodeId, VolumeId};
 
 /// Most nodes a volume is published to: enough for any fleet of readers that one head serves, and a record of them
 /// stays far below the metadata store's bound.
@@ -197,14 +197,31 @@ pub fn publish(
     Ok(Some((published, transaction)))
 }
 
+/// Why a volume cannot be taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum UnpublishError {
+    /// It cannot be claimed.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// Another node's head has the volume, and is to be fenced first.
+    #[error("volume {name} was claimed by node {} meanwhile; try again", node.0)]
+    ClaimedElsewhere {
+        /// Its name.
+        name: VolumeName,
+        /// That node.
+        node: NodeId,
+    },
+}
+
 /// Decides the end of one node's publication, or of all, under a new epoch. `None`: there is nothing to end. `head` and
-/// `written` as for [`claim`].
+/// `written` as for [`claim`]. Of a volume with replicas it is decided by the node of its head alone: another one's would go on
+/// letting in whom this takes away until it heard of it.
 pub fn unpublish(
     current: &Versioned<VolumeRecord>,
     node: Option<&ClientNodeId>,
     head: HeadClaim,
     written: Epoch,
-) -> Result<Option<(VolumeRecord, Transaction)>, ClaimError> {
+) -> Result<Option<(VolumeRecord, Transaction)>, UnpublishError> {
     let mut record = current.record.clone();
     record
         .publications
@@ -213,6 +230,14 @@ pub fn unpublish(
         return Ok(None);
     }
     if record.placement.is_replicated() {
+        if let Some(serving) = record.head
+            && serving.node != head.node
+        {
+            return Err(UnpublishError::ClaimedElsewhere {
+                name: record.name,
+                node: serving.node,
+            });
+        }
         // Its head alone raises the epoch; ending the connections of the token is what fences the node.
         let transaction = super::change::rewrite(current, &record);
         return Ok(Some((record, transaction)));
@@ -221,7 +246,7 @@ pub fn unpublish(
         record,
         changed_at: current.changed_at,
     };
-    claim(&without, head, written).map(Some)
+    Ok(Some(claim(&without, head, written)?))
 }
 
 impl VolumeRecord {

@@ -2,8 +2,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::records::sample::read_volume;
-use crate::records::{Record, Revision, begin_delete, configure};
-use crate::units::NodeId;
+use crate::records::{Placement, Record, Replica, ReplicaSet, Revision, begin_delete, configure};
+use crate::units::{NodeId, StoreId};
 
 fn head() -> HeadClaim {
     HeadClaim {
@@ -135,6 +135,45 @@ fn taking_a_volume_back_raises_its_epoch_and_leaves_the_others() {
         (after.epoch, after.admitted()),
         (Epoch(9), Admitted::Anyone)
     );
+}
+
+/// A head elsewhere would go on letting in whom this takes away, until it heard of it.
+#[test]
+fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
+    let mut volume = read_volume();
+    for to in ["a", "b"] {
+        ask(&mut volume, to, AccessMode::MultiNodeReader, false).expect("published");
+    }
+    let [b, c] = ["b", "c"].map(|id| ClientNodeId::parse(id).expect("id"));
+    let replica = Replica::in_sync(head().node, StoreId(Uuid::from_u128(7)));
+    volume.record.placement = Placement {
+        stores: Vec::new(),
+        sets: vec![ReplicaSet {
+            replicas: vec![replica],
+        }],
+    };
+    let other = HeadClaim {
+        node: NodeId(Uuid::from_u128(99)),
+        ..head()
+    };
+    for (serving, is_decided) in [(None, true), (Some(head()), true), (Some(other), false)] {
+        volume.record.head = serving;
+        let ended = unpublish(&volume, Some(&b), head(), Epoch(0));
+        match ended {
+            Ok(Some((after, _))) if is_decided => {
+                assert_eq!(
+                    (after.publications.len(), after.epoch),
+                    (1, volume.record.epoch)
+                );
+            }
+            Err(UnpublishError::ClaimedElsewhere { node, .. }) if !is_decided => {
+                assert_eq!(node, other.node);
+            }
+            ended => panic!("{serving:?}: {ended:?}"),
+        }
+        // Nothing is to be ended: whoever serves it.
+        assert_eq!(unpublish(&volume, Some(&c), head(), Epoch(0)), Ok(None));
+    }
 }
 
 #[test]
