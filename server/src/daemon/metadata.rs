@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ashlar_core::records::{
     ClusterId, ClusterRecord, MemberRecord, MemberState, MembershipRecord, NodeRecord, Record,
@@ -28,6 +29,10 @@ const METADATA_FILE: &str = "metadata.db";
 
 /// Rounds of reading the record of this node and making it: a second process that does the same wins one of them.
 const ATTEMPTS: usize = 8;
+
+/// Between two attempts to read a cluster's records: the first time, and the longest.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+const RETRY_LAST: Duration = Duration::from_secs(10);
 
 /// Why the metadata cannot be opened.
 #[derive(Debug, Error)]
@@ -120,7 +125,12 @@ pub(crate) struct OpenMetadata {
 impl OpenMetadata {
     /// Opens it, and joins a cluster if that is asked for. The node's own identity is kept in the data directory in
     /// either case.
-    pub(crate) async fn open(config: &Config) -> Result<OpenMetadata, MetadataOpenError> {
+    ///
+    /// A cluster's etcd that does not answer is waited for; `waits` is called each time.
+    pub(crate) async fn open(
+        config: &Config,
+        waits: impl Fn(),
+    ) -> Result<OpenMetadata, MetadataOpenError> {
         let local = open_local(&config.data_dir)?;
         let node = node_record(&*local).await?.id;
         let membership = meta::read::<MembershipRecord>(&*local, keys::MEMBERSHIP).await?;
@@ -144,35 +154,58 @@ impl OpenMetadata {
             Some(_) => return Err(MetadataOpenError::Unfinished),
             None => join_cluster(config, &*local, node).await?,
         };
-        let found = meta::read::<ClusterRecord>(&*records, keys::CLUSTER).await?;
-        match found.map(|found| found.record) {
-            Some(found) if found.id == cluster && found.moving_from.is_none() => {}
-            Some(found) if found.id == cluster => return Err(MetadataOpenError::Unfinished),
-            other => {
-                let found = other.map_or("no cluster".to_owned(), |other| {
-                    format!("cluster {}", other.id.0)
-                });
-                return Err(MetadataOpenError::OtherCluster { cluster, found });
+        let mut pause = RETRY_FIRST;
+        loop {
+            match open_shared(config, &records, &local, node, cluster).await {
+                // Ending would have this daemon started again, by most who start daemons later each time.
+                Err(MetadataOpenError::Records(error @ MetadataError::Unavailable { .. })) => {
+                    waits();
+                    tracing::warn!(%error, "nothing is served before the cluster's records can be read; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RETRY_LAST);
+                }
+                opened => return opened,
             }
         }
-        let sessions = Arc::new(Sessions::default());
-        let trust = Trust::start(records.clone(), sessions.clone()).await?;
-        if trust.check(&Peer::Node(node)).is_err() {
-            return Err(MetadataOpenError::Removed);
-        }
-        let file = IdentityFile::read(&config.data_dir)?.ok_or(IdentityError::Unusable {
-            reason: "identity/identity.json is gone".to_owned(),
-        })?;
-        let identity = Identity::new(&file, config.data_dir.clone(), trust, sessions)?;
-        let identity = Arc::new(identity);
-        announce(&*records, config, &identity).await?;
-        Ok(OpenMetadata {
-            records,
-            local,
-            node,
-            identity: Some(identity),
-        })
     }
+}
+
+/// Reads what the cluster's records say of this node, and announces it there.
+async fn open_shared(
+    config: &Config,
+    records: &Arc<dyn MetadataStore>,
+    local: &Arc<dyn MetadataStore>,
+    node: NodeId,
+    cluster: ClusterId,
+) -> Result<OpenMetadata, MetadataOpenError> {
+    let found = meta::read::<ClusterRecord>(&**records, keys::CLUSTER).await?;
+    match found.map(|found| found.record) {
+        Some(found) if found.id == cluster && found.moving_from.is_none() => {}
+        Some(found) if found.id == cluster => return Err(MetadataOpenError::Unfinished),
+        other => {
+            let found = other.map_or("no cluster".to_owned(), |other| {
+                format!("cluster {}", other.id.0)
+            });
+            return Err(MetadataOpenError::OtherCluster { cluster, found });
+        }
+    }
+    let sessions = Arc::new(Sessions::default());
+    let trust = Trust::start(records.clone(), sessions.clone()).await?;
+    if trust.check(&Peer::Node(node)).is_err() {
+        return Err(MetadataOpenError::Removed);
+    }
+    let file = IdentityFile::read(&config.data_dir)?.ok_or(IdentityError::Unusable {
+        reason: "identity/identity.json is gone".to_owned(),
+    })?;
+    let identity = Identity::new(&file, config.data_dir.clone(), trust, sessions)?;
+    let identity = Arc::new(identity);
+    announce(&**records, config, &identity).await?;
+    Ok(OpenMetadata {
+        records: records.clone(),
+        local: local.clone(),
+        node,
+        identity: Some(identity),
+    })
 }
 
 /// The metadata in the data directory.

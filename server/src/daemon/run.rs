@@ -362,7 +362,8 @@ impl Daemon {
     ) -> Result<(DataPlane, Arc<Volumes>, Listeners), DaemonError> {
         let config = state.config();
         state.begin_step("the metadata is being opened");
-        let metadata = OpenMetadata::open(config).await?;
+        let waits = || state.begin_step("waiting for etcd, which keeps the cluster's records");
+        let metadata = OpenMetadata::open(config, waits).await?;
         let node = metadata.node;
         state.set_node(node);
         if let Some(identity) = &metadata.identity {

@@ -65,3 +65,27 @@ fn a_node_that_dies_while_etcd_is_away_makes_clients_wait() {
     assert_eq!(client.read(0, 4096).expect("read"), [2; 4096]);
     assert_eq!(client.read(4096, 4096).expect("read"), [3; 4096]);
 }
+
+/// Nothing can be served before the records are read, and a daemon that ended over that would be started again ever later.
+#[test]
+fn a_daemon_that_starts_while_etcd_is_away_waits_for_it() {
+    let mut trio = Trio::start("etcd-at-start");
+    trio.expect_losses();
+    trio.create("disk", "64MiB");
+    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
+    client.write(0, &[1; 4096]).expect("written");
+    trio.etcd.kill();
+    trio.nodes[2].daemon.kill();
+    trio.nodes[2].daemon.spawn();
+    let daemon = &mut trio.nodes[2].daemon;
+    wait::until(LEASE * 4, "it says what it waits for", || {
+        let status = daemon.admin().try_run(["status"]);
+        let said = format!("{}{}", status.stdout, status.stderr);
+        said.contains("waiting for etcd").then_some(()).ok_or(said)
+    });
+    assert!(daemon.is_running());
+    trio.etcd.run();
+    trio.nodes[2].daemon.wait_ready();
+    trio.wait_in_sync(0, "disk", 3);
+    assert_eq!(client.read(0, 4096).expect("read"), [1; 4096]);
+}
