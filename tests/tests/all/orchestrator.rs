@@ -272,8 +272,21 @@ fn only_a_volume_that_was_never_written_is_formatted() {
         refusal(begin(&mut driver, "formatted", 2)).0,
         Code::FailedPrecondition
     );
-    // mkfs gets half-way.
-    let mut mkfs = daemon.open("formatted", Wishes::SIMPLE);
+    // Nobody writes by its name now, and mkfs, by the name that its node was given, gets half-way.
+    let mut by_hand = daemon.open("formatted", Wishes::SIMPLE);
+    by_hand.read(0, 4096).unwrap();
+    by_hand.write(1024, &[2; 1024]).unwrap_err();
+    drop(by_hand);
+    driver.node("a");
+    let begun = Instant::now();
+    let export = loop {
+        match driver.publish("formatted", "a", AccessMode::SingleNodeWriter) {
+            Ok(export) => break export,
+            // The connection that was just ended.
+            Err(status) => assert!(begun.elapsed() < Duration::from_secs(30), "{status}"),
+        }
+    };
+    let mut mkfs = daemon.open(&export, Wishes::SIMPLE);
     mkfs.write(1024, &[1; 1024]).unwrap();
     begin(&mut driver, "formatted", 1).unwrap();
     for restart in 0..3 {
