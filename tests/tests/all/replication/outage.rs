@@ -75,9 +75,12 @@ fn a_daemon_that_starts_while_etcd_is_away_waits_for_it() {
     let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
     client.write(0, &[1; 4096]).expect("written");
     trio.etcd.kill();
-    trio.nodes[2].daemon.kill();
-    trio.nodes[2].daemon.spawn();
     let daemon = &mut trio.nodes[2].daemon;
+    daemon.kill();
+    daemon
+        .log
+        .expect("nothing is served before the cluster's records");
+    daemon.spawn();
     wait::until(LEASE * 4, "it says what it waits for", || {
         let status = daemon.admin().try_run(["status"]);
         let said = format!("{}{}", status.stdout, status.stderr);
