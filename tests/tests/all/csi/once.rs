@@ -56,6 +56,10 @@ fn a_device_that_is_not_known_any_more_is_not_joined_by_a_second() {
     for point in [&claim.target, &claim.staging] {
         Tool::new("umount").arg(point).succeed();
     }
+    for name in loops_below(driver.daemon.scratch.path()) {
+        let node = format!("/dev/{name}");
+        Tool::new("losetup").args(["-d", &node]).succeed();
+    }
     driver.clear_devices();
     // Nothing is mounted any more, and somebody has the volume open by the name that this node was given.
     let export = &claim.publish_context["export"];
