@@ -13,7 +13,7 @@ use super::{VERSION, assert_none, objects, read, root};
 const CONTAINERFILE: &str = "deploy/Containerfile";
 
 /// Programs from Debian that something runs in the image, and the package that brings each.
-const PROGRAMS: [(&str, &str); 35] = [
+const PROGRAMS: [(&str, &str); 36] = [
     ("blkdiscard", "util-linux"),
     ("blkid", "util-linux"),
     ("blockdev", "util-linux"),
@@ -46,6 +46,7 @@ const PROGRAMS: [(&str, &str); 35] = [
     ("tune2fs", "e2fsprogs"),
     ("umount", "mount"),
     ("wipefs", "util-linux"),
+    ("xfs_db", "xfsprogs"),
     ("xfs_admin", "xfsprogs"),
     ("xfs_growfs", "xfsprogs"),
     ("xfs_repair", "xfsprogs"),
