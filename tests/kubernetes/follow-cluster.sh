@@ -196,8 +196,11 @@ grep -qF '`--set etcd.initialClusterState=existing`' docs/kubernetes.md || fail 
 other=ashlar-etcd-0
 [ "$member" != "$other" ] || other=ashlar-etcd-1
 desk "kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
-etcdctl() { desk "etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key $*"; }
+etcd="etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key"
+etcdctl() { desk "$etcd $*"; }
+etcd_answers() { at_desk "$etcd member list" && [ "$status" = 0 ]; }
 wait_for 120 "the port of etcd" grep -q Forwarding "$work/desk/port-forward.log"
+wait_for 300 "the members of etcd that are left" etcd_answers
 etcdctl member list
 id=$(awk -F', ' -v name="$member" '$3 == name { print $1 }' <<<"$output")
 [ -n "$id" ] || fail "etcd does not list $member: $output"

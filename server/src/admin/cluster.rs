@@ -206,12 +206,18 @@ impl proto::cluster_server::Cluster for Service {
             .commit(change)
             .await
             .map_err(status::unread)?;
-        let members = cluster.members().await?;
-        let addresses = members.into_iter().filter_map(|member| {
-            let record = member.record;
-            let signs = record.is_authority && record.state == MemberState::Active;
-            record.address.filter(|_| signs)
+        let members = cluster.members().await?.into_iter();
+        let mut signing: Vec<_> = members
+            .map(|member| member.record)
+            .filter(|record| record.is_authority && record.state == MemberState::Active)
+            .collect();
+        // Most take the first: this node, which is there, before one that may be gone.
+        let (this, seen) = (cluster.identity.node(), self.seen());
+        signing.sort_by_key(|record| {
+            let known = seen.picture.nodes.get(&record.id);
+            (record.id != this, known.is_some_and(|known| known.is_away))
         });
+        let addresses = signing.into_iter().filter_map(|record| record.address);
         Ok(Response::new(proto::CreateTokenResponse {
             token: token.reveal(),
             expires_at_unix_ms,

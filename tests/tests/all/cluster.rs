@@ -348,6 +348,27 @@ fn copy_all(from: &Path, to: &Path) {
     }
 }
 
+/// Of several nodes that sign, one may be gone; the one that is asked is there.
+#[test]
+fn a_token_names_the_node_that_was_asked_for_it_if_that_one_signs() {
+    let scratch = Scratch::new("cluster-signing");
+    let etcd = Etcd::start(&scratch);
+    let mut one = Node::first("cluster-signing-1", &etcd, Setup::default());
+    let mut two = one.joined("cluster-signing-2", &etcd, Setup::default());
+    let of = |node: &Node| format!("@127.0.0.1:{}", node.admin_port);
+    assert!(two.token().ends_with(&of(&one)), "the only one that signs");
+    let key = "identity/ca-key.pem";
+    let from = one.daemon.data_dir().join(key);
+    std::fs::copy(from, two.daemon.data_dir().join(key)).expect("copied");
+    two.daemon.stop();
+    two.daemon.start();
+    for node in [&one, &two] {
+        assert!(node.token().ends_with(&of(node)), "{}", node.token());
+    }
+    one.daemon.stop();
+    two.joined("cluster-signing-3", &etcd, Setup::default());
+}
+
 #[test]
 fn certificates_of_nodes_renew_themselves() {
     let scratch = Scratch::new("cluster-renew");
