@@ -128,7 +128,7 @@ impl Store {
     }
 
     /// Takes the last checkpoint: it says that the store was closed in order and wants no tail. From now on every change is
-    /// refused with [`StoreError::Closed`], so that nothing is acknowledged that only the tail has.
+    /// refused with [`super::StoreError::Closed`], so that nothing is acknowledged that only the tail has.
     pub fn close(&mut self, op: OpId) {
         self.checkpoint.clean_close = true;
         self.checkpoint(op);
