@@ -81,11 +81,7 @@ impl DataThread {
 
     /// Takes requests from one connection and receives more, until its socket is empty or its share is used.
     pub(super) fn serve(&mut self, key: u32) {
-        if self
-            .drain
-            .as_ref()
-            .is_some_and(|drain| drain.closing.is_some())
-        {
+        if self.stores_are_closing() {
             return;
         }
         let mut left = TURN_BYTES;

@@ -501,6 +501,13 @@ impl DataThread {
         all.into_iter().flatten().min()
     }
 
+    /// The drain has come to its last step: nothing more is written.
+    pub(super) fn stores_are_closing(&self) -> bool {
+        self.drain
+            .as_ref()
+            .is_some_and(|drain| drain.closing.is_some())
+    }
+
     pub(super) fn go_on_draining(&mut self) {
         let idle = self
             .operations
@@ -516,16 +523,10 @@ impl DataThread {
             return;
         }
         self.give_heads_up();
-        if self
-            .drain
-            .as_ref()
-            .is_some_and(|drain| drain.closing.is_none())
-        {
-            self.end_incoming_links();
-        }
         let Some(drain) = &mut self.drain else { return };
         match &mut drain.closing {
             None => {
+                self.end_incoming_links();
                 if !idle {
                     tracing::warn!("stopping with requests that are not answered");
                 }

@@ -59,12 +59,7 @@ impl DataThread {
 
     /// A head of a peer reaches for a store of this thread.
     pub(in super::super) fn add_incoming_link(&mut self, store: usize, ends: LinkEnds) {
-        // The stores are being closed.
-        if self
-            .drain
-            .as_ref()
-            .is_some_and(|drain| drain.closing.is_some())
-        {
+        if self.stores_are_closing() {
             return;
         }
         let role = Role::FromHead(FromHead {

@@ -46,8 +46,8 @@ const PROGRAMS: [(&str, &str); 36] = [
     ("tune2fs", "e2fsprogs"),
     ("umount", "mount"),
     ("wipefs", "util-linux"),
-    ("xfs_db", "xfsprogs"),
     ("xfs_admin", "xfsprogs"),
+    ("xfs_db", "xfsprogs"),
     ("xfs_growfs", "xfsprogs"),
     ("xfs_repair", "xfsprogs"),
 ];
