@@ -195,18 +195,21 @@ helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --reset-then-reuse-v
 grep -qF '`--set etcd.initialClusterState=existing`' docs/kubernetes.md || fail "the document has another value for a lost member of etcd"
 other=ashlar-etcd-0
 [ "$member" != "$other" ] || other=ashlar-etcd-1
-desk "kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
-etcd="etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key"
-etcdctl() { desk "$etcd $*"; }
-etcd_answers() { at_desk "$etcd member list" && [ "$status" = 0 ]; }
-wait_for 120 "the port of etcd" grep -q Forwarding "$work/desk/port-forward.log"
-wait_for 300 "the members of etcd that are left" etcd_answers
-etcdctl member list
+# The members are started anew one after the other: until then nobody answers, and the port is closed again.
+of_etcd() { # ARGUMENTS: of etcdctl; what it prints is `output`
+    desk "kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
+    wait_for 120 "the port of etcd" grep -qE 'Forwarding|rror' "$work/desk/port-forward.log"
+    at_desk "etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key $*"
+    local answered=$status
+    at_desk 'kill %%; wait'
+    status=$answered
+    return "$status"
+}
+wait_for 600 "what etcd says of its members" of_etcd member list
 id=$(awk -F', ' -v name="$member" '$3 == name { print $1 }' <<<"$output")
 [ -n "$id" ] || fail "etcd does not list $member: $output"
-etcdctl member remove "$id"
-etcdctl member add "$member" "--peer-urls=https://$member.ashlar-etcd.ashlar.svc:2380"
-desk "kill %1"
+wait_for 120 "etcd without $member" of_etcd member remove "$id"
+wait_for 120 "a new member of etcd" of_etcd member add "$member" "--peer-urls=https://$member.ashlar-etcd.ashlar.svc:2380"
 kubectl -n ashlar delete pvc "data-$member" --wait=false
 kubectl -n ashlar delete pod "$member"
 wait_for 900 "the member of etcd in the place of the lost one" kubectl -n ashlar rollout status statefulset/ashlar-etcd --timeout=10s

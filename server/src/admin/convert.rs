@@ -167,9 +167,7 @@ pub(super) fn store(
         }),
         counters: Some(admin::StoreCounters {
             accepted_bytes: bytes(status.client_blocks),
-            device_written_bytes: bytes(
-                status.log_blocks + status.cleaned_blocks + status.checkpoint_blocks,
-            ),
+            device_written_bytes: bytes(status.written_blocks()),
             cleaned_bytes: bytes(status.cleaned_blocks),
             device_read_bytes: disk.map_or(0, |disk| disk.read_bytes.get()),
             syncs: status.syncs,

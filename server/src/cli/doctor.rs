@@ -1,21 +1,23 @@
 //! `ashlar doctor`
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 
+use ashlar_core::units::{BLOCK_BYTES, LEAF_BLOCKS};
 use ashlar_proto::diagnosis::diagnosis_client::DiagnosisClient;
 use ashlar_proto::diagnosis::{self as proto, ExamineRequest, Weight};
 use serde::Serialize;
 
 use super::{
     args::{DoctorArgs, Format, Repair},
+    confirm::confirmed,
     connect::Daemon,
     error::{CliError, Exit},
     output::{self, Answer},
     progress,
 };
 
-/// Bytes that a leaf maps.
-const LEAF_BYTES: u64 = 2 << 20;
+/// Bytes of a volume that a leaf maps.
+const LEAF_BYTES: u64 = LEAF_BLOCKS as u64 * BLOCK_BYTES as u64;
 
 pub(super) async fn run(
     daemon: &mut Daemon,
@@ -62,26 +64,18 @@ pub(super) async fn run(
     }
 }
 
-/// Asks at a terminal; a script has said what it wants.
 fn confirm(repairs: &[Repair]) -> Result<(), CliError> {
-    if !io::stdin().is_terminal() {
-        return Ok(());
-    }
-    for repair in repairs {
-        eprintln!(
-            "{}",
-            match repair {
-                Repair::Orphans => "Layers that no record names will be dropped, for ever.",
-                Repair::Differing =>
-                    "Copies that are wrong will be put out of sync until they are filled; with too few in sync, writes wait.",
+    let what: Vec<String> = repairs
+        .iter()
+        .map(|repair| match repair {
+            Repair::Orphans => "Layers that no record names will be dropped, for ever.",
+            Repair::Differing => {
+                "Copies that are wrong will be put out of sync until they are filled; with too few in sync, writes wait."
             }
-        );
-    }
-    eprint!("Go on? [y/N] ");
-    io::stderr().flush()?;
-    let mut answer = String::new();
-    io::stdin().read_line(&mut answer)?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        })
+        .map(str::to_owned)
+        .collect();
+    if confirmed(&what, "Go on?")? {
         Ok(())
     } else {
         Err(CliError::new(Exit::Refused, "nothing was changed"))

@@ -3,6 +3,7 @@
 mod args;
 mod attach;
 mod cluster;
+mod confirm;
 mod connect;
 mod copies;
 mod diagnosis;

@@ -2,7 +2,7 @@
 
 mod answers;
 
-use std::io::{self, IsTerminal, Write};
+use std::io;
 
 use ashlar_proto::admin::{
     CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, Listener,
@@ -17,6 +17,7 @@ use crate::config::Address;
 use super::{
     args::{Format, SetArgs, VolumeCommand},
     attach::{AttachLines, is_secured},
+    confirm::confirmed,
     connect::Daemon,
     error::{CliError, Exit},
     output, progress, publication,
@@ -247,7 +248,7 @@ async fn delete(
             .into_inner();
         found.push(required(answer.volume)?);
     }
-    if !yes && io::stdin().is_terminal() && output::stderr_is_watched() && !confirmed(&found)? {
+    if !yes && !confirm(&found)? {
         return Err(CliError::new(Exit::Refused, "nothing was deleted"));
     }
     let mut deleted = Deleted {
@@ -277,26 +278,23 @@ async fn delete(
     output::print(format, &deleted)
 }
 
-fn confirmed(volumes: &[Volume]) -> io::Result<bool> {
-    let mut err = io::stderr().lock();
-    for volume in volumes {
-        writeln!(
-            err,
-            "{}  {}  created {}",
-            volume.name,
-            human(volume.size_bytes),
-            volume.created_at
-        )?;
-    }
-    write!(
-        err,
-        "Delete {} with all data? There is no way back. [y/N] ",
-        if volumes.len() == 1 { "it" } else { "them" }
-    )?;
-    err.flush()?;
-    let mut answer = String::new();
-    io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+fn confirm(volumes: &[Volume]) -> io::Result<bool> {
+    let what: Vec<String> = volumes
+        .iter()
+        .map(|volume| {
+            format!(
+                "{}  {}  created {}",
+                volume.name,
+                human(volume.size_bytes),
+                volume.created_at
+            )
+        })
+        .collect();
+    let question = match volumes {
+        [_] => "Delete it with all data? There is no way back.",
+        _ => "Delete them with all data? There is no way back.",
+    };
+    confirmed(&what, question)
 }
 
 /// Lines for the listener that suits a client on this machine best: a Unix socket if there is one. None for a volume that

@@ -1,27 +1,28 @@
 //! The data plane as the rest of the daemon sees it.
 
+mod replicated;
+mod thread;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use ashlar_core::nbd::session::Admitted;
-use ashlar_core::records::{LeftoverRecord, Versioned, VolumeLimits, VolumeRecord};
-use ashlar_core::replication::{BootId, SwapOutcome};
+use ashlar_core::records::VolumeLimits;
 use ashlar_core::store::StoreError;
-use ashlar_core::units::{ChunkIndex, Epoch, LayerId, StoreId, VolumeId};
+use ashlar_core::units::{Epoch, LayerId, StoreId, VolumeId};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
-use super::cluster::{Cluster, ClusterCommand, ClusterTell, LinkEnds, ReplicatedSpec};
+use thread::run_thread;
+
+use super::cluster::ClusterTell;
 use super::command::Command;
 use super::config::{
     DataConfig, DataError, OpenedStore, ScrubEnd, StartError, StoreLayers, StoreReport, Tells,
     VolumeRuntime, VolumeSpec,
 };
-use super::open::open_store;
-use super::sparse::Sparse;
-use super::thread::{DataThread, Parts, StoreDriver};
-use crate::engine::{self, FaultEngine, Waker};
+use crate::engine::Waker;
 use crate::metrics::Metrics;
 use crate::nbd::{Attach, AttachError, AttachedClient};
 
@@ -77,20 +78,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A panic of a data thread must not leave a daemon that looks alive and serves nothing, or serves from broken state.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!(
-                "a data thread panicked; ending the daemon, which loses nothing that was acknowledged"
-            );
-            std::process::abort();
-        }
-    }
-}
-
 impl DataPlane {
     /// Opens (or makes) and recovers every store, then serves. On an error nothing is left running.
     pub async fn start(config: DataConfig) -> Result<DataPlane, StartError> {
@@ -119,7 +106,6 @@ impl DataPlane {
             let join = std::thread::Builder::new()
                 .name(format!("data-{index}"))
                 .spawn(move || {
-                    let _abort = AbortOnPanic;
                     run_thread(index, count, &config, (metrics, tells), started);
                 })
                 .map_err(|source| StartError::Io {
@@ -231,125 +217,6 @@ impl DataPlane {
             .await??;
         lock(&self.0.volumes).insert(id, thread);
         Ok(())
-    }
-
-    /// Begins to claim a replicated volume and to serve it; it is served when [`ClusterTell::Serving`] says so.
-    pub async fn open_replicated(&self, spec: ReplicatedSpec) -> Result<(), DataError> {
-        let record = &spec.record.record;
-        let id = record.id;
-        // Where most of its copies in this daemon are; all of them must be on one thread, or none is used.
-        let sets = record.placement.sets.iter();
-        let mut here = sets
-            .flat_map(|set| set.replicas.iter())
-            .filter_map(|replica| self.0.stores.iter().find(|store| store.id == replica.store))
-            .map(|store| store.thread);
-        let thread = here.next().unwrap_or(0);
-        if here.any(|other| other != thread) {
-            return Err(DataError::StoresApart);
-        }
-        // Before the head is there: the outcome of its first swap must find it, and may be quicker than the answer. It
-        // stays when the head has ended, of which the thread knows best.
-        lock(&self.0.volumes).insert(id, thread);
-        self.0.threads[thread]
-            .ask(|answer| Command::Cluster(ClusterCommand::Open(Box::new(spec), answer)))
-            .await?
-    }
-
-    /// Takes no work for replicas of a volume any more, whoever sends it.
-    pub async fn forget_replicas(&self, volume: VolumeId) {
-        for thread in &self.0.threads {
-            let forget = |answer| Command::Cluster(ClusterCommand::Forget { volume, answer });
-            // A thread that has ended takes no work.
-            let _ = thread.ask(forget).await;
-        }
-    }
-
-    /// Gives some of what a store has of a set that went elsewhere back: of one layer, from a chunk on. Answers where to go
-    /// on; `None`: nothing is left of it. Durable at the store's next checkpoint.
-    pub async fn give_back(
-        &self,
-        left: &LeftoverRecord,
-        layer: LayerId,
-        from: ChunkIndex,
-    ) -> Result<Option<ChunkIndex>, DataError> {
-        let command = |answer| {
-            let left = left.clone();
-            Command::Cluster(ClusterCommand::GiveBack {
-                left,
-                layer,
-                from,
-                answer,
-            })
-        };
-        self.thread_of_store(left.store)?.ask(command).await?
-    }
-
-    /// What data threads ask for replicated volumes. `None`: the threads have ended.
-    pub async fn cluster_tell(&self) -> Option<ClusterTell> {
-        self.0.cluster_tells.lock().await.recv().await
-    }
-
-    /// A volume's record: the answer to [`ClusterTell::ReadRecord`] (`asked`), or what a watch saw.
-    pub fn record_read(
-        &self,
-        volume: VolumeId,
-        asked: bool,
-        record: Option<Versioned<VolumeRecord>>,
-    ) {
-        let record = record.map(Box::new);
-        self.tell_volume(
-            volume,
-            ClusterCommand::Record {
-                volume,
-                asked,
-                record,
-            },
-        );
-    }
-
-    /// [`ClusterTell::Swap`] ended.
-    pub fn swapped(&self, volume: VolumeId, serial: u64, outcome: SwapOutcome) {
-        self.tell_volume(
-            volume,
-            ClusterCommand::Swapped {
-                volume,
-                serial,
-                outcome,
-            },
-        );
-    }
-
-    fn tell_volume(&self, volume: VolumeId, command: ClusterCommand) {
-        if let Ok(thread) = self.thread_of(volume) {
-            // A thread that has ended has no head.
-            let _ = thread.send(Command::Cluster(command));
-        }
-    }
-
-    /// [`ClusterTell::Persist`] is durable.
-    pub fn persisted(&self, volume: VolumeId, store: StoreId, serial: u64) {
-        if let Ok(thread) = self.thread_of_store(store) {
-            let _ = thread.send(Command::Cluster(ClusterCommand::Persisted {
-                volume,
-                store,
-                serial,
-            }));
-        }
-    }
-
-    /// A link that a thread wished for is up.
-    pub fn link_up(&self, thread: usize, ends: LinkEnds) {
-        if let Some(thread) = self.0.threads.get(thread) {
-            let _ = thread.send(Command::Cluster(ClusterCommand::LinkUp(Box::new(ends))));
-        }
-    }
-
-    /// A head of a peer wants to reach one of this daemon's stores.
-    pub fn link_accepted(&self, ends: LinkEnds) -> Result<(), DataError> {
-        let thread = self.thread_of_store(ends.peer.store)?;
-        thread.send(Command::Cluster(ClusterCommand::LinkAccepted(Box::new(
-            ends,
-        ))))
     }
 
     /// Stops serving a volume: refused while it has connections unless `force`, which ends them after what they have
@@ -587,115 +454,4 @@ async fn wait_all(
         answer.await.map_err(|_| DataError::Draining)??;
     }
     Ok(())
-}
-
-type Started = Result<(Mailbox, Vec<OpenedStore>), StartError>;
-
-/// The body of a data thread: everything it owns is made here and stays here.
-fn run_thread(
-    index: usize,
-    count: usize,
-    config: &DataConfig,
-    tells: (Metrics, Tells),
-    started: oneshot::Sender<Started>,
-) {
-    let (thread, mailbox, opened) = match build_thread(index, count, config, tells) {
-        Ok(built) => built,
-        Err(error) => {
-            let _ = started.send(Err(error));
-            return;
-        }
-    };
-    let mut thread = thread;
-    if started.send(Ok((mailbox, opened))).is_err() {
-        return;
-    }
-    if let Err(error) = thread.run() {
-        tracing::error!(%error, "the I/O engine failed; ending the daemon, which loses nothing that was acknowledged");
-        std::process::abort();
-    }
-    thread.remove_tails();
-}
-
-fn build_thread(
-    index: usize,
-    count: usize,
-    config: &DataConfig,
-    (metrics, tells): (Metrics, Tells),
-) -> Result<(DataThread, Mailbox, Vec<OpenedStore>), StartError> {
-    let (engine, reason) = engine::open(config.engine).map_err(|source| StartError::Io {
-        what: "no I/O engine",
-        source,
-    })?;
-    tracing::info!(thread = index, "I/O engine {reason}");
-    let mut engine = match &config.fault {
-        Some(plan) => {
-            tracing::warn!("faults are being injected into disk operations");
-            Box::new(FaultEngine::new(engine, plan.clone()))
-        }
-        None => engine,
-    };
-    let mut drivers = Vec::new();
-    let mut reports = Vec::new();
-    for store in config.stores.iter().skip(index).step_by(count) {
-        let opened = open_store(config, store, index)?;
-        let file = engine
-            .add_file(opened.fd)
-            .map_err(|source| StartError::Io {
-                what: "the I/O engine refused a store",
-                source,
-            })?;
-        let report = &opened.report.report;
-        let lost_answers = config.accept_tail_loss && report.tail_void && !report.clean;
-        drivers.push(StoreDriver {
-            store: opened.store,
-            id: opened.report.id,
-            path: opened.report.path.clone(),
-            file,
-            tail: opened.tail,
-            metrics: metrics.add_store(opened.report.id),
-            parked: Default::default(),
-            waiting_for_index: Vec::new(),
-            lost_answers,
-            read_failures: Sparse::default(),
-        });
-        reports.push(opened.report);
-    }
-    let tails: Vec<(*mut u8, usize)> = drivers
-        .iter_mut()
-        .map(|driver| driver.store.tail_memory())
-        .collect();
-    // SAFETY: a store keeps its tail mapped until it is dropped, which the thread does after its engine.
-    if let Err(error) = unsafe { engine.pin(&tails) } {
-        tracing::info!(thread = index, %error, "the tails' memory could not be registered with io_uring (the limit on locked memory?); writes take a little more processor time");
-    }
-    let (commands, inbox) = mpsc::channel();
-    let mailbox = Mailbox {
-        commands,
-        engine_reason: reason,
-        waker: engine.waker(),
-    };
-    let mut limits = config.limits;
-    limits.bytes /= count;
-    // An id that is never met again: without the real one no replica can know that it kept its memory.
-    let boot = crate::tail::boot_id().map_or_else(|_| uuid::Uuid::new_v4(), uuid::Uuid::from_bytes);
-    let cluster = Cluster::new(
-        BootId(boot),
-        config.seals.clone(),
-        tells.cluster.clone(),
-        config.lease.as_micros() as u64,
-        config.fill_bytes_per_second,
-    );
-    let parts = Parts {
-        index,
-        engine,
-        stores: drivers,
-        limits,
-        registry: metrics,
-        tells,
-        cluster,
-        commands: inbox,
-        spin: config.spin,
-    };
-    Ok((DataThread::new(parts), mailbox, reports))
 }

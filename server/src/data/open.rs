@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ashlar_core::store::format::{SUPERBLOCK_BLOCKS, Superblock};
+use ashlar_core::store::format::{LEAF_DISK_BYTES, SUPERBLOCK_BLOCKS, Superblock};
 use ashlar_core::store::{
     AlignedBuf, BlockingDisk, DiskError, Errno, FormatError, Geometry, OpenError, OpenOptions,
     Params, Store, TailMemory, format_store, tail_bytes,
 };
-use ashlar_core::units::{BLOCK_BYTES, LEAF_BLOCKS, StoreId};
+use ashlar_core::units::{BLOCK_BYTES, StoreId};
 use uuid::Uuid;
 
 use super::config::{DataConfig, OpenedStore, StartError, StoreConfig};
@@ -21,8 +21,6 @@ use crate::tail::{TailFile, TailName, boot_id};
 
 /// Segments a new store is allocated with; it grows as it fills.
 const INITIAL_SEGMENTS: u32 = 16;
-/// Bytes of a leaf in memory: 512 entries of 16 bytes.
-const LEAF_BYTES: u64 = LEAF_BLOCKS as u64 * 16;
 
 impl TailMemory for TailFile {
     fn as_mut_ptr(&mut self) -> *mut u8 {
@@ -262,7 +260,7 @@ pub(super) fn open_store(
         source,
     })?;
     let params = Params {
-        leaf_cache: (config.cache_bytes / LEAF_BYTES) as usize,
+        leaf_cache: (config.cache_bytes / LEAF_DISK_BYTES as u64) as usize,
         ..Params::default()
     };
     let options = OpenOptions {

@@ -1,5 +1,8 @@
 //! The io_uring engine: one ring for disk operations, socket readiness and the mailbox.
 
+mod disk;
+mod setup;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -9,18 +12,13 @@ use std::time::Instant;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
-use rustix::io::Errno;
+
+use disk::{InFlight, Link, Step};
+use setup::{build_ring, register_ring};
 
 use super::durable::{Durable, Way};
 use super::pinned::Pinned;
 use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
-
-/// Submission entries. One loop turn rarely queues more; what does not fit waits in `backlog`.
-const SQ_ENTRIES: u32 = 512;
-/// Completion entries: room for a turn's disk operations and a readiness event of every connection.
-const CQ_ENTRIES: u32 = 4096;
-/// Most bytes of one read or write entry. The kernel stops at 2 GiB less a page; operations beyond this go in parts.
-const MAX_TRANSFER_BYTES: usize = 1 << 30;
 
 /// Longest durable write that a thread does itself.
 const HERE_BYTES: usize = 64 << 10;
@@ -42,35 +40,6 @@ const GENERATION_MASK: u32 = (1 << 28) - 1;
 
 const POLL_INPUT: u32 = (libc::POLLIN | libc::POLLRDHUP) as u32;
 const POLL_OUTPUT: u32 = libc::POLLOUT as u32;
-
-struct InFlight {
-    tag: Tag,
-    op: DiskOp,
-    /// Bytes moved so far; for Allocate, bytes zeroed.
-    done: u64,
-    step: Step,
-    link: Link,
-    /// How a durable write goes, and since when.
-    durable: Option<(Way, Instant)>,
-}
-
-/// A durable write and the data sync linked behind it.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Link {
-    None,
-    /// Both are queued; the write ends first.
-    Queued,
-    /// The write ended with this and took the sync along, which is yet to say so.
-    Broken(i32),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Step {
-    Transfer,
-    Fallocate,
-    Zero,
-    Sync,
-}
 
 struct Watch {
     fd: RawFd,
@@ -226,178 +195,6 @@ impl UringEngine {
                 *way = Way::Linked;
             }
             self.push_step(slot);
-        }
-    }
-
-    /// Queues the next piece of an operation.
-    fn push_step(&mut self, slot: usize) {
-        let op = &self.ops[slot];
-        let fd = types::Fd(self.files[op.op.file().0 as usize].as_raw_fd());
-        let done = op.done;
-        let entry = match (op.step, op.op) {
-            (
-                Step::Transfer,
-                DiskOp::Write {
-                    offset, data, len, ..
-                },
-            ) => {
-                let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
-                // SAFETY: `done < len`, so the address stays inside the caller's buffer.
-                let at = unsafe { data.add(done as usize) };
-                let way = op.durable.map(|(way, _)| way);
-                let flags = match way {
-                    Some(Way::Flagged | Way::Here) => libc::RWF_DSYNC,
-                    _ => 0,
-                };
-                let write = match self.pinned.find(at, part) {
-                    Some(buffer) => opcode::WriteFixed::new(fd, at, part as u32, buffer)
-                        .offset(offset + done)
-                        .rw_flags(flags)
-                        .build(),
-                    None => opcode::Write::new(fd, at, part as u32)
-                        .offset(offset + done)
-                        .rw_flags(flags)
-                        .build(),
-                };
-                let linked = way == Some(Way::Linked) && done as usize + part == len;
-                if linked && self.has_room_for_two() {
-                    let data = user_data(KIND_DISK, 0, slot as u32);
-                    self.ops[slot].link = Link::Queued;
-                    self.push(write.flags(squeue::Flags::IO_LINK).user_data(data));
-                    let sync = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC);
-                    self.push(sync.build().user_data(data));
-                    return;
-                }
-                write
-            }
-            (
-                Step::Transfer,
-                DiskOp::Read {
-                    offset, data, len, ..
-                },
-            ) => {
-                let part = (len - done as usize).min(MAX_TRANSFER_BYTES);
-                // SAFETY: `done < len`, so the address stays inside the caller's buffer.
-                let at = unsafe { data.add(done as usize) };
-                opcode::Read::new(fd, at, part as u32)
-                    .offset(offset + done)
-                    .build()
-            }
-            (Step::Fallocate, DiskOp::Allocate { offset, len, .. }) => {
-                opcode::Fallocate::new(fd, len).offset(offset).build()
-            }
-            (Step::Zero, DiskOp::Allocate { offset, len, .. }) => {
-                let part = (len - done).min(ZERO_BYTES as u64);
-                opcode::Write::new(fd, self.zeros.as_ptr(), part as u32)
-                    .offset(offset + done)
-                    .build()
-            }
-            _ => opcode::Fsync::new(fd)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
-        };
-        self.push(entry.user_data(user_data(KIND_DISK, 0, slot as u32)));
-    }
-
-    fn finish(&mut self, slot: usize, result: Result<u32, Errno>, out: &mut Vec<Event>) {
-        let op = self.ops.remove(slot);
-        if let (Some((way, begun)), Ok(_)) = (op.durable, result) {
-            self.durable.learn(op.op.file(), way, begun.elapsed());
-        }
-        out.push(Event::Disk {
-            tag: op.tag,
-            result,
-        });
-    }
-
-    fn on_disk(&mut self, slot: usize, result: i32, out: &mut Vec<Event>) {
-        let op = &mut self.ops[slot];
-        let result = match (op.link, op.op) {
-            (Link::Queued, DiskOp::Write { len, .. }) => {
-                if result >= 0 && op.done + result as u64 == len as u64 {
-                    op.done = len as u64;
-                    op.step = Step::Sync;
-                    op.link = Link::None;
-                } else {
-                    op.link = Link::Broken(result);
-                }
-                return;
-            }
-            (Link::Broken(of_write), _) => {
-                // The sync was cancelled with the write; go on with what the write said.
-                op.link = Link::None;
-                of_write
-            }
-            _ => result,
-        };
-        if result == -libc::EINTR || result == -libc::EAGAIN {
-            self.push_step(slot);
-            return;
-        }
-        let op = &mut self.ops[slot];
-        let step = op.step;
-        if result < 0 {
-            // Devices and some file systems have no fallocate; zeros written below allocate just as well.
-            if step == Step::Fallocate
-                && matches!(-result, libc::EOPNOTSUPP | libc::ENODEV | libc::EINVAL)
-            {
-                op.step = Step::Zero;
-                self.push_step(slot);
-                return;
-            }
-            // An old kernel or file system that does not know the flag; nothing was written.
-            if let Some((way @ (Way::Flagged | Way::Here), _)) = &mut op.durable
-                && matches!(-result, libc::EOPNOTSUPP | libc::EINVAL)
-            {
-                *way = Way::Linked;
-                self.durable.refuse_flag(op.op.file());
-                self.push_step(slot);
-                return;
-            }
-            self.finish(slot, Err(Errno::from_raw_os_error(-result)), out);
-            return;
-        }
-        match (step, op.op) {
-            (Step::Transfer, DiskOp::Write { len, .. }) => {
-                op.done += result as u64;
-                let linked = matches!(op.durable, Some((Way::Linked, _)));
-                if op.done == len as u64 && linked {
-                    op.step = Step::Sync;
-                    self.push_step(slot);
-                } else if op.done == len as u64 {
-                    self.finish(slot, Ok(len as u32), out);
-                } else if result == 0 {
-                    self.finish(slot, Err(Errno::IO), out);
-                } else {
-                    self.push_step(slot);
-                }
-            }
-            (Step::Transfer, DiskOp::Read { len, .. }) => {
-                op.done += result as u64;
-                if op.done == len as u64 || result == 0 {
-                    let done = op.done as u32;
-                    self.finish(slot, Ok(done), out);
-                } else {
-                    self.push_step(slot);
-                }
-            }
-            (Step::Fallocate, _) => {
-                op.step = Step::Zero;
-                self.push_step(slot);
-            }
-            (Step::Zero, DiskOp::Allocate { len, .. }) => {
-                op.done += result as u64;
-                if result == 0 {
-                    self.finish(slot, Err(Errno::IO), out);
-                    return;
-                }
-                if op.done >= len {
-                    op.step = Step::Sync;
-                }
-                self.push_step(slot);
-            }
-            (Step::Sync, DiskOp::Write { len, .. }) => self.finish(slot, Ok(len as u32), out),
-            _ => self.finish(slot, Ok(0), out),
         }
     }
 
@@ -714,66 +511,4 @@ impl Drop for UringEngine {
             events.clear();
         }
     }
-}
-
-fn build_ring() -> io::Result<(IoUring, &'static str, bool)> {
-    let mut first_error = None;
-    for (text, set_up) in [
-        ("single issuer, deferred task work", 0),
-        ("cooperative task work", 1),
-        ("plain", 2),
-    ] {
-        let mut builder = IoUring::builder();
-        builder.setup_clamp().setup_cqsize(CQ_ENTRIES).dontfork();
-        match set_up {
-            0 => {
-                builder
-                    .setup_submit_all()
-                    .setup_single_issuer()
-                    .setup_defer_taskrun()
-                    .setup_taskrun_flag();
-            }
-            1 => {
-                builder
-                    .setup_submit_all()
-                    .setup_coop_taskrun()
-                    .setup_taskrun_flag();
-            }
-            _ => {}
-        }
-        match builder.build(SQ_ENTRIES) {
-            Ok(ring) => return Ok((ring, text, set_up < 2)),
-            // Only "I do not know this flag" is worth another try.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => first_error = Some(e),
-            Err(e) => return Err(e),
-        }
-    }
-    Err(first_error.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
-}
-
-/// Registers the ring's descriptor with itself (5.18); `None` where that is unknown.
-fn register_ring(fd: RawFd) -> Option<u32> {
-    const REGISTER_RING_FDS: u32 = 20;
-    #[repr(C)]
-    struct RsrcUpdate {
-        offset: u32,
-        reserved: u32,
-        data: u64,
-    }
-    let mut update = RsrcUpdate {
-        offset: u32::MAX,
-        reserved: 0,
-        data: fd as u64,
-    };
-    // SAFETY: `update` is a valid io_uring_rsrc_update that outlives the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_io_uring_register,
-            fd,
-            REGISTER_RING_FDS,
-            &raw mut update,
-            1,
-        )
-    };
-    (result == 1).then_some(update.offset)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::format::{
-    Addr, ExtentKey, LEAF_BYTES, LeafEntries, Mapping, SUPERBLOCK_BLOCKS, Superblock,
+    Addr, ExtentKey, LEAF_DISK_BYTES, LeafEntries, Mapping, SUPERBLOCK_BLOCKS, Superblock,
 };
 use super::log::{LogReader, data_is_whole};
 use super::open::{BlockingDisk, OpenError};
@@ -192,7 +192,7 @@ pub fn check(
         }
     }
     let total = checkpoint.mapped_blocks.max(1);
-    let mut bytes = AlignedBuf::zeroed(LEAF_BYTES);
+    let mut bytes = AlignedBuf::zeroed(LEAF_DISK_BYTES);
     for row in &checkpoint.rows {
         for (i, mapping) in row.leaves.iter().enumerate() {
             if !mapping.addr().is_stored() {

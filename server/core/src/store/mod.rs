@@ -363,3 +363,10 @@ pub struct StoreStatus {
     /// Set when the store stopped after an I/O error.
     pub poisoned: Option<Errno>,
 }
+
+impl StoreStatus {
+    /// Blocks written to the device, whatever for.
+    pub fn written_blocks(&self) -> u64 {
+        self.log_blocks + self.cleaned_blocks + self.checkpoint_blocks
+    }
+}

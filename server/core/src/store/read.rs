@@ -3,7 +3,7 @@
 use hashbrown::hash_map::Entry as MapEntry;
 use smallvec::SmallVec;
 
-use super::format::{Addr, ExtentKey, LEAF_BYTES, LEAF_DISK_BLOCKS, LeafEntries, Mapping};
+use super::format::{Addr, ExtentKey, LEAF_DISK_BLOCKS, LEAF_DISK_BYTES, LeafEntries, Mapping};
 use super::index::{Lookup, RowId, leaf_of};
 use super::machine::{Io, Load};
 use super::{Action, AlignedBuf, Errno, OpId, ReadInfo, ReadOutcome, Store, StoreError};
@@ -361,7 +361,7 @@ impl Store {
     pub(super) fn load_leaf(&mut self, row: RowId, leaf: u32) -> &mut Load {
         let start = matches!(self.loads.entry((row, leaf)), MapEntry::Vacant(_));
         if start {
-            let mut buf = AlignedBuf::zeroed(LEAF_BYTES);
+            let mut buf = AlignedBuf::zeroed(LEAF_DISK_BYTES);
             let (ptr, len) = (buf.as_mut_ptr(), buf.len());
             let addr = self.index.row(row).leaves[leaf as usize].addr();
             debug_assert!(addr.is_stored());

@@ -5,7 +5,7 @@ mod tail;
 
 use std::cell::RefCell;
 
-use ashlar_core::store::format::{LEAF_BYTES, LeafEntries, Mapping};
+use ashlar_core::store::format::{LEAF_DISK_BYTES, LeafEntries, Mapping};
 use ashlar_core::store::{
     Action, AlignedBuf, Event, ExtentKey, Geometry, Landing, OpenOptions, OpenReport, Params,
     ReadOutcome, Store, StoreError, format_store,
@@ -397,7 +397,7 @@ impl World {
     pub(crate) fn check_live(&self) {
         let store = self.store.as_ref().expect("open");
         store.check_live_counts(|addr| {
-            let mut bytes = vec![0; LEAF_BYTES];
+            let mut bytes = vec![0; LEAF_DISK_BYTES];
             self.disk.borrow().read(addr.offset(), &mut bytes);
             let mut entries: Box<LeafEntries> = Box::new([Mapping::UNMAPPED; LEAF_BLOCKS as usize]);
             zerocopy::IntoBytes::as_mut_bytes(&mut *entries).copy_from_slice(&bytes);

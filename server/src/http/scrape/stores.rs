@@ -244,6 +244,5 @@ fn store_labels(view: &StoreView) -> Labels<'_> {
 /// Blocks written to the device for one client block; `None` before the first.
 pub(crate) fn write_amplification(store: &StoreView) -> Option<f64> {
     let status = &store.status;
-    let written = status.log_blocks + status.cleaned_blocks + status.checkpoint_blocks;
-    (status.client_blocks > 0).then(|| written as f64 / status.client_blocks as f64)
+    (status.client_blocks > 0).then(|| status.written_blocks() as f64 / status.client_blocks as f64)
 }

@@ -251,7 +251,7 @@ impl Rows {
 }
 
 /// Bytes of a leaf's states on the wire: the versions, then what each block holds.
-pub const LEAF_BYTES: usize = LEAF_BLOCKS as usize * 9;
+pub const LEAF_BODY_BYTES: usize = LEAF_BLOCKS as usize * 9;
 
 /// What a replica has of each block of a leaf.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -265,7 +265,7 @@ impl LeafStates {
 
     /// The bytes to send.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(LEAF_BYTES);
+        let mut bytes = Vec::with_capacity(LEAF_BODY_BYTES);
         for state in self.0.iter() {
             bytes.extend_from_slice(&state.version.0.to_le_bytes());
         }
@@ -281,7 +281,7 @@ impl LeafStates {
     /// Checks a received body.
     pub fn decode(header: &Header, body: &[u8]) -> Result<LeafStates, WireError> {
         let body = checked(header, body)?;
-        if body.len() != LEAF_BYTES {
+        if body.len() != LEAF_BODY_BYTES {
             return Err(WireError::Invalid("length of a body"));
         }
         let (versions, contents) = body.split_at(LEAF_BLOCKS as usize * 8);

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::body::{HELLO_BYTES, LEAF_BYTES, OPEN_BYTES, ROW_BYTES, ROWS_QUERY_BYTES};
+use super::body::{HELLO_BYTES, LEAF_BODY_BYTES, OPEN_BYTES, ROW_BYTES, ROWS_QUERY_BYTES};
 use super::{MAX_MESSAGE_BLOCKS, MAX_ROWS, WireError};
 use crate::store::ExtentKey;
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, CHUNK_LEAVES, ChunkIndex, Epoch, LayerId, Version};
@@ -355,7 +355,7 @@ impl Header {
             }
             Kind::ReadRows => body == ROWS_QUERY_BYTES,
             Kind::Rows => body.is_multiple_of(ROW_BYTES) && body <= MAX_ROWS * ROW_BYTES,
-            Kind::Leaf => body == LEAF_BYTES,
+            Kind::Leaf => body == LEAF_BODY_BYTES,
             _ => body == 0,
         };
         if right {

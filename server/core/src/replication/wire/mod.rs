@@ -10,7 +10,9 @@ mod header;
 #[cfg(test)]
 mod tests;
 
-pub use body::{Hello, LEAF_BYTES, LeafStates, OpenBody, ROW_BYTES, RowVersions, Rows, RowsQuery};
+pub use body::{
+    Hello, LEAF_BODY_BYTES, LeafStates, OpenBody, ROW_BYTES, RowVersions, Rows, RowsQuery,
+};
 pub use header::{HEADER_BYTES, Header, Kind, MAX_BODY_BYTES, Status, flags};
 
 /// What this code speaks. A peer that speaks another is refused by name, not misunderstood.

@@ -160,8 +160,8 @@ pub struct ExtentKey {
 
 /// Blocks of a leaf on disk.
 pub const LEAF_DISK_BLOCKS: u32 = 2;
-/// Bytes of a leaf on disk.
-pub const LEAF_BYTES: usize = LEAF_DISK_BLOCKS as usize * BLOCK_BYTES;
+/// Bytes of a leaf on disk, and in memory.
+pub const LEAF_DISK_BYTES: usize = LEAF_DISK_BLOCKS as usize * BLOCK_BYTES;
 
 /// What a leaf says of one block, and what a directory row says of one leaf; 16 bytes on disk as in memory.
 #[derive(
@@ -175,7 +175,7 @@ pub struct Mapping {
     /// The version of the write that put it there; of a leaf, the highest in it.
     pub version: u64,
 }
-const _: () = assert!(size_of::<Mapping>() * LEAF_BLOCKS as usize == LEAF_BYTES);
+const _: () = assert!(size_of::<Mapping>() * LEAF_BLOCKS as usize == LEAF_DISK_BYTES);
 #[cfg(not(target_endian = "little"))]
 compile_error!("leaves are kept in memory as they lie on disk, little-endian");
 

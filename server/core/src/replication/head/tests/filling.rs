@@ -1,0 +1,179 @@
+//! Filling copies and repairing them.
+
+use super::*;
+
+/// Of a leaf: two blocks with data, the others never written; or all of it lost.
+fn leaf(is_lost: bool) -> LeafStates {
+    let mut states = LeafStates::holes();
+    for (block, state) in states.0.iter_mut().enumerate() {
+        if is_lost {
+            state.content = BlockContent::Lost;
+        } else if block == 1 || block == 30 {
+            *state = BlockState {
+                version: Version(5),
+                content: BlockContent::Data,
+            };
+        }
+    }
+    states
+}
+
+/// Three copies, of which the third has lost a leaf.
+fn with_a_lost_leaf() -> Bench {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[]);
+    for n in 1..=3 {
+        let member = bench.member(n);
+        bench.leaves.push((member, leaf(n == 3)));
+    }
+    bench
+}
+
+fn repair(bench: &mut Bench, bad: Option<MemberId>, first_block: u32, count: u32) {
+    let extent = ExtentKey {
+        layer: LayerId(1),
+        chunk: ChunkIndex(0),
+    };
+    let mut actions = Vec::new();
+    let head = &mut bench.head;
+    head.repair(bad, extent, first_block, count, &mut actions);
+    bench.carry_out(actions);
+}
+
+#[test]
+fn a_repair_writes_bytes_only_where_the_good_copies_have_some() {
+    let mut bench = with_a_lost_leaf();
+    let third = bench.member(3);
+    for bad in [None, Some(third)] {
+        bench.copied.clear();
+        repair(&mut bench, bad, 0, 3);
+        let of_third = bench.copied.iter().filter(|(member, ..)| *member == third);
+        let of_third = of_third.map(|(_, first, count, zeros)| (*first, *count, *zeros));
+        assert_eq!(
+            of_third.collect::<Vec<_>>(),
+            [(0, 1, true), (1, 1, false), (2, 1, true)]
+        );
+        assert_eq!(bench.copied.len(), 9, "to all: {:?}", bench.copied);
+    }
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn a_repair_that_some_have_no_room_for_puts_nobody_out() {
+    for full in [&[1, 2][..], &[2], &[3], &[1, 2, 3]] {
+        let mut bench = with_a_lost_leaf();
+        bench.full = full.iter().map(|n| bench.member(*n)).collect();
+        repair(&mut bench, None, 0, 3);
+        bench.tick();
+        assert_eq!(bench.swap, None, "nobody is to be recorded as out");
+        assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b111);
+        assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0, "given up");
+        // The range is free again.
+        bench.write(0);
+    }
+}
+
+#[test]
+fn many_repairs_take_turns() {
+    let mut bench = with_a_lost_leaf();
+    let third = bench.member(3);
+    bench.away.push(third);
+    for first_block in 0..40 {
+        repair(&mut bench, Some(third), first_block, 1);
+    }
+    // It does not answer, and then it is lost: the others go on.
+    bench.away.clear();
+    bench.lose(3);
+    bench.swapped();
+    let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
+    assert_eq!(bench.copied.iter().filter(of_first).count(), 2);
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+#[test]
+fn a_repair_goes_on_without_a_replica_whose_index_cannot_be_read() {
+    let mut bench = with_a_lost_leaf();
+    bench.unreadable = vec![bench.member(1)];
+    repair(&mut bench, None, 0, 3);
+    bench.tick();
+    assert_eq!((bench.swap, bench.copied.len()), (None, 9));
+    bench.copied.clear();
+    bench.unreadable.push(bench.member(2));
+    repair(&mut bench, None, 0, 3);
+    assert_eq!(bench.copied, [], "nobody has it");
+    assert_eq!(bench.head.jobs_of(leaf::JobFor::Repair), 0);
+}
+
+/// Three replicas, of which the third is being filled and has a newer block that counts for nothing: all are sent what the
+/// others have, as a new write, and have yet to answer.
+fn filling_over_a_newer_block() -> Bench {
+    let mut bench = Bench::new(&[&[1, 2, 3]], &[3]);
+    for n in 1..=3 {
+        let member = bench.member(n);
+        let mut states = leaf(false);
+        if n == 3 {
+            states.0[1].version = Version(9);
+        }
+        bench.leaves.push((member, states));
+    }
+    (bench.differs, bench.holds_copies) = (true, true);
+    let mut record = bench.head.record().clone();
+    for replica in &mut record.placement.sets[0].replicas {
+        if replica.store == store(3) {
+            *replica = Replica::joining(node(3), store(3), Revision(7));
+        }
+    }
+    bench.conflict(record);
+    bench.tick();
+    let asked: Vec<MemberId> = bench.held.iter().map(|(member, _)| *member).collect();
+    assert_eq!(asked, [1, 2, 3].map(|n| bench.member(n)));
+    bench
+}
+
+#[test]
+fn a_fill_that_somebody_has_no_room_for_ends_without_the_one_that_is_filled() {
+    let mut bench = filling_over_a_newer_block();
+    for (n, (member, event)) in std::mem::take(&mut bench.held).into_iter().enumerate() {
+        let Event::CopyWritten { copy, .. } = event else {
+            panic!("not an answer: {event:?}")
+        };
+        let status = if n == 1 { Status::NoSpace } else { Status::Ok };
+        bench.event(Event::CopyWritten {
+            copy,
+            member,
+            status,
+        });
+    }
+    assert_eq!((bench.head.ops.len(), bench.head.copies.len()), (0, 0));
+    assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b011);
+    assert_eq!(bench.head.set(SetIndex(0)).mirrored, 0);
+}
+
+#[test]
+fn what_a_fill_wrote_to_all_is_answered_though_the_fill_is_given_up() {
+    let mut bench = filling_over_a_newer_block();
+    let (_, first) = bench.held.remove(0);
+    bench.event(first);
+    bench.lose(3);
+    assert_eq!(bench.head.ops.len(), 1, "the second has it to answer");
+    let (_, second) = bench.held.remove(0);
+    bench.event(second);
+    // The third may be in sync by the swap that met the other record.
+    bench.swapped();
+    assert_eq!(bench.head.ops.len(), 0);
+    assert_eq!(bench.head.copies.len(), 0);
+    assert_eq!(bench.head.set(SetIndex(0)).usable(), 0b011);
+}
+
+#[test]
+fn a_repair_takes_the_newest_and_leaves_alone_what_sound_copies_do_not_agree_on() {
+    let mut bench = with_a_lost_leaf();
+    // The first went back to what it had before.
+    bench.leaves[0].1.0[1].version = Version(3);
+    bench.leaves[0].1.0[30] = BlockState::HOLE;
+    repair(&mut bench, None, 1, 1);
+    let of_first = |(member, ..): &&(MemberId, u32, u32, bool)| *member == bench.member(1);
+    assert_eq!(bench.copied.iter().filter(of_first).count(), 1);
+    assert_eq!(bench.read_from, [bench.member(2)]);
+    repair(&mut bench, None, 30, 1);
+    assert_eq!(bench.copied.len(), 3, "block 30 is not written");
+}
