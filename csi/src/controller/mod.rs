@@ -138,23 +138,24 @@ impl Controller {
 
     /// Deletes a volume; one that is not there is fine. Refused while it is published.
     pub async fn delete(&self, id: Uuid) -> Result<(), Refusal> {
-        match self.daemon.volume(id).await {
+        let volume = match self.daemon.volume(id).await {
             Err(refusal) if refusal.class == Class::NotFound => return Ok(()),
-            Err(refusal) => return Err(refusal),
-            Ok(volume) => {
-                if let Some(publication) = volume.publications.first() {
-                    return Err(Refusal::precondition(format!(
-                        "volume {id} is published to node {}",
-                        publication.node_id
-                    )));
-                }
-                // Only the daemon that serves it deletes it.
-                if volume.is_replicated && volume.not_served.is_some() && !volume.is_deleting {
-                    self.daemon.take_over(id).await?;
-                }
-            }
+            found => found?,
+        };
+        if let Some(publication) = volume.publications.first() {
+            return Err(Refusal::precondition(format!(
+                "volume {id} is published to node {}",
+                publication.node_id
+            )));
         }
-        self.daemon.delete(id).await
+        match self.daemon.delete(id).await {
+            // The node that served it last may be gone for ever, and nobody may use the volume there.
+            Err(refusal) if refusal.class == Class::Unavailable && volume.is_replicated => {
+                self.daemon.take_over(id).await?;
+                self.daemon.delete(id).await
+            }
+            deleted => deleted,
+        }
     }
 }
 

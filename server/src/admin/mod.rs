@@ -4,6 +4,7 @@
 mod cluster;
 mod convert;
 mod diagnosis;
+mod forward;
 mod orchestration;
 mod secure;
 mod service;

@@ -11,7 +11,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{convert, orchestration, status};
+use super::{convert, forward, orchestration, status};
 use crate::daemon::{Phase, Services, State};
 use crate::plane::StoreView;
 use crate::volumes::{HostError, VolumeError, VolumeView, unix_ms};
@@ -24,7 +24,7 @@ const SAMPLES_AHEAD: usize = 4;
 /// The service; cheap to clone.
 #[derive(Clone)]
 pub(super) struct Service {
-    state: Arc<State>,
+    pub(super) state: Arc<State>,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -209,28 +209,35 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::DeleteVolumeRequest>,
     ) -> Answer<admin::DeleteVolumeResponse> {
-        let reference = Service::reference(&request.into_inner().volume)?;
-        let VolumeId(id) = self
-            .services()?
-            .volumes
-            .delete(&reference)
-            .await
-            .map_err(refused)?;
-        Ok(Response::new(admin::DeleteVolumeResponse {
-            id: id.to_string(),
-        }))
+        let (metadata, _, message) = request.into_parts();
+        let reference = Service::reference(&message.volume)?;
+        match self.services()?.volumes.delete(&reference).await {
+            Ok(VolumeId(id)) => Ok(Response::new(admin::DeleteVolumeResponse {
+                id: id.to_string(),
+            })),
+            Err(refusal) => {
+                let mut node = self.ask_instead(&metadata, refusal).await?;
+                node.delete_volume(forward::passed_on(message)).await
+            }
+        }
     }
 
     async fn set_volume(
         &self,
         request: Request<admin::SetVolumeRequest>,
     ) -> Answer<admin::SetVolumeResponse> {
-        let asked = request::SetVolume::try_from(request.into_inner())?;
+        let (metadata, _, message) = request.into_parts();
+        let asked = request::SetVolume::try_from(message.clone())?;
         let services = self.services()?;
-        let view = Service::set(services, &asked).await.map_err(refused)?;
-        Ok(Response::new(admin::SetVolumeResponse {
-            volume: Some(Service::volume(services, &view).await),
-        }))
+        match Service::set(services, &asked).await {
+            Ok(view) => Ok(Response::new(admin::SetVolumeResponse {
+                volume: Some(Service::volume(services, &view).await),
+            })),
+            Err(refusal) => {
+                let mut node = self.ask_instead(&metadata, refusal).await?;
+                node.set_volume(forward::passed_on(message)).await
+            }
+        }
     }
 
     async fn set_annotations(

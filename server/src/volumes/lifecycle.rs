@@ -156,8 +156,8 @@ impl Volumes {
     pub(super) async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
         let (before, _guard) = self.lock_volume(reference).await?;
         let id = before.record.id;
-        self.is_here(&before)?;
         if before.record.state == VolumeState::Active {
+            self.is_here(&before)?;
             // One that is published stays open: its node may be on its way back to it.
             begin_delete(&before, 0)?;
             let connections = self.close(id).await?;

@@ -41,20 +41,21 @@ fn a_deleted_volume_is_gone_from_every_node() {
     for at in 0..3 {
         assert!(held(&trio, at) >= 8e6, "node {at} has no copy");
     }
-    // Not while it is in use, nor from elsewhere.
-    let refusal = trio.nodes[0]
-        .daemon
-        .admin()
-        .refused(["volume", "delete", "disk", "--yes"]);
-    assert!(refusal.contains("in use"), "{refusal}");
-    let refusal = trio.nodes[1]
-        .daemon
-        .admin()
-        .refused(["volume", "delete", "disk", "--yes"]);
-    assert!(refusal.contains("is served by node"), "{refusal}");
+    // Not while it is in use, wherever that is asked.
+    for node in &trio.nodes {
+        let admin = node.daemon.admin();
+        for command in [
+            &["volume", "delete", "disk", "--yes"][..],
+            &["volume", "set", "disk", "--read-only"][..],
+        ] {
+            let refusal = admin.refused(command);
+            assert!(refusal.contains("in use"), "{refusal}");
+        }
+    }
     assert_eq!(client.read(0, 4096).expect("read"), [1; 4096]);
     client.disconnect().expect("left");
-    trio.nodes[0]
+    // By any node.
+    trio.nodes[1]
         .daemon
         .admin()
         .run(["volume", "delete", "disk", "--yes"]);
@@ -87,6 +88,26 @@ fn a_node_that_was_away_drops_its_copy_when_it_returns() {
         }
     });
     trio.nodes[2].daemon.start();
+    (0..3).for_each(|at| wait_gone(&trio, at));
+}
+
+#[test]
+fn a_volume_whose_node_cannot_be_asked_is_deleted_once_it_is_taken_over() {
+    let mut trio = Trio::start("delete-lost");
+    trio.expect_losses();
+    trio.create("disk", "64MiB");
+    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
+    client.write(0, &[1; 4096]).expect("written");
+    client.disconnect().expect("left");
+    trio.nodes[0].daemon.kill();
+    let admin = trio.nodes[1].daemon.admin();
+    let refusal = admin.refused(["volume", "delete", "disk", "--yes"]);
+    assert!(refusal.contains("cannot be asked"), "{refusal}");
+    assert!(refusal.contains("ashlar volume open disk"), "{refusal}");
+    trio.open_at(1, "disk");
+    let admin = trio.nodes[1].daemon.admin();
+    admin.run(["volume", "delete", "disk", "--yes"]);
+    trio.nodes[0].daemon.start();
     (0..3).for_each(|at| wait_gone(&trio, at));
 }
 
