@@ -223,7 +223,7 @@ wait_for 300 "the end of attachments" detached
 nodes=()
 for name in node-1 node-2 node-3 node-4 node-5; do [ "$name" = "$lost" ] || nodes+=("$name"); done
 node=${nodes[*]} shell_node=${nodes[0]}
-section "Remove" '' '.*uninstalled.*' "(node/node-. unlabeled$break?){4}" '' '.*deleted.*' '.*deleted.*' '.*deleted.*'
+section "Remove" '' '.*uninstalled.*' "(node/node-. unlabeled$break?){4}" "$any" '' '.*deleted.*' '.*deleted.*' '.*deleted.*'
 for name in "${nodes[@]}"; do
     on_node "$name" "rm -rf /var/lib/ashlar /var/lib/ashlar-csi /run/ashlar /var/lib/kubelet/plugins/csi.ashlar.io /var/lib/local-path/etcd/*"
     kubectl delete pv "etcd-$name" --ignore-not-found

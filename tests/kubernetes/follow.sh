@@ -45,7 +45,7 @@ wait_for 300 "the daemon after the drain" kubectl -n ashlar wait --for=condition
 section "Watch" "$any" "$any" "$any" skip skip
 detached() { [ -z "$(kubectl get volumeattachments -o name)" ]; }
 wait_for 300 "the end of attachments" detached
-section "Remove" '' '.*uninstalled.*' '.*unlabeled' skip skip skip skip
+section "Remove" '' '.*uninstalled.*' '.*unlabeled' "$any" skip skip skip skip
 kubectl get pvc notes >/dev/null || fail "the claim went with the chart"
 kubectl label node node-1 ashlar.io/daemon=true
 # And volumes are the same ones without the kernel's driver.
@@ -57,4 +57,4 @@ kubectl exec notes -- grep -q '^/dev/loop.* /data ' /proc/mounts || fail "a loop
 kubectl delete -f deploy/examples/pod.yaml
 wait_for 120 "the end of the volume" bash -c "[ -z \"\$(kubectl get pv -o name)\" ]"
 wait_for 120 "the end of attachments" detached
-section "Remove" '' '.*uninstalled.*' '.*unlabeled' '' skip skip '.*deleted'
+section "Remove" '' '.*uninstalled.*' '.*unlabeled' "$any" '' skip skip '.*deleted'
