@@ -359,7 +359,13 @@ fn a_volume_follows_its_publication_and_classes_are_kept() {
     claim.unstage(&plugins[0]).expect("unstaged");
     let taken = controller.controller_unpublish(&claim.id, NAMES[0]);
     taken.expect("taken");
-    trio.open_at(0, &claim.id);
+    // The daemon that serves it deletes it, wherever it is; and where that one is gone, the controller's.
+    let asked = with_copies(controller, "asked", &capability).expect("created");
+    for id in [&claim.id, &asked.id] {
+        trio.open_at(0, id);
+    }
+    controller.delete(&asked.id).expect("deleted");
+    trio.nodes[0].daemon.kill();
     controller.delete(&claim.id).expect("deleted");
     nothing_is_left(&plugins);
 }
