@@ -197,13 +197,13 @@ other=ashlar-etcd-0
 [ "$member" != "$other" ] || other=ashlar-etcd-1
 # The members are started anew one after the other: until then nobody answers, and the port is closed again.
 of_etcd() { # ARGUMENTS: of etcdctl; what it prints is `output`
-    desk "kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
+    desk "rm -f port-forward.log; kubectl -n ashlar port-forward pod/$other 2379 >port-forward.log 2>&1 &"
     wait_for 120 "the port of etcd" grep -qE 'Forwarding|rror' "$work/desk/port-forward.log"
     at_desk "etcdctl --endpoints https://127.0.0.1:2379 --cacert ca.crt --cert tls.crt --key tls.key $*"
-    local answered=$status
+    local ended=$status told=$output
     at_desk 'kill %%; wait'
-    status=$answered
-    return "$status"
+    output=$told
+    return "$ended"
 }
 wait_for 600 "what etcd says of its members" of_etcd member list
 id=$(awk -F', ' -v name="$member" '$3 == name { print $1 }' <<<"$output")
@@ -249,7 +249,8 @@ wait_for 300 "a line after it became a cluster" bash -c "[ \"\$(kubectl exec not
 kubectl exec notes -- test ! -e /data/failed || fail "a write failed while one daemon became a cluster"
 kubectl label node "${nodes[1]}" "${nodes[2]}" ashlar.io/daemon=true
 helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --values "$work/desk/several.yaml" >/dev/null
-kubectl -n ashlar rollout status statefulset/ashlar-daemon --timeout=15m || fail "three daemons"
-[ "$(ashlar node list -o json | grep -c '"id"')" = 3 ] || fail "three nodes"
+three_daemons() { [ "$(kubectl -n ashlar get statefulset ashlar-daemon -o jsonpath='{.status.readyReplicas}')" = 3 ]; }
+wait_for 900 "three daemons" three_daemons
+ashlar node list
 kubectl apply -f deploy/examples/statefulset.yaml --dry-run=server >/dev/null
-ashlar volume create three --size 64MiB --replicas 3
+wait_for 120 "a volume on all three" ashlar volume create three --size 64MiB --replicas 3
