@@ -31,6 +31,10 @@ pub mod etcd {
     tonic::include_proto!("etcdserverpb");
 }
 
+/// On a refusal of `ashlar.admin.v1`: only the node that serves the volume can decide, and it could not be asked. Nothing was
+/// begun, neither there nor here.
+pub const NODE_NOT_ASKED: &str = "ashlar-node-not-asked";
+
 /// The compiled descriptors of every interface, a serialised `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/ashlar.descriptors.bin"));

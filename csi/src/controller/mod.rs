@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::attach::Export;
 use crate::capability::{AccessMode, Capability};
-use crate::daemon::{Daemon, Space, Volume};
+use crate::daemon::{Daemon, Deletion, Space, Volume};
 use crate::operations::Operations;
 use crate::refusal::{Class, Refusal};
 
@@ -148,14 +148,14 @@ impl Controller {
                 publication.node_id
             )));
         }
-        match self.daemon.delete(id).await {
-            // The node that served it last may be gone for ever, and nobody may use the volume there.
-            Err(refusal) if refusal.class == Class::Unavailable && volume.is_replicated => {
-                self.daemon.take_over(id).await?;
-                self.daemon.delete(id).await
+        if let Deletion::NodeNotAsked(_) = self.daemon.delete(id).await? {
+            // That node may be gone for ever, and nobody was given the volume there.
+            self.daemon.take_over(id).await?;
+            if let Deletion::NodeNotAsked(refusal) = self.daemon.delete(id).await? {
+                return Err(refusal);
             }
-            deleted => deleted,
         }
+        Ok(())
     }
 }
 

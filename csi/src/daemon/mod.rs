@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ashlar_proto::admin;
+use ashlar_proto::{NODE_NOT_ASKED, admin};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
@@ -34,6 +34,15 @@ macro_rules! ask {
             .map(tonic::Response::into_inner)
             .map_err(|status| $self.refusal(door, &status))
     }};
+}
+
+/// What came of a deletion.
+#[derive(Debug)]
+pub enum Deletion {
+    /// The volume is gone.
+    Done,
+    /// The node that serves it cannot be asked, and the daemon says so; nothing was begun.
+    NodeNotAsked(Refusal),
 }
 
 /// One daemon, or the daemons of a cluster of which one is asked; cheap to clone. Connects when it is first asked, and again
@@ -122,13 +131,22 @@ impl Daemon {
     }
 
     /// Deletes a volume; one that is not there is fine.
-    pub async fn delete(&self, id: Uuid) -> Result<(), Refusal> {
+    pub async fn delete(&self, id: Uuid) -> Result<Deletion, Refusal> {
         let request = admin::DeleteVolumeRequest {
             volume: id.to_string(),
         };
-        match ask!(self, LONG_CALL_LIMIT, delete_volume, request) {
-            Err(refusal) if refusal.class != Class::NotFound => Err(refusal),
-            _ => Ok(()),
+        let (door, mut client) = self.doors.present();
+        let answer = client.delete_volume(asking(request, LONG_CALL_LIMIT)).await;
+        let Err(status) = answer else {
+            return Ok(Deletion::Done);
+        };
+        let refusal = self.refusal(door, &status);
+        if status.metadata().contains_key(NODE_NOT_ASKED) {
+            Ok(Deletion::NodeNotAsked(refusal))
+        } else if refusal.class == Class::NotFound {
+            Ok(Deletion::Done)
+        } else {
+            Err(refusal)
         }
     }
 

@@ -4,18 +4,52 @@ use std::time::Duration;
 
 use ashlar_core::records::MemberState;
 use ashlar_core::units::NodeId;
+use ashlar_proto::NODE_NOT_ASKED;
 use ashlar_proto::admin::admin_client::AdminClient;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::service::{Service, refused};
 use crate::volumes::VolumeError;
 
 /// On a call that was passed on; it goes no further.
 const PASSED_ON: &str = "ashlar-passed-on";
-/// How long the other node may take to connect, and to answer.
+/// How long the other node may take to be reached.
+const REACH: Duration = Duration::from_secs(5);
+/// How long it may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The node of a head, reached.
+pub(super) struct HeadNode {
+    pub(super) client: AdminClient<Channel>,
+    node: NodeId,
+}
+
+impl HeadNode {
+    /// What it answered. A call that broke off may have been carried out.
+    pub(super) fn answer<T>(
+        &self,
+        answer: Result<Response<T>, Status>,
+    ) -> Result<Response<T>, Status> {
+        answer.map_err(|status| {
+            let broke_off = std::error::Error::source(&status).is_some()
+                || matches!(
+                    status.code(),
+                    Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded
+                );
+            if broke_off {
+                Status::aborted(format!(
+                    "node {}, which serves the volume, was asked and has not answered ({}); it may still do it: look, and ask again",
+                    self.node.0,
+                    status.message()
+                ))
+            } else {
+                status
+            }
+        })
+    }
+}
 
 /// A call for the node of the head.
 pub(super) fn passed_on<T>(message: T) -> Request<T> {
@@ -27,12 +61,12 @@ pub(super) fn passed_on<T>(message: T) -> Request<T> {
 
 impl Service {
     /// The node to ask instead, when this one refused a call for no other reason than that another one's head has the volume.
-    /// What else was refused stays so. UNAVAILABLE when that node cannot be asked.
+    /// What else was refused stays so. See [`NODE_NOT_ASKED`].
     pub(super) async fn ask_instead(
         &self,
         metadata: &MetadataMap,
         refusal: VolumeError,
-    ) -> Result<AdminClient<Channel>, Status> {
+    ) -> Result<HeadNode, Status> {
         let (VolumeError::Elsewhere { node, .. } | VolumeError::OneCopyElsewhere { node, .. }) =
             refusal
         else {
@@ -41,10 +75,16 @@ impl Service {
         if metadata.contains_key(PASSED_ON) {
             return Err(refused(refusal));
         }
-        let reached = self.reach(node).await;
-        reached.map_err(|reason| {
-            Status::unavailable(format!("that node cannot be asked ({reason}); {refusal}"))
-        })
+        match self.reach(node).await {
+            Ok(client) => Ok(HeadNode { client, node }),
+            Err(reason) => {
+                let text = format!("that node cannot be asked ({reason}); {refusal}");
+                let mut status = Status::failed_precondition(text);
+                let yes = MetadataValue::from_static("1");
+                status.metadata_mut().insert(NODE_NOT_ASKED, yes);
+                Err(status)
+            }
+        }
     }
 
     async fn reach(&self, node: NodeId) -> Result<AdminClient<Channel>, String> {
@@ -59,6 +99,9 @@ impl Service {
             .address
             .ok_or("it has told no address of its admin interface")?;
         let channel = cluster.identity.channel(node, &address, PATIENCE);
-        Ok(AdminClient::new(channel.await?))
+        let reached = tokio::time::timeout(REACH, channel).await;
+        let channel =
+            reached.map_err(|_| format!("it did not answer within {} s", REACH.as_secs()))?;
+        Ok(AdminClient::new(channel?))
     }
 }

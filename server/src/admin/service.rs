@@ -209,15 +209,21 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::DeleteVolumeRequest>,
     ) -> Answer<admin::DeleteVolumeResponse> {
-        let (metadata, _, message) = request.into_parts();
+        let (metadata, _, mut message) = request.into_parts();
         let reference = Service::reference(&message.volume)?;
-        match self.services()?.volumes.delete(&reference).await {
+        let volumes = &self.services()?.volumes;
+        // A name may mean another volume by the time it is passed on.
+        if let Ok(found) = volumes.get(&reference) {
+            message.volume = found.record.id.0.to_string();
+        }
+        match volumes.delete(&reference).await {
             Ok(VolumeId(id)) => Ok(Response::new(admin::DeleteVolumeResponse {
                 id: id.to_string(),
             })),
             Err(refusal) => {
                 let mut node = self.ask_instead(&metadata, refusal).await?;
-                node.delete_volume(forward::passed_on(message)).await
+                let answer = node.client.delete_volume(forward::passed_on(message)).await;
+                node.answer(answer)
             }
         }
     }
@@ -226,16 +232,20 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::SetVolumeRequest>,
     ) -> Answer<admin::SetVolumeResponse> {
-        let (metadata, _, message) = request.into_parts();
+        let (metadata, _, mut message) = request.into_parts();
         let asked = request::SetVolume::try_from(message.clone())?;
         let services = self.services()?;
+        if let Ok(found) = services.volumes.get(&asked.volume.to_string()) {
+            message.volume = found.record.id.0.to_string();
+        }
         match Service::set(services, &asked).await {
             Ok(view) => Ok(Response::new(admin::SetVolumeResponse {
                 volume: Some(Service::volume(services, &view).await),
             })),
             Err(refusal) => {
                 let mut node = self.ask_instead(&metadata, refusal).await?;
-                node.set_volume(forward::passed_on(message)).await
+                let answer = node.client.set_volume(forward::passed_on(message)).await;
+                node.answer(answer)
             }
         }
     }

@@ -318,8 +318,12 @@ impl DataThread {
         if is_wanted || !volume.connections.is_empty() || volume.unlocked > 0 {
             return;
         }
-        // A head that is at its end gives no ranges back.
-        let is_idle = volume.head_ended || volume.head.admission().is_idle();
+        // A head that is at its end gives no ranges back, and one with replicas has jobs of its own, which end with it.
+        let is_idle = volume.head_ended
+            || match self.replicated(key) {
+                Some(volume) => self.requests_of(volume).is_empty(),
+                None => volume.head.admission().is_idle(),
+            };
         if !is_idle || !self.replication_may_close(key) {
             return;
         }
@@ -363,8 +367,11 @@ impl DataThread {
     fn renew_epoch(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), DataError> {
         let key = self.volume_key(id)?;
         let volume = &mut self.volumes[key];
+        // One with replicas raises its epoch itself.
+        let VolumeHead::Single(head) = &mut volume.head else {
+            return Ok(());
+        };
         // A volume that was opened again meanwhile has a newer one.
-        let head = volume.head.admission_mut();
         if epoch > head.epoch() {
             head.renew_epoch(epoch);
             volume.spec.epoch = epoch;

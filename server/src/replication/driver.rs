@@ -1,6 +1,6 @@
 //! Does what the data threads ask, and answers them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +19,8 @@ use crate::meta::{self, MetadataError, MetadataStore, Outcome};
 /// Until something that failed is tried again: first, and at most.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
+/// Until a seal that could not be kept is tried again.
+const KEEP_AGAIN: Duration = Duration::from_secs(5);
 
 /// What the volume service has to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,18 +251,38 @@ async fn read_record(plane: DataPlane, records: Arc<dyn MetadataStore>, volume: 
     }
 }
 
-/// One after the other, so that a later seal is never overtaken by an earlier one.
+/// One after the other, so that a later seal is never overtaken by an earlier one. What cannot be kept is tried again until it is, or
+/// a later one takes its place: a seal may say of a copy what nobody will say again.
 async fn keep_seals(
     plane: DataPlane,
     seals: Seals,
     mut wanted: mpsc::UnboundedReceiver<(VolumeId, StoreId, u64, Seal)>,
 ) {
-    while let Some((volume, store, serial, seal)) = wanted.recv().await {
-        match seals.keep(volume, store, seal).await {
-            Ok(()) => plane.persisted(volume, store, serial),
-            // Not answered, the head will look for another replica, or wait.
-            Err(error) => {
-                tracing::error!(volume = %volume.0, store = %store.0, %error, "the seal of a replica cannot be kept; it follows no head until it can");
+    let mut failed = BTreeMap::new();
+    loop {
+        let next = if failed.is_empty() {
+            Ok(wanted.recv().await)
+        } else {
+            tokio::time::timeout(KEEP_AGAIN, wanted.recv()).await
+        };
+        let due = match next {
+            Ok(None) => return,
+            Ok(Some((volume, store, serial, seal))) => {
+                BTreeMap::from([((volume, store), (serial, seal))])
+            }
+            Err(_) => std::mem::take(&mut failed),
+        };
+        for ((volume, store), (serial, seal)) in due {
+            match seals.keep(volume, store, seal).await {
+                Ok(()) => {
+                    failed.remove(&(volume, store));
+                    plane.persisted(volume, store, serial);
+                }
+                // Not answered, the head will look for another replica, or wait.
+                Err(error) => {
+                    tracing::error!(volume = %volume.0, store = %store.0, %error, "the seal of a replica cannot be kept; it follows no head until it can");
+                    failed.insert((volume, store), (serial, seal));
+                }
             }
         }
     }

@@ -124,12 +124,14 @@ impl Volumes {
                 connections,
             } => Ok(configure(
                 &self.reread(id).await?,
+                self.head.node,
                 read_only,
                 write_through,
                 connections,
             )?),
             Change::BeginDelete { id, connections } => {
-                Ok(begin_delete(&self.reread(id).await?, connections)?)
+                let current = self.reread(id).await?;
+                Ok(begin_delete(&current, self.head.node, connections)?)
             }
             Change::Claim { id } => {
                 let current = self.reread(id).await?;

@@ -4,7 +4,7 @@ use ashlar_core::placement::TooFewNodes;
 use ashlar_core::records::{
     AnnotationsError, AnnotationsMoved, COPIES_MAX, ClaimError, ClientNodeError, ClientNodeId,
     ConfigureError, CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError,
-    NameError, PublishError, RenameError, ResizeError, SizeError, UnpublishError,
+    NameError, PublishError, RenameError, ResizeError, ServedElsewhere, SizeError, UnpublishError,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
@@ -41,10 +41,10 @@ pub enum VolumeError {
     Resize(#[from] ResizeError),
     /// A change of settings was refused.
     #[error(transparent)]
-    Configure(#[from] ConfigureError),
+    Configure(ConfigureError),
     /// A deletion was refused.
     #[error(transparent)]
-    Delete(#[from] DeleteError),
+    Delete(DeleteError),
     /// A publication was refused.
     #[error(transparent)]
     Publish(#[from] PublishError),
@@ -169,14 +169,38 @@ fn at(address: &Option<String>) -> String {
         .map_or_else(String::new, |address| format!(" ({address})"))
 }
 
+impl From<ServedElsewhere> for VolumeError {
+    fn from(ServedElsewhere { name, node }: ServedElsewhere) -> VolumeError {
+        VolumeError::Elsewhere {
+            reference: name.to_string(),
+            node,
+        }
+    }
+}
+
 impl From<UnpublishError> for VolumeError {
     fn from(error: UnpublishError) -> VolumeError {
         match error {
             UnpublishError::Claim(error) => error.into(),
-            UnpublishError::ClaimedElsewhere { name, node } => VolumeError::Elsewhere {
-                reference: name.to_string(),
-                node,
-            },
+            UnpublishError::Elsewhere(elsewhere) => elsewhere.into(),
+        }
+    }
+}
+
+impl From<ConfigureError> for VolumeError {
+    fn from(error: ConfigureError) -> VolumeError {
+        match error {
+            ConfigureError::Elsewhere(elsewhere) => elsewhere.into(),
+            refused => VolumeError::Configure(refused),
+        }
+    }
+}
+
+impl From<DeleteError> for VolumeError {
+    fn from(error: DeleteError) -> VolumeError {
+        match error {
+            DeleteError::Elsewhere(elsewhere) => elsewhere.into(),
+            refused => VolumeError::Delete(refused),
         }
     }
 }

@@ -6,20 +6,27 @@ use std::time::Duration;
 
 use ashlar_core::diagnosis::events::Occurrence;
 use ashlar_core::records::{
-    Record, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
+    MemberState, Record, Transaction, Versioned, VolumeRecord, VolumeState, finish_delete, keys,
 };
 use ashlar_core::units::{NodeId, VolumeId};
 
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
 use super::{HostError, Serving, VolumeError, Volumes};
+use crate::identity;
 use crate::meta::{Batch, Change, Outcome, WatchEnd};
 
 /// Until a watch that ended begins anew.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Until a deletion that failed, or that waits for another node, is looked at again.
+const BURY_AGAIN: Duration = Duration::from_secs(10);
 
 impl Volumes {
     /// Follows the records that other daemons change.
     pub(super) fn follow_records(self: &Arc<Self>) {
         tokio::spawn(follow(Arc::downgrade(self)));
+        tokio::spawn(bury(Arc::downgrade(self), Arc::clone(&self.burials)));
     }
 
     async fn follow_once(self: &Arc<Self>) -> Result<(), VolumeError> {
@@ -116,12 +123,7 @@ impl Volumes {
             });
         }
         if is_deleting {
-            let service = Arc::clone(self);
-            tokio::spawn(async move {
-                if let Err(error) = service.drop_replicas(id).await {
-                    tracing::error!(id = %id.0, %error, "the replicas of a deleted volume could not be dropped");
-                }
-            });
+            self.burials.notify_one();
         }
     }
 
@@ -139,58 +141,118 @@ impl Volumes {
         }
     }
 
-    /// Drops what this daemon has of a volume that is being deleted.
+    /// Drops what this daemon has of a volume that is being deleted, and the record when every node that had a copy has dropped
+    /// it, whichever of them is the last; one that was removed from the cluster counts as well. Repeated until the record is gone.
+    /// The volume's lock is held.
     pub(super) async fn drop_replicas(&self, id: VolumeId) -> Result<(), VolumeError> {
         let Some(entry) = self.catalog().get(id).cloned() else {
             return Ok(());
         };
-        match self.host.close_volume(id).await {
-            Ok(()) | Err(HostError::NotOpen) => {}
-            Err(source) => {
-                return Err(VolumeError::Host {
-                    reference: id.0.to_string(),
-                    source,
-                });
-            }
-        }
-        self.host.forget_replicas(id).await;
         let record = &entry.current.record;
-        for layer in &record.layers {
-            let dropped = self.host.delete_layer(*layer).await;
-            dropped.map_err(|source| VolumeError::Host {
-                reference: id.0.to_string(),
-                source,
-            })?;
+        let mut dropped = self.dropped(id).await?;
+        if !dropped.contains(&self.head.node) {
+            self.drop_own(record).await?;
+            let mine = Transaction::new()
+                .when_unchanged(keys::volume(id), entry.current.changed_at)
+                .put(keys::dropped(id, self.head.node), b"{}".to_vec());
+            if self.store.commit(mine).await? == Outcome::Conflict {
+                return Err(VolumeError::Contended);
+            }
+            dropped = self.dropped(id).await?;
         }
-        // The record goes when every node that had a copy has dropped it, whichever of them is the last.
-        let mine = Transaction::new().put(keys::dropped(id, self.head.node), b"{}".to_vec());
-        self.store.commit(mine).await?;
-        let dropped = self.store.list(&keys::dropped_by(id)).await?.entries;
         let sets = record.placement.sets.iter();
-        let mut holders = sets
+        let holders: BTreeSet<NodeId> = sets
             .flat_map(|set| &set.replicas)
-            .map(|replica| replica.node);
-        let has_dropped = |node: NodeId| {
-            let key = keys::dropped(id, node);
-            dropped.iter().any(|entry| entry.key == key)
+            .map(|replica| replica.node)
+            .collect();
+        for node in holders {
+            if !dropped.contains(&node) && !self.is_removed(node).await? {
+                return Ok(());
+            }
+        }
+        let tombstone = match self.reread(id).await {
+            // Another node saw that it was the last, too.
+            Err(VolumeError::NotFound { .. }) => {
+                self.gone(id);
+                return Ok(());
+            }
+            read => read?,
         };
-        if holders.all(has_dropped) {
-            let tombstone = match self.reread(id).await {
-                // Another node saw that it was the last, too.
-                Err(VolumeError::NotFound { .. }) => return Ok(()),
-                read => read?,
-            };
-            let mut transaction = finish_delete(&tombstone);
-            for entry in &dropped {
-                transaction = transaction.delete(entry.key.clone());
-            }
-            if let Outcome::Committed(_) = self.store.commit(transaction).await? {
-                self.catalog().remove(id);
-                tracing::info!(volume = %record.name, id = %id.0, "volume deleted");
-                self.events.tell_of(record, None, Occurrence::VolumeDeleted);
-            }
+        let mut transaction = finish_delete(&tombstone);
+        for node in dropped {
+            transaction = transaction.delete(keys::dropped(id, node));
+        }
+        if let Outcome::Committed(_) = self.store.commit(transaction).await? {
+            self.catalog().remove(id);
+            tracing::info!(volume = %record.name, id = %id.0, "volume deleted");
+            self.events.tell_of(record, None, Occurrence::VolumeDeleted);
         }
         Ok(())
+    }
+
+    async fn drop_own(&self, record: &VolumeRecord) -> Result<(), VolumeError> {
+        let failed = |source| VolumeError::Host {
+            reference: record.id.0.to_string(),
+            source,
+        };
+        match self.host.close_volume(record.id).await {
+            Ok(()) | Err(HostError::NotOpen) => {}
+            Err(source) => return Err(failed(source)),
+        }
+        self.host.forget_replicas(record.id).await;
+        for layer in &record.layers {
+            self.host.delete_layer(*layer).await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    async fn is_removed(&self, node: NodeId) -> Result<bool, VolumeError> {
+        let member = identity::member(&*self.store, node).await?;
+        Ok(member.is_some_and(|member| member.record.state == MemberState::Removed))
+    }
+
+    /// Volumes with replicas that are being deleted.
+    fn deleting(&self) -> Vec<VolumeId> {
+        let records = self.records().into_iter().map(|current| current.record);
+        records
+            .filter(|record| {
+                record.state == VolumeState::Deleting && record.placement.is_replicated()
+            })
+            .map(|record| record.id)
+            .collect()
+    }
+
+    async fn bury_one(&self, id: VolumeId) {
+        let buried = match self.lock_volume(&id.0.to_string()).await {
+            Ok((_, _guard)) => self.drop_replicas(id).await,
+            Err(VolumeError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = buried {
+            tracing::warn!(id = %id.0, %error, "the copies of a deleted volume could not be dropped; trying again");
+        }
+    }
+}
+
+/// Carries deletions to their end as long as the daemon lives: whatever fails may pass, and other nodes may be away.
+async fn bury(service: Weak<Volumes>, wanted: Arc<Notify>) {
+    while let Some(volumes) = service.upgrade() {
+        if volumes.is_draining() {
+            return;
+        }
+        let mut burials = JoinSet::new();
+        for id in volumes.deleting() {
+            let volumes = Arc::clone(&volumes);
+            burials.spawn(async move { volumes.bury_one(id).await });
+        }
+        while burials.join_next().await.is_some() {}
+        let are_left = !volumes.deleting().is_empty();
+        drop(volumes);
+        if are_left {
+            let _ = tokio::time::timeout(BURY_AGAIN, wanted.notified()).await;
+        } else {
+            wanted.notified().await;
+        }
     }
 }
 

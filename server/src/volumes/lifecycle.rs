@@ -120,32 +120,28 @@ impl Volumes {
         read_only: Option<bool>,
         write_through: Option<bool>,
     ) -> Result<VolumeView, VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
-        if configure(&before, read_only, write_through, 0)?.is_some() {
-            self.is_here(&before)?;
+        let (known, _guard) = self.lock_volume(reference).await?;
+        let id = known.record.id;
+        // The catalog may be behind what another node made of it.
+        let before = self.reread(id).await?;
+        if configure(&before, self.head.node, read_only, write_through, 0)?.is_some() {
             let connections = self.close(id).await?;
             if connections == 0 {
                 let closed = Serving::No("its settings are being changed".to_owned());
-                self.catalog().put(before.clone(), closed);
+                self.catalog().put(before, closed);
             }
-            let decided = self
-                .change(&Change::Configure {
-                    id,
-                    read_only,
-                    write_through,
-                    connections,
-                })
-                .await;
-            // Refused or not, a volume that was closed for this is served again.
-            let current = match &decided {
-                Ok(Some(configured)) => configured.clone(),
-                Ok(None) | Err(_) => before,
+            let change = Change::Configure {
+                id,
+                read_only,
+                write_through,
+                connections,
             };
-            let reopened = if connections == 0 {
-                self.serve(current).await
-            } else {
-                Ok(())
+            let decided = self.change(&change).await;
+            // Refused or not, a volume that was closed for this is served again.
+            let reopened = match &decided {
+                _ if connections > 0 => Ok(()),
+                Ok(Some(configured)) => self.serve(configured.clone()).await,
+                Ok(None) | Err(_) => self.serve_again(id).await,
             };
             decided?;
             reopened?;
@@ -154,15 +150,15 @@ impl Volumes {
     }
 
     pub(super) async fn delete_now(&self, reference: &str) -> Result<VolumeId, VolumeError> {
-        let (before, _guard) = self.lock_volume(reference).await?;
-        let id = before.record.id;
+        let (known, _guard) = self.lock_volume(reference).await?;
+        let id = known.record.id;
+        // The catalog may be behind what another node made of it.
+        let before = self.reread(id).await?;
         if before.record.state == VolumeState::Active {
-            self.is_here(&before)?;
             // One that is published stays open: its node may be on its way back to it.
-            begin_delete(&before, 0)?;
+            begin_delete(&before, self.head.node, 0)?;
             let connections = self.close(id).await?;
-            let decided = self.change(&Change::BeginDelete { id, connections }).await;
-            match decided {
+            match self.change(&Change::BeginDelete { id, connections }).await {
                 Ok(Some(tombstone)) => {
                     tracing::info!(volume = %tombstone.record.name, id = %id.0, "volume deletion began");
                     self.catalog()
@@ -171,7 +167,7 @@ impl Volumes {
                 Ok(None) => {}
                 Err(error) => {
                     if connections == 0
-                        && let Err(error) = self.serve(before).await
+                        && let Err(error) = self.serve_again(id).await
                     {
                         tracing::error!(volume = reference, %error, "a volume whose deletion was refused could not be opened again");
                     }
@@ -183,12 +179,28 @@ impl Volumes {
         Ok(id)
     }
 
+    /// Serves a volume that was closed for a change that came to nothing, unless another node has it by now.
+    async fn serve_again(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let current = self.reread(id).await?;
+        let record = &current.record;
+        let is_elsewhere = record.placement.is_replicated()
+            && record.head.is_some_and(|head| head.node != self.head.node);
+        if is_elsewhere {
+            let serving = Serving::elsewhere(record);
+            self.catalog().put(current, serving);
+            return Ok(());
+        }
+        self.serve(current).await
+    }
+
     /// Drops the layers of a tombstone, then the tombstone.
     pub(super) async fn bury(&self, id: VolumeId) -> Result<(), VolumeError> {
         let Some(entry) = self.catalog().get(id).cloned() else {
             return Ok(());
         };
         if entry.current.record.placement.is_replicated() {
+            // Other nodes may be away.
+            self.burials.notify_one();
             return self.drop_replicas(id).await;
         }
         let name = entry.current.record.name.to_string();

@@ -99,6 +99,8 @@ pub struct Volumes {
     heard: Mutex<BTreeMap<NodeId, bool>>,
     /// Told whenever serving a volume begins or ends.
     served: tokio::sync::watch::Sender<()>,
+    /// Told whenever a volume with replicas is to be deleted.
+    burials: Arc<tokio::sync::Notify>,
     /// Layers found in stores that no record names.
     unknown_layers: Mutex<Vec<LayerId>>,
     /// What the stores held at the start, and the highest epoch of each.
@@ -135,6 +137,7 @@ impl Volumes {
             is_shared,
             heard: Mutex::default(),
             served: tokio::sync::watch::Sender::new(()),
+            burials: Arc::default(),
             unknown_layers: Mutex::default(),
             written: Mutex::default(),
             draining: AtomicBool::new(false),
@@ -368,10 +371,11 @@ impl Volumes {
     /// Replaces the record in the catalog, as a change that does not touch serving does.
     fn update(&self, current: Versioned<VolumeRecord>) {
         let mut catalog = self.catalog();
-        if let Some(serving) = catalog
-            .get(current.record.id)
-            .map(|entry| entry.serving.clone())
+        // A watch may have been quicker with what came after it.
+        if let Some(known) = catalog.get(current.record.id)
+            && known.current.changed_at <= current.changed_at
         {
+            let serving = known.serving.clone();
             catalog.put(current, serving);
         }
     }

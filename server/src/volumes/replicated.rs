@@ -14,25 +14,6 @@ use crate::data::{ReplicatedSpec, ReplicationStatus};
 const OPENING_TIME: Duration = Duration::from_secs(15);
 
 impl Volumes {
-    /// Whether a volume may be changed here in a way that takes its head's clients away.
-    pub(super) fn is_here(&self, current: &Versioned<VolumeRecord>) -> Result<(), VolumeError> {
-        let record = &current.record;
-        let is_served = self.is_open(record.id);
-        match record.head {
-            Some(head)
-                if record.placement.is_replicated()
-                    && !is_served
-                    && head.node != self.head.node =>
-            {
-                Err(VolumeError::Elsewhere {
-                    reference: record.name.to_string(),
-                    node: head.node,
-                })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Has a head claim a volume and serve it; the catalog says when it does. One that is about to is left to it.
     pub(super) async fn open_replicated(
         &self,

@@ -242,10 +242,10 @@ impl Volumes {
 
     pub(super) fn resume_deletions(self: &Arc<Self>) {
         let all = self.catalog().all();
-        for entry in all
-            .into_iter()
-            .filter(|entry| entry.current.record.state == VolumeState::Deleting)
-        {
+        for entry in all.into_iter().filter(|entry| {
+            let record = &entry.current.record;
+            record.state == VolumeState::Deleting && !record.placement.is_replicated()
+        }) {
             let service = Arc::clone(self);
             tokio::spawn(async move {
                 let _guard = entry.changing.lock().await;

@@ -291,7 +291,7 @@ impl Cause {
             Cause::Deleting { waiting_for } => waiting_for
                 .iter()
                 .filter(|(_, answers)| !answers)
-                .map(|(node, _)| format!("start {node}: it drops its copy then, and the record goes"))
+                .map(|(node, _)| format!("start {node}: it drops its copy then, and the record goes; or, if it is lost for good, `ashlar node remove {}`", node.id.0))
                 .collect(),
             Cause::MetadataAway { .. } => one(
                 "bring the metadata store back; of etcd a majority of its members is enough".to_owned(),

@@ -7,7 +7,7 @@ use super::{
     Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
     VolumeState, default_min_in_sync, first_annotations, keys,
 };
-use crate::units::{Epoch, LayerId, VolumeId};
+use crate::units::{Epoch, LayerId, NodeId, VolumeId};
 
 /// A volume to create. The id was drawn by the caller, who can therefore tell, when the outcome of the transaction is
 /// unknown, whether it happened: the record of that id is there or it is not.
@@ -63,6 +63,9 @@ pub enum CreateError {
     /// All 2^64 layer ids are used.
     #[error("every layer id has been given out; no volume can be created any more")]
     LayersExhausted,
+    /// See [`ServedElsewhere`].
+    #[error(transparent)]
+    Elsewhere(#[from] ServedElsewhere),
     /// See [`MinInSyncError`].
     #[error(transparent)]
     MinInSync(#[from] MinInSyncError),
@@ -342,6 +345,29 @@ pub fn resize(
     Ok(Some((grown, transaction)))
 }
 
+/// Another node's head has the volume: it alone knows who is connected, and decides what depends on that.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("volume {name} is served by node {}", node.0)]
+pub struct ServedElsewhere {
+    /// Its name.
+    pub name: VolumeName,
+    /// That node.
+    pub node: NodeId,
+}
+
+/// Of a volume with replicas, whether `node` decides.
+pub(super) fn check_decides(record: &VolumeRecord, node: NodeId) -> Result<(), ServedElsewhere> {
+    match record.head {
+        Some(head) if record.placement.is_replicated() && head.node != node => {
+            Err(ServedElsewhere {
+                name: record.name.clone(),
+                node: head.node,
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Why a volume's settings are not changed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigureError {
@@ -400,9 +426,11 @@ pub fn set_min_in_sync(
     Ok(Some((changed, transaction)))
 }
 
-/// Decides a change of settings; `None` leaves one as it is. Answers `None` when nothing would change.
+/// Decides a change of settings by `node`, which counted the connections; `None` leaves one as it is. Answers `None` when nothing
+/// would change.
 pub fn configure(
     current: &Versioned<VolumeRecord>,
+    node: NodeId,
     read_only: Option<bool>,
     write_through: Option<bool>,
     connections: u32,
@@ -421,6 +449,7 @@ pub fn configure(
     if configured == *record {
         return Ok(None);
     }
+    check_decides(record, node)?;
     if let Some(publication) = record.publications.first() {
         return Err(ConfigureError::Published {
             name: record.name.clone(),
@@ -460,19 +489,24 @@ pub enum DeleteError {
         /// To whom.
         node: ClientNodeId,
     },
+    /// See [`ServedElsewhere`].
+    #[error(transparent)]
+    Elsewhere(#[from] ServedElsewhere),
 }
 
-/// Decides the first half of a deletion: the volume becomes a tombstone and its name is free. `None`: it is one
+/// Decides the first half of a deletion, by `node`, which counted the connections: the volume becomes a tombstone and its name is free. `None`: it is one
 /// already. The tombstone goes ([`finish_delete`]) when the stores have dropped its layers, so a deletion that was cut
 /// short is taken up again at the next start.
 pub fn begin_delete(
     current: &Versioned<VolumeRecord>,
+    node: NodeId,
     connections: u32,
 ) -> Result<Option<(VolumeRecord, Transaction)>, DeleteError> {
     let record = &current.record;
     if record.state == VolumeState::Deleting {
         return Ok(None);
     }
+    check_decides(record, node)?;
     if let Some(publication) = record.publications.first() {
         return Err(DeleteError::Published {
             name: record.name.clone(),

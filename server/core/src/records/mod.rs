@@ -30,8 +30,8 @@ pub use annotations::{
 };
 pub use change::{
     ClaimError, ConfigureError, CreateError, Creation, DeleteError, MinInSyncError, NewVolume,
-    RenameError, ResizeError, begin_delete, claim, configure, create, finish_delete,
-    pass_over_layers, rename, resize, set_min_in_sync,
+    RenameError, ResizeError, ServedElsewhere, begin_delete, claim, configure, create,
+    finish_delete, pass_over_layers, rename, resize, set_min_in_sync,
 };
 pub use client_node::{
     ClientNodeError, ClientNodeId, ClientNodeRecord, register_node, unregister_node,

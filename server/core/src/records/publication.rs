@@ -6,13 +6,13 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::change::{ClaimError, claim, rewrite};
+use super::change::{ClaimError, ServedElsewhere, check_decides, claim, rewrite};
 use super::{
     ClientNodeId, ClientNodeRecord, HeadClaim, Transaction, Versioned, VolumeName, VolumeRecord,
     VolumeState, keys,
 };
 use crate::nbd::session::Admitted;
-use crate::units::{Epoch, ExportToken, NodeId, VolumeId};
+use crate::units::{Epoch, ExportToken, VolumeId};
 
 /// Most nodes a volume is published to: enough for any fleet of readers that one head serves, and a record of them
 /// stays far below the metadata store's bound.
@@ -203,14 +203,9 @@ pub enum UnpublishError {
     /// It cannot be claimed.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// Another node's head has the volume, and is to be fenced first.
-    #[error("volume {name} was claimed by node {} meanwhile; try again", node.0)]
-    ClaimedElsewhere {
-        /// Its name.
-        name: VolumeName,
-        /// That node.
-        node: NodeId,
-    },
+    /// See [`ServedElsewhere`]; that head is to be fenced first.
+    #[error(transparent)]
+    Elsewhere(#[from] ServedElsewhere),
 }
 
 /// Decides the end of one node's publication, or of all, under a new epoch. `None`: there is nothing to end. `head` and
@@ -230,14 +225,7 @@ pub fn unpublish(
         return Ok(None);
     }
     if record.placement.is_replicated() {
-        if let Some(serving) = record.head
-            && serving.node != head.node
-        {
-            return Err(UnpublishError::ClaimedElsewhere {
-                name: record.name,
-                node: serving.node,
-            });
-        }
+        check_decides(&record, head.node)?;
         // Its head alone raises the epoch; ending the connections of the token is what fences the node.
         let transaction = super::change::rewrite(current, &record);
         return Ok(Some((record, transaction)));

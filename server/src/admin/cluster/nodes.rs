@@ -127,7 +127,10 @@ impl ClusterServices {
                 .iter()
                 .filter_map(|store| owner.get(store).copied())
                 .collect();
-            let replicas = volume.placement.sets.iter().flat_map(|set| &set.replicas);
+            // What is left of a deleted volume goes with its node.
+            let sets = volume.placement.sets.iter();
+            let sets = sets.filter(|_| volume.state == VolumeState::Active);
+            let replicas = sets.flat_map(|set| &set.replicas);
             let mut copied: Vec<NodeId> = replicas.map(|replica| replica.node).collect();
             for node in &copied {
                 holdings.entry(*node).or_default().copies += 1;

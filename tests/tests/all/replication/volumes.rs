@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ashlar_tests::cluster::Trio;
+use ashlar_tests::daemon::Setup;
 use ashlar_tests::nbd::{Wishes, wire};
 use ashlar_tests::wait;
 
@@ -108,6 +109,45 @@ fn a_volume_whose_node_cannot_be_asked_is_deleted_once_it_is_taken_over() {
     let admin = trio.nodes[1].daemon.admin();
     admin.run(["volume", "delete", "disk", "--yes"]);
     trio.nodes[0].daemon.start();
+    (0..3).for_each(|at| wait_gone(&trio, at));
+}
+
+#[test]
+fn a_node_that_is_lost_keeps_no_deleted_volume() {
+    let mut trio = Trio::start("delete-gone");
+    trio.expect_losses();
+    trio.create("disk", "64MiB");
+    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
+    client.write(0, &vec![1; 8 << 20]).expect("written");
+    client.disconnect().expect("left");
+    let lost = trio.nodes[2].id();
+    trio.nodes[2].daemon.kill();
+    let admin = trio.nodes[0].daemon.admin();
+    admin.run(["volume", "delete", "disk", "--yes"]);
+    admin.run(["node", "remove", &lost]);
+    (0..2).for_each(|at| wait_gone(&trio, at));
+}
+
+#[test]
+fn a_volume_is_deleted_while_a_copy_is_brought_up_to_date() {
+    let mut trio = Trio::with("delete-filling", || {
+        Setup::default().args(["--fill-rate", "1MiB"])
+    });
+    trio.expect_losses();
+    trio.create("disk", "64MiB");
+    trio.nodes[2].daemon.kill();
+    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
+    for at in 0..32 {
+        client.write(at << 20, &vec![1; 1 << 20]).expect("written");
+    }
+    client.disconnect().expect("left");
+    trio.nodes[2].daemon.start();
+    wait::until(LONG, "the copy is being filled", || match held(&trio, 2) {
+        bytes if bytes >= 1e6 => Ok(()),
+        bytes => Err(format!("{bytes} bytes")),
+    });
+    let admin = trio.nodes[0].daemon.admin();
+    admin.run(["volume", "delete", "disk", "--yes"]);
     (0..3).for_each(|at| wait_gone(&trio, at));
 }
 

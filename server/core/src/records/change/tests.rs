@@ -211,7 +211,9 @@ fn two_creators_cannot_get_one_layer() {
 fn layers_are_not_reused_after_a_deletion() {
     let mut memory = Memory::default();
     let volume = created(&mut memory, 1, "a");
-    let (_, tombstone) = begin_delete(&volume, 0).expect("idle").expect("active");
+    let (_, tombstone) = begin_delete(&volume, head(1).node, 0)
+        .expect("idle")
+        .expect("active");
     assert!(memory.commit(&tombstone));
     let tombstone = memory
         .read::<VolumeRecord>(&keys::volume(volume.record.id))
@@ -318,13 +320,19 @@ fn rename_and_resize_refuse_what_they_must() {
 fn settings_change_only_while_nobody_is_connected() {
     let mut memory = Memory::default();
     let volume = created(&mut memory, 1, "a");
-    assert_eq!(configure(&volume, None, Some(false), 5), Ok(None));
+    assert_eq!(
+        configure(&volume, head(1).node, None, Some(false), 5),
+        Ok(None)
+    );
     let in_use = ConfigureError::InUse {
         name: name("a"),
         connections: 1,
     };
-    assert_eq!(configure(&volume, Some(true), None, 1), Err(in_use));
-    let (record, transaction) = configure(&volume, Some(true), Some(true), 0)
+    assert_eq!(
+        configure(&volume, head(1).node, Some(true), None, 1),
+        Err(in_use)
+    );
+    let (record, transaction) = configure(&volume, head(1).node, Some(true), Some(true), 0)
         .expect("idle")
         .expect("a change");
     assert!(record.read_only && record.write_through);
@@ -336,13 +344,15 @@ fn a_volume_in_use_is_not_deleted_and_a_tombstone_does_nothing_but_go() {
     let mut memory = Memory::default();
     let volume = created(&mut memory, 1, "a");
     assert_eq!(
-        begin_delete(&volume, 3),
+        begin_delete(&volume, head(1).node, 3),
         Err(DeleteError::InUse {
             name: name("a"),
             connections: 3
         })
     );
-    let (_, transaction) = begin_delete(&volume, 0).expect("idle").expect("active");
+    let (_, transaction) = begin_delete(&volume, head(1).node, 0)
+        .expect("idle")
+        .expect("active");
     assert!(memory.commit(&transaction));
     assert_eq!(
         memory.name_holder(&name("a")),
@@ -350,7 +360,7 @@ fn a_volume_in_use_is_not_deleted_and_a_tombstone_does_nothing_but_go() {
         "the name is free at once"
     );
     let tombstone = memory.volumes().remove(0);
-    assert_eq!(begin_delete(&tombstone, 0), Ok(None));
+    assert_eq!(begin_delete(&tombstone, head(1).node, 0), Ok(None));
     assert!(matches!(
         claim(&tombstone, head(1), Epoch(0)),
         Err(ClaimError::Deleting { .. })
@@ -413,7 +423,7 @@ proptest! {
                     .and_then(|v| claim(&v, head(number as u128), Epoch(0)).ok())
                     .map(|(_, transaction)| transaction),
                 Step::Delete { volume } => pick(volume)
-                    .and_then(|v| begin_delete(&v, 0).ok().flatten())
+                    .and_then(|v| begin_delete(&v, head(1).node, 0).ok().flatten())
                     .map(|(_, transaction)| transaction),
                 Step::Finish { volume } => pick(volume)
                     .filter(|v| v.record.state == VolumeState::Deleting)

@@ -137,14 +137,9 @@ fn taking_a_volume_back_raises_its_epoch_and_leaves_the_others() {
     );
 }
 
-/// A head elsewhere would go on letting in whom this takes away, until it heard of it.
-#[test]
-fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
+/// With one copy.
+fn read_replicated() -> Versioned<VolumeRecord> {
     let mut volume = read_volume();
-    for to in ["a", "b"] {
-        ask(&mut volume, to, AccessMode::MultiNodeReader, false).expect("published");
-    }
-    let [b, c] = ["b", "c"].map(|id| ClientNodeId::parse(id).expect("id"));
     let replica = Replica::in_sync(head().node, StoreId(Uuid::from_u128(7)));
     volume.record.placement = Placement {
         stores: Vec::new(),
@@ -152,6 +147,17 @@ fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
             replicas: vec![replica],
         }],
     };
+    volume
+}
+
+/// A head elsewhere would go on letting in whom this takes away, until it heard of it.
+#[test]
+fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
+    let mut volume = read_replicated();
+    for to in ["a", "b"] {
+        ask(&mut volume, to, AccessMode::MultiNodeReader, false).expect("published");
+    }
+    let [b, c] = ["b", "c"].map(|id| ClientNodeId::parse(id).expect("id"));
     let other = HeadClaim {
         node: NodeId(Uuid::from_u128(99)),
         ..head()
@@ -166,7 +172,7 @@ fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
                     (1, volume.record.epoch)
                 );
             }
-            Err(UnpublishError::ClaimedElsewhere { node, .. }) if !is_decided => {
+            Err(UnpublishError::Elsewhere(ServedElsewhere { node, .. })) if !is_decided => {
                 assert_eq!(node, other.node);
             }
             ended => panic!("{serving:?}: {ended:?}"),
@@ -180,10 +186,43 @@ fn a_volume_with_copies_is_taken_back_by_the_node_of_its_head_alone() {
 fn a_published_volume_is_neither_deleted_nor_reconfigured() {
     let mut volume = read_volume();
     ask(&mut volume, "a", AccessMode::SingleNodeWriter, false).expect("published");
-    let refusal = begin_delete(&volume, 0).expect_err("published").to_string();
+    let refusal = begin_delete(&volume, head().node, 0)
+        .expect_err("published")
+        .to_string();
     assert!(refusal.contains("node a"), "{refusal}");
-    assert!(configure(&volume, Some(true), None, 0).is_err());
-    assert_eq!(configure(&volume, Some(false), None, 0), Ok(None));
+    assert!(configure(&volume, head().node, Some(true), None, 0).is_err());
+    assert_eq!(
+        configure(&volume, head().node, Some(false), None, 0),
+        Ok(None)
+    );
+}
+
+#[test]
+fn whoever_is_not_the_head_neither_deletes_nor_reconfigures() {
+    let mut volume = read_replicated();
+    let node = head().node;
+    let other = NodeId(Uuid::from_u128(99));
+    for (serving, asked, is_decided) in [
+        (None, node, true),
+        (Some(head()), node, true),
+        (Some(head()), other, false),
+    ] {
+        volume.record.head = serving;
+        let elsewhere = ServedElsewhere {
+            name: volume.record.name.clone(),
+            node,
+        };
+        let deleted = begin_delete(&volume, asked, 0).map(|change| change.is_some());
+        let configured = configure(&volume, asked, Some(true), None, 0).map(|c| c.is_some());
+        if is_decided {
+            assert_eq!((deleted, configured), (Ok(true), Ok(true)));
+        } else {
+            assert_eq!(deleted, Err(elsewhere.clone().into()));
+            assert_eq!(configured, Err(elsewhere.into()));
+        }
+        // Nothing is to be changed: whoever serves it.
+        assert_eq!(configure(&volume, asked, Some(false), None, 0), Ok(None));
+    }
 }
 
 #[test]

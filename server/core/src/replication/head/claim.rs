@@ -197,6 +197,10 @@ impl ReplicatedHead {
     /// What became of a swap whose outcome was not known.
     fn look_up(&mut self, read: Versioned<VolumeRecord>, actions: &mut Vec<Action>) {
         let Some(swap) = &self.swap else { return };
+        if read.record.state == VolumeState::Deleting {
+            // Other nodes drop their copies by now.
+            return self.stop(StopReason::Deleted, actions);
+        }
         // No other head has this claim, and this one proposes one epoch at a time.
         if self.is_mine(&read.record) && read.record.epoch == swap.proposed.epoch {
             let is_last = read.record == *swap.proposed;
