@@ -63,9 +63,6 @@ pub enum CreateError {
     /// All 2^64 layer ids are used.
     #[error("every layer id has been given out; no volume can be created any more")]
     LayersExhausted,
-    /// See [`ServedElsewhere`].
-    #[error(transparent)]
-    Elsewhere(#[from] ServedElsewhere),
     /// See [`MinInSyncError`].
     #[error(transparent)]
     MinInSync(#[from] MinInSyncError),
@@ -397,6 +394,9 @@ pub enum ConfigureError {
         /// Its name.
         name: VolumeName,
     },
+    /// See [`ServedElsewhere`].
+    #[error(transparent)]
+    Elsewhere(#[from] ServedElsewhere),
     /// See [`MinInSyncError`].
     #[error(transparent)]
     MinInSync(#[from] MinInSyncError),

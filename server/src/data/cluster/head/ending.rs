@@ -115,7 +115,7 @@ impl DataThread {
     }
 
     /// Requests of a replicated volume in the table.
-    pub(in super::super) fn requests_of(&self, volume: VolumeRef) -> Vec<usize> {
+    pub(in crate::data) fn requests_of(&self, volume: VolumeRef) -> Vec<usize> {
         self.operations
             .iter()
             .filter_map(|(key, operation)| match operation {
