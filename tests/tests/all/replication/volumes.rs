@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use ashlar_tests::cluster::Trio;
-use ashlar_tests::daemon::Setup;
 use ashlar_tests::nbd::{Wishes, wire};
 use ashlar_tests::wait;
 
@@ -129,25 +128,28 @@ fn a_node_that_is_lost_keeps_no_deleted_volume() {
 }
 
 #[test]
-fn a_volume_is_deleted_while_a_copy_is_brought_up_to_date() {
-    let mut trio = Trio::with("delete-filling", || {
-        Setup::default().args(["--fill-rate", "1MiB"])
-    });
+fn volumes_are_deleted_while_copies_are_brought_up_to_date() {
+    let mut trio = Trio::start("delete-filling");
     trio.expect_losses();
-    trio.create("disk", "64MiB");
     trio.nodes[2].daemon.kill();
-    let mut client = trio.nodes[0].daemon.open("disk", Wishes::SIMPLE);
-    for at in 0..32 {
-        client.write(at << 20, &vec![1; 1 << 20]).expect("written");
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        trio.create(name, "64MiB");
+        let mut client = trio.nodes[0].daemon.open(name, Wishes::SIMPLE);
+        for at in 0..48 {
+            client.write(at << 20, &vec![1; 1 << 20]).expect("written");
+        }
+        client.disconnect().expect("left");
     }
-    client.disconnect().expect("left");
     trio.nodes[2].daemon.start();
-    wait::until(LONG, "the copy is being filled", || match held(&trio, 2) {
-        bytes if bytes >= 1e6 => Ok(()),
+    wait::until(LONG, "copies are being filled", || match held(&trio, 2) {
+        bytes if bytes >= 4e6 => Ok(()),
         bytes => Err(format!("{bytes} bytes")),
     });
-    let admin = trio.nodes[0].daemon.admin();
-    admin.run(["volume", "delete", "disk", "--yes"]);
+    for name in names {
+        let admin = trio.nodes[0].daemon.admin();
+        admin.run(["volume", "delete", name, "--yes"]);
+    }
     (0..3).for_each(|at| wait_gone(&trio, at));
 }
 
