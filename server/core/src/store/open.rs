@@ -304,6 +304,9 @@ impl Store {
             report.frames_from_tail = tail_frames.len() as u64;
             store.save_tail(disk, &tail_frames)?;
             disk.sync()?;
+            // Not before: each frame tells what was durable when it was built, and the next start believes it.
+            store.hot.durable_seq = store.hot.written_seq;
+            store.hot.durable_chain = store.hot.written_seq;
             // The log has everything now. Said before the tail is voided: a process that dies while it wipes the tail
             // must not leave a store that asks for a tail that is gone.
             let superblock = Superblock {
@@ -494,9 +497,6 @@ impl Store {
         self.hot.issued_seq = seq;
         self.hot.written_seq = seq;
         self.hot.reclaimed_seq = seq;
-        // Durable once the sync that follows is done, and nobody is answered before that.
-        self.hot.durable_seq = seq;
-        self.hot.durable_chain = seq;
         buf.fill(0);
         Ok(())
     }
