@@ -1,6 +1,6 @@
 //! Opening a store: its file, its tail, and what recovery has to say.
 
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -55,6 +55,11 @@ fn disk_error(error: io::Error) -> DiskError {
 const BOUNCE_BYTES: usize = 1 << 20;
 
 impl BlockingDisk for FileDisk {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        // The metadata of a device have no length. The file's position is nobody else's: all transfers name their offset.
+        self.file.seek(io::SeekFrom::End(0)).map_err(disk_error)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         if (buf.as_ptr() as usize).is_multiple_of(BLOCK_BYTES)
             && buf.len().is_multiple_of(BLOCK_BYTES)

@@ -7,7 +7,7 @@ use super::format::{
 };
 use super::log::{LogReader, data_is_whole};
 use super::open::{BlockingDisk, OpenError};
-use super::root::{read_checkpoint, read_superblock};
+use super::root::{read_checkpoint, read_superblock, require_segments};
 use super::{AlignedBuf, Geometry};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS, LayerId, StoreId};
 
@@ -174,6 +174,7 @@ pub fn check(
     while let Some(frame) = reader.next(disk)? {
         frames.push(frame);
     }
+    require_segments(disk, &geometry, reader.segments)?;
     if reader.end_is_damaged(disk)? {
         let (segment, block) = reader.position();
         report.add(CheckFinding::Log(Addr(

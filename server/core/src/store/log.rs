@@ -13,6 +13,8 @@ pub(super) struct LogReader {
     pub(super) next_segment: u32,
     pub(super) last_seq: u64,
     pub(super) last_incarnation: u64,
+    /// Segments that must be there: those of the checkpoint, and up to the highest that a frame names.
+    pub(super) segments: u32,
     /// A piece of the segment read ahead: its first block (store-wide) and its bytes.
     window: Option<(Addr, AlignedBuf)>,
     last_blocks: u32,
@@ -34,6 +36,7 @@ impl LogReader {
             next_segment: checkpoint.hot_next_segment,
             last_seq: checkpoint.hot_seq,
             last_incarnation: checkpoint.hot_incarnation,
+            segments: checkpoint.segments.len() as u32,
             window: None,
             last_blocks: 1,
         }
@@ -102,6 +105,7 @@ impl LogReader {
         self.next_segment = header.next_segment;
         self.last_seq = header.seq;
         self.last_incarnation = header.incarnation;
+        self.segments = self.segments.max(header.next_segment + 1);
         self.last_blocks = header.blocks();
         Ok(Some(LogFrame {
             header,

@@ -10,7 +10,7 @@ use super::format::{
 };
 use super::index::{Index, Pending};
 use super::log::{LogReader, data_is_whole, entries_match};
-use super::root::{read_checkpoint, read_superblock, write_superblock};
+use super::root::{read_checkpoint, read_superblock, require_segments, write_superblock};
 use super::segment::{SegmentState, Segments};
 use super::tail::{Tail, TailIdentity, TailMemory};
 use super::write::most_new_blocks;
@@ -19,6 +19,8 @@ use crate::units::BLOCK_BYTES;
 
 /// A disk used one request after the other: for opening a store and for looking at one.
 pub trait BlockingDisk {
+    /// How long it is. A file may be read behind its end, where it holds zeros.
+    fn size_bytes(&mut self) -> Result<u64, DiskError>;
     /// Fills `buf` from `offset`.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError>;
     /// Writes `buf` at `offset`.
@@ -185,6 +187,7 @@ impl Store {
             }
             frames.push(frame);
         }
+        require_segments(disk, &old.geometry, reader.segments)?;
         if reader.end_is_damaged(disk)? {
             let (segment, block) = reader.position();
             return Err(OpenError::LogDamaged {

@@ -128,10 +128,11 @@ pub(super) fn read_checkpoint(
     disk: &mut impl BlockingDisk,
     superblock: &Superblock,
 ) -> Result<Checkpoint, OpenError> {
+    let geometry = &superblock.geometry;
+    require_bytes(disk, geometry.segment_start(0).offset())?;
     let bytes = superblock.checkpoint_bytes as usize;
     let mut area = AlignedBuf::zeroed(bytes.next_multiple_of(BLOCK_BYTES));
-    let start = superblock
-        .geometry
+    let start = geometry
         .checkpoint_start(superblock.checkpoint_area)
         .offset();
     for (i, piece) in area.chunks_mut(1 << 20).enumerate() {
@@ -142,9 +143,28 @@ pub(super) fn read_checkpoint(
     if crc32fast::hash(&area[..bytes]) != superblock.checkpoint_crc {
         return Err(damaged(FormatError::Checksum));
     }
-    let checkpoint = Checkpoint::decode(&area[..bytes], &superblock.geometry).map_err(damaged)?;
+    let checkpoint = Checkpoint::decode(&area[..bytes], geometry).map_err(damaged)?;
     if checkpoint.store != superblock.store || checkpoint.seq != seq {
         return Err(damaged(FormatError::Invalid("checkpoint of another store")));
     }
+    require_segments(disk, geometry, checkpoint.segments.len() as u32)?;
     Ok(checkpoint)
+}
+
+/// Refuses a file or device that ends before the end of the first `segments` segments: each of them was written once with
+/// zeros before a checkpoint or a frame named it, and what is read behind the end looks like a log that ends.
+pub(super) fn require_segments(
+    disk: &mut impl BlockingDisk,
+    geometry: &Geometry,
+    segments: u32,
+) -> Result<(), OpenError> {
+    require_bytes(disk, geometry.segment_start(segments).offset())
+}
+
+fn require_bytes(disk: &mut impl BlockingDisk, want: u64) -> Result<(), OpenError> {
+    let have = disk.size_bytes()?;
+    if have < want {
+        return Err(OpenError::Truncated { want, have });
+    }
+    Ok(())
 }
