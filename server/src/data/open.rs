@@ -152,8 +152,17 @@ fn look(disk: &mut FileDisk) -> Result<Found, OpenError> {
     let mut block = AlignedBuf::blocks(1);
     let mut newest: Option<Superblock> = None;
     let (mut blank, mut damaged) = (true, false);
+    let mut unreadable = None;
     for at in SUPERBLOCK_BLOCKS.into_iter().flatten() {
-        disk.read(u64::from(at) * BLOCK_BYTES as u64, &mut block)?;
+        match disk.read(u64::from(at) * BLOCK_BYTES as u64, &mut block) {
+            Ok(()) => {}
+            // Whether the others are enough to open it is for the store to say.
+            Err(error) if error.is_of_the_medium() => {
+                unreadable = Some(error);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        }
         blank &= block.iter().all(|byte| *byte == 0);
         match Superblock::decode(&block) {
             Ok(found)
@@ -168,11 +177,12 @@ fn look(disk: &mut FileDisk) -> Result<Found, OpenError> {
             Err(_) => damaged = true,
         }
     }
-    match newest {
-        Some(found) => Ok(Found::Store(found)),
-        None if damaged => Err(OpenError::SuperblockDamaged),
-        None if blank => Ok(Found::Nothing),
-        None => Ok(Found::SomethingElse),
+    match (newest, unreadable) {
+        (Some(found), _) => Ok(Found::Store(found)),
+        (None, Some(error)) => Err(error.into()),
+        (None, None) if damaged => Err(OpenError::SuperblockDamaged),
+        (None, None) if blank => Ok(Found::Nothing),
+        (None, None) => Ok(Found::SomethingElse),
     }
 }
 
@@ -279,6 +289,12 @@ pub(super) fn open_store(
     };
     let (opened, report) =
         Store::open(&mut disk, Box::new(tail), params, &options).map_err(wrong)?;
+    if let Some(at) = report.unreadable_end {
+        tracing::warn!(
+            store = %id.0, path = %path.display(), block = at.0,
+            "the device cannot read the block at which the log ends: taken for a write that was cut off"
+        );
+    }
     let report = OpenedStore {
         id,
         path: path.clone(),

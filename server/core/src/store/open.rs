@@ -36,6 +36,14 @@ pub trait BlockingDisk {
 #[error("{0}")]
 pub struct DiskError(pub Errno);
 
+impl DiskError {
+    /// Whether these blocks cannot be read, as a power cut while they were written can leave them; not the whole device,
+    /// as far as the error tells.
+    pub fn is_of_the_medium(self) -> bool {
+        matches!(self.0, Errno::EIO | Errno::ENODATA | Errno::EILSEQ)
+    }
+}
+
 /// Why a store cannot be opened. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
@@ -128,6 +136,8 @@ pub struct OpenReport {
     pub frames_from_tail: u64,
     /// Writes answered before a power cut, but not flushed, may be gone.
     pub tail_void: bool,
+    /// The log ended before a frame, here, that the device could not read: it was taken for torn.
+    pub unreadable_end: Option<Addr>,
 }
 
 impl Store {
@@ -180,7 +190,25 @@ impl Store {
         let mut reader = LogReader::new(old.store, old.geometry, &checkpoint);
         let mut frames = Vec::new();
         let start_seq = checkpoint.hot_seq;
-        while let Some(frame) = reader.next(disk)? {
+        // A block that the device cannot read ends the log as a torn frame does where a power cut may have torn it, and where
+        // nothing can be missing: all that a killed daemon's tail had let go of is asked for below, and the checkpoint of a
+        // store that was closed has everything.
+        let unreadable_is_torn = if old.clean {
+            checkpoint.hot_incarnation == old.incarnation
+        } else {
+            replay_tail || !same_boot
+        };
+        let mut unreadable = None;
+        loop {
+            let frame = match reader.next(disk) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break,
+                Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
+                    unreadable = Some(e);
+                    break;
+                }
+                Err(e) => return Err(e.into()),
+            };
             if frame.header.checkpoint_seq > old.checkpoint_seq {
                 // A later checkpoint was durable and its superblock is gone: this one may name reused segments.
                 return Err(OpenError::SuperblockDamaged);
@@ -188,12 +216,15 @@ impl Store {
             frames.push(frame);
         }
         require_segments(disk, &old.geometry, reader.segments)?;
+        let log_end = |(segment, block)| Addr(old.geometry.segment_start(segment).0 + block);
+        let missing = |at, unreadable: Option<DiskError>| {
+            unreadable.map_or(OpenError::LogDamaged { at }, OpenError::Disk)
+        };
+        let at = log_end(reader.position());
         if reader.end_is_damaged(disk)? {
-            let (segment, block) = reader.position();
-            return Err(OpenError::LogDamaged {
-                at: Addr(old.geometry.segment_start(segment).0 + block),
-            });
+            return Err(missing(at, unreadable));
         }
+        report.unreadable_end = unreadable.map(|_| at);
         // Frames up to the last known durable one are whole; what came after may be torn or have holes.
         let durable = frames.last().map_or(start_seq, |f| f.header.durable_seq);
         let mut whole = frames.len();
@@ -202,10 +233,20 @@ impl Store {
                 continue;
             }
             report.blocks_verified += u64::from(frame.header.blocks());
-            if !data_is_whole(disk, frame)? {
-                whole = i;
-                break;
+            match data_is_whole(disk, frame) {
+                Ok(true) => continue,
+                Ok(false) => {
+                    unreadable = None;
+                    report.unreadable_end = None;
+                }
+                Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
+                    unreadable = Some(e);
+                    report.unreadable_end = Some(frame.header.addr);
+                }
+                Err(e) => return Err(e.into()),
             }
+            whole = i;
+            break;
         }
         frames.truncate(whole);
         report.frames_replayed = frames.len() as u64;
@@ -236,9 +277,7 @@ impl Store {
                 .wrapping_sub(tail.first_seq_low()) as i32)
                 < 0
             {
-                return Err(OpenError::LogDamaged {
-                    at: Addr(old.geometry.segment_start(segment).0 + next_block),
-                });
+                return Err(missing(log_end((segment, next_block)), unreadable));
             }
             for (at, header) in walked {
                 let same_life = frames

@@ -94,26 +94,37 @@ pub(super) fn write_superblock(
     disk.sync()
 }
 
-/// The newest valid superblock, and how many of the copies of its generation and the one before are damaged.
+/// The newest valid superblock, and how many of the copies of its generation and the one before are damaged or cannot be
+/// read. One copy of each must be readable: else the newest of all may be the one that nobody can read.
 pub(super) fn read_superblock(
     disk: &mut impl BlockingDisk,
 ) -> Result<(Superblock, u32), OpenError> {
     let mut block = AlignedBuf::blocks(1);
     let mut newest: Option<Superblock> = None;
     let (mut damaged, mut foreign, mut version) = (0, 0, None);
-    for at in SUPERBLOCK_BLOCKS.into_iter().flatten() {
-        disk.read(Addr(at).offset(), &mut block)?;
-        match Superblock::decode(&block) {
-            Ok(s) => {
-                if newest.is_none_or(|n| n.generation < s.generation) {
-                    newest = Some(s);
+    for copies in SUPERBLOCK_BLOCKS {
+        let mut unreadable = 0;
+        for at in copies {
+            match disk.read(Addr(at).offset(), &mut block) {
+                Ok(()) => {}
+                Err(e) if e.is_of_the_medium() && unreadable == 0 => {
+                    unreadable += 1;
+                    damaged += 1;
+                    continue;
                 }
+                Err(e) => return Err(e.into()),
             }
-            Err(FormatError::Version(v)) => version = Some(v),
-            // The slot of the other generation is blank in a store that is new.
-            Err(FormatError::Magic) if block.iter().all(|&b| b == 0) => foreign += 1,
-            Err(FormatError::Magic) => foreign += 1,
-            Err(_) => damaged += 1,
+            match Superblock::decode(&block) {
+                Ok(s) => {
+                    if newest.is_none_or(|n| n.generation < s.generation) {
+                        newest = Some(s);
+                    }
+                }
+                Err(FormatError::Version(v)) => version = Some(v),
+                // The slot of the other generation is blank in a store that is new.
+                Err(FormatError::Magic) => foreign += 1,
+                Err(_) => damaged += 1,
+            }
         }
     }
     match (newest, version) {
