@@ -68,6 +68,10 @@ impl MemoryDisk {
 }
 
 impl BlockingDisk for MemoryDisk {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        Ok(self.bytes.len() as u64)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         buf.copy_from_slice(self.at(offset, buf.len()));
         Ok(())

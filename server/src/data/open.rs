@@ -1,6 +1,6 @@
 //! Opening a store: its file, its tail, and what recovery has to say.
 
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -55,6 +55,11 @@ fn disk_error(error: io::Error) -> DiskError {
 const BOUNCE_BYTES: usize = 1 << 20;
 
 impl BlockingDisk for FileDisk {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        // The metadata of a device have no length. The file's position is nobody else's: all transfers name their offset.
+        self.file.seek(io::SeekFrom::End(0)).map_err(disk_error)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         if (buf.as_ptr() as usize).is_multiple_of(BLOCK_BYTES)
             && buf.len().is_multiple_of(BLOCK_BYTES)
@@ -147,8 +152,17 @@ fn look(disk: &mut FileDisk) -> Result<Found, OpenError> {
     let mut block = AlignedBuf::blocks(1);
     let mut newest: Option<Superblock> = None;
     let (mut blank, mut damaged) = (true, false);
+    let mut unreadable = None;
     for at in SUPERBLOCK_BLOCKS.into_iter().flatten() {
-        disk.read(u64::from(at) * BLOCK_BYTES as u64, &mut block)?;
+        match disk.read(u64::from(at) * BLOCK_BYTES as u64, &mut block) {
+            Ok(()) => {}
+            // Whether the others are enough to open it is for the store to say.
+            Err(error) if error.is_of_the_medium() => {
+                unreadable = Some(error);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        }
         blank &= block.iter().all(|byte| *byte == 0);
         match Superblock::decode(&block) {
             Ok(found)
@@ -163,11 +177,12 @@ fn look(disk: &mut FileDisk) -> Result<Found, OpenError> {
             Err(_) => damaged = true,
         }
     }
-    match newest {
-        Some(found) => Ok(Found::Store(found)),
-        None if damaged => Err(OpenError::SuperblockDamaged),
-        None if blank => Ok(Found::Nothing),
-        None => Ok(Found::SomethingElse),
+    match (newest, unreadable) {
+        (Some(found), _) => Ok(Found::Store(found)),
+        (None, Some(error)) => Err(error.into()),
+        (None, None) if damaged => Err(OpenError::SuperblockDamaged),
+        (None, None) if blank => Ok(Found::Nothing),
+        (None, None) => Ok(Found::SomethingElse),
     }
 }
 
@@ -274,6 +289,12 @@ pub(super) fn open_store(
     };
     let (opened, report) =
         Store::open(&mut disk, Box::new(tail), params, &options).map_err(wrong)?;
+    if let Some(at) = report.unreadable_end {
+        tracing::warn!(
+            store = %id.0, path = %path.display(), block = at.0,
+            "the device cannot read the block at which the log ends: taken for a write that was cut off"
+        );
+    }
     let report = OpenedStore {
         id,
         path: path.clone(),

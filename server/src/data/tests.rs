@@ -9,6 +9,7 @@ use ashlar_core::nbd::request::{RawRequest, encode};
 use ashlar_core::nbd::session::{Admitted, ReplyStyle, Session};
 use ashlar_core::nbd::wire::{command, command_flag};
 use ashlar_core::records::{Placement, VolumeLimits};
+use ashlar_core::store::OpenError;
 use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
@@ -514,6 +515,16 @@ fn strange_files_and_vanished_stores_are_refused() {
     config.node = NodeId(Uuid::from_u128(8));
     assert!(matches!(start(&config), Err(StartError::Store { .. })));
     config.node = NODE;
+    let file = std::fs::OpenOptions::new().write(true).open(&path);
+    let file = file.expect("its file");
+    let whole = file.metadata().expect("its length").len();
+    file.set_len(whole - 4096).expect("cut off");
+    let Err(StartError::Store { source, .. }) = start(&config) else {
+        panic!("opened without its end");
+    };
+    let (want, have) = (whole, whole - 4096);
+    assert_eq!(source, OpenError::Truncated { want, have });
+    drop(file);
     std::fs::remove_file(&path).expect("remove");
     assert!(matches!(start(&config), Err(StartError::Emptied { .. })));
     assert!(!path.exists());

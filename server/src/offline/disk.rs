@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, FileType, OpenOptions},
-    io,
+    io::{self, Seek},
     os::{
         fd::AsFd,
         unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
@@ -63,6 +63,11 @@ fn disk_error(error: io::Error) -> DiskError {
 }
 
 impl BlockingDisk for ReadOnlyDisk {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        // The metadata of a device have no length.
+        self.file.seek(io::SeekFrom::End(0)).map_err(disk_error)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         let aligned = (buf.as_ptr() as usize).is_multiple_of(BLOCK_BYTES)
             && buf.len().is_multiple_of(BLOCK_BYTES)

@@ -24,6 +24,13 @@ fn number(error: io::Error) -> DiskError {
 }
 
 impl BlockingDisk for Writable {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        self.0
+            .metadata()
+            .map(|metadata| metadata.len())
+            .map_err(number)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.0.read_exact_at(buf, offset).map_err(number)
     }

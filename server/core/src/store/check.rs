@@ -7,7 +7,7 @@ use super::format::{
 };
 use super::log::{LogReader, data_is_whole};
 use super::open::{BlockingDisk, OpenError};
-use super::root::{read_checkpoint, read_superblock};
+use super::root::{read_checkpoint, read_superblock, require_segments};
 use super::{AlignedBuf, Geometry};
 use crate::units::{BLOCK_BYTES, LEAF_BLOCKS, LayerId, StoreId};
 
@@ -166,19 +166,30 @@ pub fn check(
 ) -> Result<CheckReport, OpenError> {
     let mut report = CheckReport::default();
     let (superblock, _) = read_superblock(disk)?;
-    check_superblock_copies(disk, &superblock, &mut report)?;
+    check_superblock_copies(disk, &superblock, &mut report);
     let checkpoint = read_checkpoint(disk, &superblock)?;
     let geometry = superblock.geometry;
     let mut reader = LogReader::new(superblock.store, geometry, &checkpoint);
     let mut frames = Vec::new();
-    while let Some(frame) = reader.next(disk)? {
-        frames.push(frame);
+    let unreadable = loop {
+        match reader.next(disk) {
+            Ok(Some(frame)) => frames.push(frame),
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        }
+    };
+    require_segments(disk, &geometry, reader.segments)?;
+    let (segment, block) = reader.position();
+    let at = Addr(geometry.segment_start(segment).0 + block);
+    if let Some(error) = unreadable {
+        report.add(CheckFinding::Device {
+            at,
+            blocks: 1,
+            error,
+        });
     }
     if reader.end_is_damaged(disk)? {
-        let (segment, block) = reader.position();
-        report.add(CheckFinding::Log(Addr(
-            geometry.segment_start(segment).0 + block,
-        )));
+        report.add(CheckFinding::Log(at));
     }
     // Behind the last frame known durable a power cut may have left torn frames; recovery ends the log there.
     let durable = frames
@@ -187,8 +198,14 @@ pub fn check(
     for frame in &frames {
         report.frames += 1;
         report.blocks += u64::from(frame.header.progress.data_blocks);
-        if !data_is_whole(disk, frame)? && frame.header.seq <= durable {
-            report.add(CheckFinding::Log(frame.header.addr));
+        match data_is_whole(disk, frame) {
+            Ok(whole) if whole || frame.header.seq > durable => {}
+            Ok(_) => report.add(CheckFinding::Log(frame.header.addr)),
+            Err(error) => report.add(CheckFinding::Device {
+                at: frame.header.addr,
+                blocks: frame.header.blocks(),
+                error,
+            }),
         }
     }
     let total = checkpoint.mapped_blocks.max(1);
@@ -230,20 +247,20 @@ fn check_superblock_copies(
     disk: &mut impl BlockingDisk,
     newest: &Superblock,
     report: &mut CheckReport,
-) -> Result<(), OpenError> {
+) {
     let mut block = AlignedBuf::blocks(1);
     for (slot, copies) in SUPERBLOCK_BLOCKS.into_iter().enumerate() {
         for at in copies {
-            disk.read(Addr(at).offset(), &mut block)?;
+            let read = disk.read(Addr(at).offset(), &mut block);
             let current = slot as u64 == newest.generation % 2;
             let blank = block.iter().all(|&b| b == 0);
-            let good = Superblock::decode(&block).is_ok_and(|s| !current || s == *newest);
-            if !good && (current || !blank) {
+            let good =
+                read.is_ok() && Superblock::decode(&block).is_ok_and(|s| !current || s == *newest);
+            if !good && (current || !blank || read.is_err()) {
                 report.add(CheckFinding::SuperblockCopy(at));
             }
         }
     }
-    Ok(())
 }
 
 fn check_leaf(

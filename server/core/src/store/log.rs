@@ -1,6 +1,8 @@
 //! Reading the client log back: from a checkpoint to its end.
 
-use super::format::{Addr, Checkpoint, Entries, FRAME_HEADER_BLOCKS, FrameHeader, Geometry};
+use super::format::{
+    Addr, Checkpoint, Entries, FRAME_DATA_BLOCKS, FRAME_HEADER_BLOCKS, FrameHeader, Geometry,
+};
 use super::{AlignedBuf, BlockingDisk, DiskError};
 use crate::units::{BLOCK_BYTES, StoreId};
 
@@ -13,6 +15,8 @@ pub(super) struct LogReader {
     pub(super) next_segment: u32,
     pub(super) last_seq: u64,
     pub(super) last_incarnation: u64,
+    /// Segments that must be there: those of the checkpoint, and up to the highest that a frame names.
+    pub(super) segments: u32,
     /// A piece of the segment read ahead: its first block (store-wide) and its bytes.
     window: Option<(Addr, AlignedBuf)>,
     last_blocks: u32,
@@ -34,6 +38,7 @@ impl LogReader {
             next_segment: checkpoint.hot_next_segment,
             last_seq: checkpoint.hot_seq,
             last_incarnation: checkpoint.hot_incarnation,
+            segments: checkpoint.segments.len() as u32,
             window: None,
             last_blocks: 1,
         }
@@ -61,7 +66,14 @@ impl LogReader {
                 + self.geometry.segment_blocks;
             let want = if self.last_blocks > 64 { 1 } else { 64 };
             let mut buf = AlignedBuf::blocks(want.min(segment_end - addr.0));
-            disk.read(addr.offset(), &mut buf)?;
+            match disk.read(addr.offset(), &mut buf) {
+                // Alone, and once more: the log may never have come to what was read with it.
+                Err(e) if e.is_of_the_medium() => {
+                    buf = AlignedBuf::blocks(1);
+                    disk.read(addr.offset(), &mut buf)?;
+                }
+                result => result?,
+            }
             self.window = Some((addr, buf));
         }
         let (start, buf) = self.window.as_ref().expect("just read");
@@ -97,12 +109,7 @@ impl LogReader {
         }
         let mut copy = AlignedBuf::blocks(1);
         copy.copy_from_slice(bytes);
-        self.segment = segment;
-        self.next_block = block + header.blocks();
-        self.next_segment = header.next_segment;
-        self.last_seq = header.seq;
-        self.last_incarnation = header.incarnation;
-        self.last_blocks = header.blocks();
+        self.pass(&header);
         Ok(Some(LogFrame {
             header,
             block: copy,
@@ -111,43 +118,116 @@ impl LogReader {
 
     /// Whether something behind the end proves that the frame missing there had been durable.
     pub(super) fn end_is_damaged(
-        &mut self,
+        mut self,
         disk: &mut impl BlockingDisk,
     ) -> Result<bool, DiskError> {
-        let (segment, block) = self.position();
-        let mut buf = AlignedBuf::blocks(256);
-        let geometry = self.geometry;
-        let proves = |bytes: &[u8], addr: Addr, me: &LogReader| {
-            FrameHeader::decode(bytes).is_ok_and(|h| {
-                h.store == me.store
-                    && h.addr == addr
-                    && !h.progress.cold
-                    && h.incarnation >= me.last_incarnation
-                    && h.seq > me.last_seq
-                    && h.durable_seq > me.last_seq
-            })
-        };
-        let mut at = block;
-        while at < geometry.segment_blocks {
-            let n = (geometry.segment_blocks - at).min(256);
-            let addr = Addr(geometry.segment_start(segment).0 + at);
-            let piece = &mut buf[..n as usize * BLOCK_BYTES];
-            disk.read(addr.offset(), piece)?;
-            for (i, bytes) in piece.chunks_exact(BLOCK_BYTES).enumerate() {
-                if proves(bytes, Addr(addr.0 + i as u32), self) {
-                    return Ok(true);
+        let missing = self.last_seq + 1;
+        // What lies behind the gap is followed to its end: a frame tells of what was durable when it was built, so that it
+        // may be far behind.
+        while let Some(behind) = self.find_behind(disk, missing)? {
+            if behind.durable_seq >= missing {
+                return Ok(true);
+            }
+            self.pass(&behind);
+            loop {
+                match self.next(disk) {
+                    Ok(Some(frame)) if frame.header.durable_seq >= missing => return Ok(true),
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(e) if e.is_of_the_medium() => break,
+                    Err(e) => return Err(e),
                 }
             }
-            at += n;
-        }
-        if segment != self.next_segment {
-            let addr = geometry.segment_start(self.next_segment);
-            let piece = &mut buf[..BLOCK_BYTES];
-            disk.read(addr.offset(), piece)?;
-            return Ok(proves(piece, addr, self));
         }
         Ok(false)
     }
+
+    /// Of the client frames that lie next behind the end, one that knows `missing` as durable, or else the one with the
+    /// lowest number. Blocks that cannot be read prove nothing.
+    fn find_behind(
+        &mut self,
+        disk: &mut impl BlockingDisk,
+        missing: u64,
+    ) -> Result<Option<FrameHeader>, DiskError> {
+        let (segment, block) = self.position();
+        let geometry = self.geometry;
+        let start = geometry.segment_start(segment);
+        let mut pieces: Vec<(Addr, u32)> = (block..geometry.segment_blocks)
+            .step_by(256)
+            .map(|at| (Addr(start.0 + at), (geometry.segment_blocks - at).min(256)))
+            .collect();
+        if segment != self.next_segment {
+            pieces.push((geometry.segment_start(self.next_segment), 1));
+        } else if geometry.segment_blocks < FRAME_HEADER_BLOCKS + FRAME_DATA_BLOCKS + 2 {
+            // The missing frame may fill its segment, and it alone named the one after. Only small stores, which have few, have
+            // segments like that.
+            let starts = (0..geometry.segments_max).map(|s| (geometry.segment_start(s), 1));
+            pieces.extend(starts);
+        }
+        let mut first: Option<FrameHeader> = None;
+        let mut buf = AlignedBuf::blocks(256);
+        for (addr, blocks) in pieces {
+            let piece = &mut buf[..blocks as usize * BLOCK_BYTES];
+            read_what_can_be(disk, addr, piece)?;
+            for (at, bytes) in (addr.0..).zip(piece.chunks_exact(BLOCK_BYTES)) {
+                let Some(found) = self.client_frame(Addr(at), bytes) else {
+                    continue;
+                };
+                if found.durable_seq >= missing {
+                    return Ok(Some(found));
+                }
+                if first.is_none_or(|first| found.seq < first.seq) {
+                    first = Some(found);
+                }
+            }
+        }
+        Ok(first)
+    }
+
+    /// The header in a block behind the end, if it is that of a later client frame of this store.
+    fn client_frame(&self, addr: Addr, block: &[u8]) -> Option<FrameHeader> {
+        let geometry = &self.geometry;
+        let header = FrameHeader::decode(block).ok()?;
+        (header.store == self.store
+            && header.addr == addr
+            && !header.progress.cold
+            && header.incarnation >= self.last_incarnation
+            && header.seq > self.last_seq
+            && header.next_segment < geometry.segments_max
+            && geometry.contains(addr, header.blocks()))
+        .then_some(header)
+    }
+
+    /// Goes on behind a frame.
+    fn pass(&mut self, header: &FrameHeader) {
+        self.segment = self.geometry.segment_of(header.addr);
+        self.next_block =
+            header.addr.0 - self.geometry.segment_start(self.segment).0 + header.blocks();
+        self.next_segment = header.next_segment;
+        self.last_seq = header.seq;
+        self.last_incarnation = header.incarnation;
+        self.segments = self.segments.max(header.next_segment + 1);
+        self.last_blocks = header.blocks();
+    }
+}
+
+/// Reads blocks; those that the medium cannot give back are zeros.
+fn read_what_can_be(
+    disk: &mut impl BlockingDisk,
+    addr: Addr,
+    buf: &mut [u8],
+) -> Result<(), DiskError> {
+    match disk.read(addr.offset(), buf) {
+        Err(e) if e.is_of_the_medium() => {}
+        result => return result,
+    }
+    for (at, block) in (addr.0..).zip(buf.chunks_exact_mut(BLOCK_BYTES)) {
+        match disk.read(Addr(at).offset(), block) {
+            Err(e) if e.is_of_the_medium() => block.fill(0),
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 /// Whether the data of a frame is what its entries say.
@@ -160,10 +240,12 @@ pub(super) fn data_is_whole(
         return Ok(true);
     }
     let mut data = AlignedBuf::blocks(blocks);
-    disk.read(
-        Addr(frame.header.addr.0 + FRAME_HEADER_BLOCKS).offset(),
-        &mut data,
-    )?;
+    let offset = Addr(frame.header.addr.0 + FRAME_HEADER_BLOCKS).offset();
+    match disk.read(offset, &mut data) {
+        // It may pass.
+        Err(e) if e.is_of_the_medium() => disk.read(offset, &mut data)?,
+        result => result?,
+    }
     Ok(entries_match(&frame.header, &frame.block, &data))
 }
 

@@ -178,6 +178,10 @@ impl Errno {
     pub const EIO: Errno = Errno(5);
     /// No space left on device.
     pub const ENOSPC: Errno = Errno(28);
+    /// What Linux says of a block that the medium cannot give back.
+    pub const ENODATA: Errno = Errno(61);
+    /// What Linux says of a block whose protection information does not match it.
+    pub const EILSEQ: Errno = Errno(84);
 }
 
 impl std::fmt::Display for Errno {

@@ -10,7 +10,7 @@ use super::format::{
 };
 use super::index::{Index, Pending};
 use super::log::{LogReader, data_is_whole, entries_match};
-use super::root::{read_checkpoint, read_superblock, write_superblock};
+use super::root::{read_checkpoint, read_superblock, require_segments, write_superblock};
 use super::segment::{SegmentState, Segments};
 use super::tail::{Tail, TailIdentity, TailMemory};
 use super::write::most_new_blocks;
@@ -19,6 +19,8 @@ use crate::units::BLOCK_BYTES;
 
 /// A disk used one request after the other: for opening a store and for looking at one.
 pub trait BlockingDisk {
+    /// How long it is. A file may be read behind its end, where it holds zeros.
+    fn size_bytes(&mut self) -> Result<u64, DiskError>;
     /// Fills `buf` from `offset`.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError>;
     /// Writes `buf` at `offset`.
@@ -33,6 +35,14 @@ pub trait BlockingDisk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DiskError(pub Errno);
+
+impl DiskError {
+    /// Whether these blocks cannot be read, as a power cut while they were written can leave them; not the whole device,
+    /// as far as the error tells.
+    pub fn is_of_the_medium(self) -> bool {
+        matches!(self.0, Errno::EIO | Errno::ENODATA | Errno::EILSEQ)
+    }
+}
 
 /// Why a store cannot be opened. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -126,6 +136,8 @@ pub struct OpenReport {
     pub frames_from_tail: u64,
     /// Writes answered before a power cut, but not flushed, may be gone.
     pub tail_void: bool,
+    /// The log ended before a frame, here, that the device could not read: it was taken for torn.
+    pub unreadable_end: Option<Addr>,
 }
 
 impl Store {
@@ -178,19 +190,41 @@ impl Store {
         let mut reader = LogReader::new(old.store, old.geometry, &checkpoint);
         let mut frames = Vec::new();
         let start_seq = checkpoint.hot_seq;
-        while let Some(frame) = reader.next(disk)? {
+        // A block that the device cannot read ends the log as a torn frame does where a power cut may have torn it, and where
+        // nothing can be missing: all that a killed daemon's tail had let go of is asked for below, and the checkpoint of a
+        // store that was closed has everything.
+        let unreadable_is_torn = if old.clean {
+            checkpoint.hot_incarnation == old.incarnation
+        } else {
+            replay_tail || !same_boot
+        };
+        let mut unreadable = None;
+        loop {
+            let frame = match reader.next(disk) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break,
+                Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
+                    unreadable = Some(e);
+                    break;
+                }
+                Err(e) => return Err(e.into()),
+            };
             if frame.header.checkpoint_seq > old.checkpoint_seq {
                 // A later checkpoint was durable and its superblock is gone: this one may name reused segments.
                 return Err(OpenError::SuperblockDamaged);
             }
             frames.push(frame);
         }
+        require_segments(disk, &old.geometry, reader.segments)?;
+        let log_end = |(segment, block)| Addr(old.geometry.segment_start(segment).0 + block);
+        let missing = |at, unreadable: Option<DiskError>| {
+            unreadable.map_or(OpenError::LogDamaged { at }, OpenError::Disk)
+        };
+        let at = log_end(reader.position());
         if reader.end_is_damaged(disk)? {
-            let (segment, block) = reader.position();
-            return Err(OpenError::LogDamaged {
-                at: Addr(old.geometry.segment_start(segment).0 + block),
-            });
+            return Err(missing(at, unreadable));
         }
+        report.unreadable_end = unreadable.map(|_| at);
         // Frames up to the last known durable one are whole; what came after may be torn or have holes.
         let durable = frames.last().map_or(start_seq, |f| f.header.durable_seq);
         let mut whole = frames.len();
@@ -199,10 +233,20 @@ impl Store {
                 continue;
             }
             report.blocks_verified += u64::from(frame.header.blocks());
-            if !data_is_whole(disk, frame)? {
-                whole = i;
-                break;
+            match data_is_whole(disk, frame) {
+                Ok(true) => continue,
+                Ok(false) => {
+                    unreadable = None;
+                    report.unreadable_end = None;
+                }
+                Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
+                    unreadable = Some(e);
+                    report.unreadable_end = Some(frame.header.addr);
+                }
+                Err(e) => return Err(e.into()),
             }
+            whole = i;
+            break;
         }
         frames.truncate(whole);
         report.frames_replayed = frames.len() as u64;
@@ -233,9 +277,7 @@ impl Store {
                 .wrapping_sub(tail.first_seq_low()) as i32)
                 < 0
             {
-                return Err(OpenError::LogDamaged {
-                    at: Addr(old.geometry.segment_start(segment).0 + next_block),
-                });
+                return Err(missing(log_end((segment, next_block)), unreadable));
             }
             for (at, header) in walked {
                 let same_life = frames
@@ -304,6 +346,9 @@ impl Store {
             report.frames_from_tail = tail_frames.len() as u64;
             store.save_tail(disk, &tail_frames)?;
             disk.sync()?;
+            // Not before: each frame tells what was durable when it was built, and the next start believes it.
+            store.hot.durable_seq = store.hot.written_seq;
+            store.hot.durable_chain = store.hot.written_seq;
             // The log has everything now. Said before the tail is voided: a process that dies while it wipes the tail
             // must not leave a store that asks for a tail that is gone.
             let superblock = Superblock {
@@ -494,9 +539,6 @@ impl Store {
         self.hot.issued_seq = seq;
         self.hot.written_seq = seq;
         self.hot.reclaimed_seq = seq;
-        // Durable once the sync that follows is done, and nobody is answered before that.
-        self.hot.durable_seq = seq;
-        self.hot.durable_chain = seq;
         buf.fill(0);
         Ok(())
     }

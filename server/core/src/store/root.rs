@@ -94,26 +94,37 @@ pub(super) fn write_superblock(
     disk.sync()
 }
 
-/// The newest valid superblock, and how many of the copies of its generation and the one before are damaged.
+/// The newest valid superblock, and how many of the copies of its generation and the one before are damaged or cannot be
+/// read. One copy of each must be readable: else the newest of all may be the one that nobody can read.
 pub(super) fn read_superblock(
     disk: &mut impl BlockingDisk,
 ) -> Result<(Superblock, u32), OpenError> {
     let mut block = AlignedBuf::blocks(1);
     let mut newest: Option<Superblock> = None;
     let (mut damaged, mut foreign, mut version) = (0, 0, None);
-    for at in SUPERBLOCK_BLOCKS.into_iter().flatten() {
-        disk.read(Addr(at).offset(), &mut block)?;
-        match Superblock::decode(&block) {
-            Ok(s) => {
-                if newest.is_none_or(|n| n.generation < s.generation) {
-                    newest = Some(s);
+    for copies in SUPERBLOCK_BLOCKS {
+        let mut unreadable = 0;
+        for at in copies {
+            match disk.read(Addr(at).offset(), &mut block) {
+                Ok(()) => {}
+                Err(e) if e.is_of_the_medium() && unreadable == 0 => {
+                    unreadable += 1;
+                    damaged += 1;
+                    continue;
                 }
+                Err(e) => return Err(e.into()),
             }
-            Err(FormatError::Version(v)) => version = Some(v),
-            // The slot of the other generation is blank in a store that is new.
-            Err(FormatError::Magic) if block.iter().all(|&b| b == 0) => foreign += 1,
-            Err(FormatError::Magic) => foreign += 1,
-            Err(_) => damaged += 1,
+            match Superblock::decode(&block) {
+                Ok(s) => {
+                    if newest.is_none_or(|n| n.generation < s.generation) {
+                        newest = Some(s);
+                    }
+                }
+                Err(FormatError::Version(v)) => version = Some(v),
+                // The slot of the other generation is blank in a store that is new.
+                Err(FormatError::Magic) => foreign += 1,
+                Err(_) => damaged += 1,
+            }
         }
     }
     match (newest, version) {
@@ -128,10 +139,11 @@ pub(super) fn read_checkpoint(
     disk: &mut impl BlockingDisk,
     superblock: &Superblock,
 ) -> Result<Checkpoint, OpenError> {
+    let geometry = &superblock.geometry;
+    require_bytes(disk, geometry.segment_start(0).offset())?;
     let bytes = superblock.checkpoint_bytes as usize;
     let mut area = AlignedBuf::zeroed(bytes.next_multiple_of(BLOCK_BYTES));
-    let start = superblock
-        .geometry
+    let start = geometry
         .checkpoint_start(superblock.checkpoint_area)
         .offset();
     for (i, piece) in area.chunks_mut(1 << 20).enumerate() {
@@ -142,9 +154,28 @@ pub(super) fn read_checkpoint(
     if crc32fast::hash(&area[..bytes]) != superblock.checkpoint_crc {
         return Err(damaged(FormatError::Checksum));
     }
-    let checkpoint = Checkpoint::decode(&area[..bytes], &superblock.geometry).map_err(damaged)?;
+    let checkpoint = Checkpoint::decode(&area[..bytes], geometry).map_err(damaged)?;
     if checkpoint.store != superblock.store || checkpoint.seq != seq {
         return Err(damaged(FormatError::Invalid("checkpoint of another store")));
     }
+    require_segments(disk, geometry, checkpoint.segments.len() as u32)?;
     Ok(checkpoint)
+}
+
+/// Refuses a file or device that ends before the end of the first `segments` segments: each of them was written once with
+/// zeros before a checkpoint or a frame named it, and what is read behind the end looks like a log that ends.
+pub(super) fn require_segments(
+    disk: &mut impl BlockingDisk,
+    geometry: &Geometry,
+    segments: u32,
+) -> Result<(), OpenError> {
+    require_bytes(disk, geometry.segment_start(segments).offset())
+}
+
+fn require_bytes(disk: &mut impl BlockingDisk, want: u64) -> Result<(), OpenError> {
+    let have = disk.size_bytes()?;
+    if have < want {
+        return Err(OpenError::Truncated { want, have });
+    }
+    Ok(())
 }

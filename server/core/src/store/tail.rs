@@ -285,18 +285,16 @@ impl Tail {
             if at + FRAME_BLOCKS > self.blocks {
                 at = 0;
             }
-            let header = match FrameHeader::decode_open(self.block_mut(at)) {
-                Ok(h) => h,
-                Err(FormatError::Magic) => break,
-                Err(e) => return Err(e),
-            };
-            // What follows the newest frame is free space or an older frame.
-            if header.store != identity.store
-                || header.incarnation != identity.incarnation
-                || header.seq as u32 != seq_low
-                || found
-                    .last()
-                    .is_some_and(|(_, last)| last.seq + 1 != header.seq)
+            // What follows the newest frame is free space, an older frame or the data of one, which may be anything: it is
+            // damage only in a frame that is the next by its name.
+            let block = self.block_mut(at);
+            if !FrameHeader::is_named(block, identity.store, identity.incarnation, seq_low) {
+                break;
+            }
+            let header = FrameHeader::decode_open(block)?;
+            if found
+                .last()
+                .is_some_and(|(_, last)| last.seq + 1 != header.seq)
             {
                 break;
             }
@@ -356,5 +354,59 @@ mod tests {
             let sum: u32 = held.iter().map(|h| h.1).sum();
             assert!(tail.used() >= sum);
         }
+    }
+
+    #[test]
+    fn a_walk_judges_nothing_but_frames_of_its_own_tail() {
+        let identity = TailIdentity {
+            store: StoreId(uuid::Uuid::from_u128(5)),
+            boot: [1; 16],
+            incarnation: 3,
+        };
+        let mut tail =
+            Tail::new(Box::new(AlignedBuf::zeroed(tail_bytes(4 << 20)))).expect("large enough");
+        tail.reset(identity, 9);
+        let header = FrameHeader {
+            addr: super::super::format::Addr(1000),
+            store: identity.store,
+            progress: Progress {
+                data_blocks: 2,
+                closed: true,
+                ..Progress::default()
+            },
+            incarnation: identity.incarnation,
+            seq: 9,
+            durable_seq: 8,
+            checkpoint_seq: 1,
+            next_segment: 0,
+        };
+        let at = tail.place().expect("room");
+        tail.begin(at, header.seq);
+        header.encode(tail.block_mut(at));
+        tail.end(header.blocks());
+        // Behind it, data of an earlier lap that begin as a frame does and are none.
+        let behind = at + header.blocks();
+        let mut rng = 3u64;
+        for _ in 0..1000 {
+            for byte in tail.block_mut(behind) {
+                rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                *byte = (rng >> 56) as u8;
+            }
+            tail.block_mut(behind)[..8].copy_from_slice(&super::super::format::FRAME_MAGIC);
+            assert_eq!(tail.walk(identity), Ok(vec![(at, header)]));
+        }
+        // One that is the next by its name must be possible as well.
+        let next = FrameHeader {
+            seq: header.seq + 1,
+            ..header
+        };
+        next.encode(tail.block_mut(behind));
+        assert_eq!(
+            tail.walk(identity).map(|found| found.len()),
+            Ok(2),
+            "the frame behind it"
+        );
+        tail.block_mut(behind)[PROGRESS_OFFSET..][..8].fill(0xff);
+        assert!(tail.walk(identity).is_err());
     }
 }

@@ -158,6 +158,10 @@ impl Opening<'_> {
 }
 
 impl BlockingDisk for Opening<'_> {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        Ok((self.disk.borrow().stable.len() * BLOCK_BYTES) as u64)
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.disk.borrow().read(offset, buf);
         Ok(())

@@ -220,6 +220,9 @@ fn a_flipped_bit_anywhere_is_reported_and_never_returned_as_data() {
 struct ReadOnly<'a>(&'a [u8]);
 
 impl BlockingDisk for ReadOnly<'_> {
+    fn size_bytes(&mut self) -> Result<u64, ashlar_core::store::DiskError> {
+        Ok(self.0.len() as u64)
+    }
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), ashlar_core::store::DiskError> {
         buf.copy_from_slice(&self.0[offset as usize..][..buf.len()]);
         Ok(())

@@ -4,6 +4,7 @@
 mod cleaning;
 mod disk;
 mod faults;
+mod opening;
 mod oracle;
 mod power_cut;
 mod ram;

@@ -14,6 +14,8 @@ pub(crate) struct Seen {
     pub(crate) images: u64,
     pub(crate) kills: u64,
     pub(crate) cuts_in_recovery: u64,
+    /// Power cuts while a store was opened in the boot in which its process had died.
+    pub(crate) cuts_while_saving: u64,
     pub(crate) cleaned: u64,
     pub(crate) checkpoints: u64,
     pub(crate) no_space: u64,
@@ -43,6 +45,10 @@ pub(crate) fn run(seed: u64, images: u64, rules: Rules) -> Result<Seen, String> 
             // The process dies, the machine does not: the tail is there.
             seen.kills += 1;
             world.kill();
+            if world.rng.below(2) == 0 {
+                world.power_cuts_while_opening(&mut seen)?;
+                continue;
+            }
             let mut lives = 1 + world.rng.below(12);
             loop {
                 match world.open(lives) {
@@ -113,6 +119,38 @@ impl World {
     }
 }
 
+impl World {
+    /// The process is dead, the machine is not; then the power goes while the store is opened, at each write and sync of
+    /// that in turn. Goes on from the opening that is not cut.
+    fn power_cuts_while_opening(&mut self, seen: &mut Seen) -> Result<(), String> {
+        // Now and then that opening is not the first: the one before was killed as well, or the process was soon after.
+        if self.rng.below(3) == 0 {
+            let lives = self.rng.below(24);
+            match self.open(lives) {
+                Ok(_) => self.kill(),
+                Err(OpenError::Disk(_)) => {}
+                Err(e) => return Err(format!("after a kill: {e}")),
+            }
+        }
+        let machine = self.machine();
+        for lives in 0.. {
+            self.set_machine(&machine);
+            match self.open(lives) {
+                Ok(_) => break,
+                Err(OpenError::Disk(_)) => {}
+                Err(e) => return Err(format!("after a kill: {e}")),
+            }
+            seen.images += 1;
+            seen.cuts_while_saving += 1;
+            self.power_cut();
+            let at = format!("the power went at write {lives} of an opening after a kill");
+            self.open(u64::MAX).map_err(|e| format!("{at}: {e}"))?;
+            self.verify(true).map_err(|e| format!("{at}: {e}"))?;
+        }
+        self.verify(false)
+    }
+}
+
 fn guarded(seed: u64, images: u64, rules: Rules) -> Result<Seen, String> {
     catch_unwind(AssertUnwindSafe(|| run(seed, images, rules))).unwrap_or_else(|panic| {
         let text = panic
@@ -161,6 +199,7 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
                     t.images += seen.images;
                     t.kills += seen.kills;
                     t.cuts_in_recovery += seen.cuts_in_recovery;
+                    t.cuts_while_saving += seen.cuts_while_saving;
                     t.cleaned += seen.cleaned;
                     t.checkpoints += seen.checkpoints;
                     t.no_space += seen.no_space;
@@ -178,6 +217,7 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
             totals.cleaned > 1000
                 && totals.checkpoints > 10_000
                 && totals.cuts_in_recovery > 1000
+                && totals.cuts_while_saving > 10_000
                 && totals.kills > 1000
                 && totals.landed > 10_000
         );

@@ -11,6 +11,9 @@ use crate::world::{NODE, SharedTail};
 pub(crate) struct RamDisk(pub(crate) Vec<u8>);
 
 impl BlockingDisk for RamDisk {
+    fn size_bytes(&mut self) -> Result<u64, DiskError> {
+        Ok(self.0.len() as u64)
+    }
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         buf.copy_from_slice(&self.0[offset as usize..][..buf.len()]);
         Ok(())

@@ -1,5 +1,6 @@
 //! What a store takes over from the life before: how much of it is known, and that it is counted.
 
+use ashlar_core::store::format::FRAME_MAGIC;
 use ashlar_core::store::{Geometry, Params, WriteError};
 use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS};
 
@@ -78,4 +79,29 @@ fn a_start_admits_no_more_than_fits() {
     let status = ram.store().status();
     assert!(status.used_blocks <= status.capacity_blocks, "{status:?}");
     assert_eq!(status.mapped_blocks, u64::from(taken));
+}
+
+/// What a client writes lies in the tail's ring, and after a lap of it right behind the newest frame, where a start looks for
+/// the next one.
+#[test]
+fn a_client_that_writes_what_looks_like_a_frame_keeps_no_store_from_opening() {
+    let geometry = Geometry::for_size(64 << 20, None).expect("large enough");
+    let mut ram = Ram::new(geometry, Params::default(), 8);
+    const PIECE_BLOCKS: u32 = 60;
+    // An impossible progress, and the rest as impossible.
+    let mut hostile = vec![0xff; PIECE_BLOCKS as usize * BLOCK_BYTES];
+    for block in hostile.chunks_exact_mut(BLOCK_BYTES) {
+        block[..FRAME_MAGIC.len()].copy_from_slice(&FRAME_MAGIC);
+    }
+    for life in 0..12 {
+        // More than the ring holds.
+        for piece in 0..24 + life {
+            ram.write(0, piece * PIECE_BLOCKS, &hostile).expect("room");
+        }
+        // Ends the newest frame: behind one that is still being filled nobody looks.
+        ram.flush().expect("flushes");
+        ram.open().unwrap_or_else(|e| panic!("life {life}: {e}"));
+        let found = ram.read(0, life).expect("reads");
+        assert!(found[..] == hostile[..BLOCK_BYTES]);
+    }
 }

@@ -63,6 +63,14 @@ struct Incoming {
     count: u32,
 }
 
+/// A machine whose process is dead.
+pub(crate) struct Machine {
+    disk: SimDisk,
+    tail: Vec<u8>,
+    oracle: Oracle,
+    boot: u8,
+}
+
 pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) disk: RefCell<SimDisk>,
@@ -348,6 +356,25 @@ impl World {
         self.ops.clear();
         self.incoming = None;
         self.store = None;
+    }
+
+    /// Everything that outlives the process, and what it was told.
+    pub(crate) fn machine(&self) -> Machine {
+        Machine {
+            disk: self.disk.borrow().clone(),
+            tail: self.tail.snapshot(),
+            oracle: self.oracle.clone(),
+            boot: self.boot,
+        }
+    }
+
+    /// Goes back to where the machine was, with the process dead.
+    pub(crate) fn set_machine(&mut self, machine: &Machine) {
+        self.forget();
+        *self.disk.borrow_mut() = machine.disk.clone();
+        self.tail.restore(&machine.tail);
+        self.oracle = machine.oracle.clone();
+        self.boot = machine.boot;
     }
 
     pub(crate) fn note_counters(&mut self) {

@@ -154,6 +154,17 @@ impl FrameHeader {
         Ok(header)
     }
 
+    /// Whether `block` begins as the header of the frame with this name does, `seq_low` being the low half of its number;
+    /// nothing else in it is judged.
+    pub fn is_named(block: &[u8], store: StoreId, incarnation: u64, seq_low: u32) -> bool {
+        RawFrame::read_from_prefix(block).is_ok_and(|(raw, _)| {
+            raw.magic == FRAME_MAGIC
+                && raw.store == store.0.into_bytes()
+                && raw.incarnation.get() == incarnation
+                && raw.seq.get() as u32 == seq_low
+        })
+    }
+
     /// Reads a header from the tail, where the last frame may still be open and has no checksum.
     pub fn decode_open(block: &[u8]) -> Result<FrameHeader, FormatError> {
         let (raw, _) =
