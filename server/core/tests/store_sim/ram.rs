@@ -129,21 +129,33 @@ impl Ram {
 
     /// Ends the oldest I/O under way, as a disk does that is slower than its clients. False when there is none.
     pub(crate) fn step(&mut self) -> bool {
+        self.begin();
+        self.end_one() || self.store().next_deadline_ms().is_some()
+    }
+
+    /// Takes the store's actions and ends none of its I/Os. True when it said that what was refused may come again.
+    pub(crate) fn begin(&mut self) -> bool {
         let mut actions = Vec::new();
         self.store().poll_actions(&mut actions);
+        let mut is_ready = false;
         for action in actions {
             match action {
-                Action::Done { .. } | Action::Ready | Action::Event(_) => self.carry_out(action),
+                Action::Ready => is_ready = true,
+                Action::Done { .. } | Action::Event(_) => self.carry_out(action),
                 io => self.begun.push_back(io),
             }
         }
-        match self.begun.pop_front() {
-            Some(io) => {
-                self.carry_out(io);
-                true
-            }
-            None => self.store().next_deadline_ms().is_some(),
+        is_ready
+    }
+
+    /// Ends the oldest I/O under way. False when there is none.
+    pub(crate) fn end_one(&mut self) -> bool {
+        let io = self.begun.pop_front();
+        let any = io.is_some();
+        if let Some(io) = io {
+            self.carry_out(io);
         }
+        any
     }
 
     /// Writes one block as soon as the store takes it; the number of I/Os that ended meanwhile.
