@@ -363,6 +363,9 @@ impl Store {
                 self.growth.retry_at_ms = None;
                 self.segments.grow(segments);
             }
+            // It ends with a sync of the whole file, and a sync that failed may have been for what clients wrote: the
+            // next one would not say so again.
+            Err(e) if !e.is_want_of_room() => self.poison(e),
             Err(e) => {
                 // A minute: long enough not to be a load, short enough after somebody made room.
                 self.growth.retry_at_ms = Some(self.now_ms + 60_000);

@@ -79,7 +79,9 @@ pub enum Action {
     },
     /// Make everything reported written before this was issued durable (fdatasync).
     Sync { io: IoId },
-    /// Make `len` bytes at `offset` exist and hold zeros, allocated and written once.
+    /// Make `len` bytes at `offset` exist and hold zeros, allocated, written once and durable. Only where there is no
+    /// room may this end with ENOSPC, EDQUOT or EFBIG (or ENOMEM: nothing was begun); a sync that failed is
+    /// [`Errno::EIO`], whatever the device called it.
     Allocate { io: IoId, offset: u64, len: u64 },
     /// An operation ended.
     Done {
@@ -178,6 +180,17 @@ impl Errno {
     pub const EIO: Errno = Errno(5);
     /// No space left on device.
     pub const ENOSPC: Errno = Errno(28);
+    /// Disk quota exceeded.
+    const EDQUOT: Errno = Errno(122);
+    /// File too large.
+    const EFBIG: Errno = Errno(27);
+    /// Out of memory.
+    const ENOMEM: Errno = Errno(12);
+
+    /// Whether a file could not be made larger for want of room, or of memory, and nothing else is wrong.
+    fn is_want_of_room(self) -> bool {
+        [Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG, Errno::ENOMEM].contains(&self)
+    }
 }
 
 impl std::fmt::Display for Errno {

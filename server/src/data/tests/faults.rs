@@ -52,3 +52,55 @@ fn fill_with_long_writes(unapplied: u64) {
     assert_eq!(client.call(command::FLUSH, 0, 0, 0, &[]), Reply::Ok(vec![]));
     runtime.block_on(plane.drain());
 }
+
+/// Making the file larger ends with a sync, and one that failed may have been for what clients wrote: no later flush is
+/// answered as if nothing had happened.
+#[test]
+fn a_store_whose_file_fails_to_grow_for_another_reason_than_room_stops() {
+    for (errno, stops) in [("EIO", true), ("ENOSPC", false)] {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut config = config(dir.path(), 1);
+        let trigger = dir.path().join("now");
+        let plan = format!(
+            "allocate:count=all,when={},errno={errno}",
+            trigger.display()
+        );
+        config.fault = Some(plan.parse().expect("plan"));
+        let (runtime, plane) = start(config.clone());
+        let size = 512 * MIB;
+        runtime
+            .block_on(plane.open_volume(spec(&plane, size, 1)))
+            .expect("open");
+        let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+        let payload = vec![7; MIB as usize];
+        let mut taken = 0;
+        let refusal = loop {
+            match client.call(command::WRITE, 0, taken * MIB, MIB, &payload) {
+                Reply::Ok(_) => taken += 1,
+                Reply::Err(code) => break code,
+            }
+            if taken == 4 {
+                std::fs::write(&trigger, b"").expect("trigger");
+            }
+        };
+        let flushed = client.call(command::FLUSH, 0, 0, 0, &[]);
+        let status = &runtime.block_on(plane.store_statuses())[0].status;
+        assert_eq!(status.poisoned.is_some(), stops);
+        let (refused, answer) = match stops {
+            true => (5, Reply::Err(5)),
+            false => (28, Reply::Ok(vec![])),
+        };
+        assert_eq!((refusal, flushed), (refused, answer));
+        runtime.block_on(plane.drain());
+        config.fault = None;
+        let (runtime, plane) = start(config);
+        runtime
+            .block_on(plane.open_volume(spec(&plane, size, 2)))
+            .expect("open");
+        let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+        for at in 0..taken {
+            assert!(client.read(at * MIB, MIB) == payload, "MiB {at}");
+        }
+        runtime.block_on(plane.drain());
+    }
+}
