@@ -173,7 +173,9 @@ impl Store {
 
     /// The leaf in memory, ready to be changed.
     pub(super) fn writable_leaf(&mut self, row: RowId, leaf: u32) -> Result<LeafSlot, Blocked> {
-        if let Some(slot) = self.index.slot_of(row, leaf) {
+        if let Some(slot) = self.index.slot_of(row, leaf)
+            && !self.doubts_damage(slot)
+        {
             return Ok(slot);
         }
         // A cache full of changed leaves is emptied by a checkpoint, which must come before more of them.

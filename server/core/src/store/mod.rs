@@ -7,6 +7,7 @@
 //! What each file is about:
 //! - `format`: bytes on disk; `buf`: aligned memory; `tail`: the ring of acknowledged writes
 //! - `index`: directory rows, leaves in memory and what is written but not yet in a leaf
+//! - `load`: leaves from disk, and what becomes of one that cannot be read
 //! - `versions`: what replicas compare
 //! - `segment`: which space is free; `machine`: the state and its entry points
 //! - `append`: closing frames, group commit, syncs; `apply`: moving written frames into leaves
@@ -24,6 +25,7 @@ mod drop_layer;
 pub mod format;
 mod index;
 mod landing;
+mod load;
 mod log;
 mod machine;
 mod open;

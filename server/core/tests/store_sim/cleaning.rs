@@ -208,8 +208,7 @@ fn a_file_that_cannot_grow_refuses_writes_and_keeps_what_it_took() {
         }
         ram.flush().expect("overwrites find their place");
         ram.no_growth = false;
-        ram.store().on_tick(61_000);
-        ram.run();
+        ram.pass_time(61_000);
         let (chunk, block) = (taken / CHUNK_BLOCKS, taken % CHUNK_BLOCKS);
         ram.write(chunk, block, &data).expect("there is room again");
         ram.flush().expect("a healthy disk");

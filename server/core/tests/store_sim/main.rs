@@ -9,5 +9,6 @@ mod power_cut;
 mod ram;
 mod restart;
 mod rng;
+mod unread;
 mod versions;
 mod world;

@@ -104,3 +104,67 @@ fn a_store_whose_file_fails_to_grow_for_another_reason_than_room_stops() {
         runtime.block_on(plane.drain());
     }
 }
+
+/// The index cannot be read: what asks for it gets an answer, and so does who closes the volume.
+#[test]
+fn questions_that_need_an_unreadable_index_are_answered() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), 1);
+    let size = 64 * MIB;
+    let (runtime, plane) = start(config.clone());
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    client.write(0, 4096, &[1; 8192]);
+    drop(client);
+    runtime.block_on(plane.drain());
+
+    let trigger = dir.path().join("now");
+    let plan = format!("read:count=all,when={},errno=EIO", trigger.display());
+    config.fault = Some(plan.parse().expect("plan"));
+    let (runtime, plane) = start(config);
+    let store = plane.stores()[0].id;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 2)))
+        .expect("open");
+    let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
+    std::fs::write(&trigger, b"").expect("trigger");
+    let mut status = || client.call(command::BLOCK_STATUS, 0, 0, 4 * MIB, &[]);
+    let words = |extents: &[[u32; 2]]| {
+        let words = std::iter::once(1).chain(extents.iter().flatten().copied());
+        Reply::Ok(words.flat_map(u32::to_be_bytes).collect())
+    };
+    // What is not known may be data.
+    let first_leaf = 2 * MIB as u32;
+    assert_eq!(status(), words(&[[first_leaf, 0], [first_leaf, 3]]));
+    let extent = ashlar_core::store::ExtentKey {
+        layer: LayerId(1),
+        chunk: ashlar_core::units::ChunkIndex(0),
+    };
+    let sums = || runtime.block_on(plane.survey_sums(store, extent, vec![0]));
+    assert!(matches!(
+        sums(),
+        Err(DataError::Store(ashlar_core::store::StoreError::Device(_)))
+    ));
+    assert!(
+        runtime.block_on(plane.store_statuses())[0]
+            .status
+            .poisoned
+            .is_none()
+    );
+    std::fs::remove_file(&trigger).expect("remove");
+    let begun = Instant::now();
+    let known = words(&[[4096, 3], [8192, 0], [4 * MIB as u32 - 12288, 3]]);
+    while status() != known {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "never read again"
+        );
+    }
+    sums().expect("readable");
+    runtime
+        .block_on(plane.close_volume(VOLUME, true))
+        .expect("close");
+    runtime.block_on(plane.drain());
+}
