@@ -42,7 +42,7 @@ pub struct Store {
     pub(super) cleaner: Cleaner,
     pub(super) dropper: Dropper,
     pub(super) scrub: Scrub,
-    /// Blocks that leaves map to data.
+    /// Blocks that leaves map to data, and those that damaged leaves did.
     pub(super) mapped: u64,
     /// Blocks that unapplied frames may add to `mapped` and to the leaves: an upper bound.
     pub(super) reserved: u64,

@@ -258,8 +258,9 @@ impl Store {
             Some(row) => {
                 for block in first_block..first_block + count {
                     match self.index.lookup(row, block) {
-                        Lookup::Stored { .. } | Lookup::Lost => {}
-                        Lookup::Hole | Lookup::Zero => new += 1,
+                        Lookup::Stored { .. } => {}
+                        // What a lost block had does not come back.
+                        Lookup::Hole | Lookup::Zero | Lookup::Lost => new += 1,
                         Lookup::NeedLeaf => {
                             let load = self.load_leaf(row, leaf_of(block));
                             load.background = true;

@@ -266,3 +266,34 @@ fn cleaning_does_not_record_that_a_leaf_is_lost() {
     ram.open().expect("opens");
     verify(&mut ram, Some(5));
 }
+
+/// What a damaged leaf mapped stays in use, however often its blocks are trimmed; then the end of the layer gives back
+/// the rest.
+#[test]
+fn trimming_what_a_damaged_leaf_maps_gives_nothing_back_twice() {
+    let (mut ram, leaf) = with_leaves();
+    ram.disk.0[leaf.start as usize + 100] ^= 1;
+    let mapped = |ram: &mut Ram| ram.store().status().mapped_blocks;
+    assert_eq!(mapped(&mut ram), u64::from(FIRST + SECOND));
+    let version = ram.next_version();
+    ram.store()
+        .write_zeroes(key(0), 0, LEAF_BLOCKS - 1, version, None)
+        .expect("taken");
+    ram.flush().expect("flushed");
+    ram.run();
+    assert_eq!(mapped(&mut ram), u64::from(FIRST + SECOND));
+    ram.write(0, 3, &content(3, 2)).expect("taken");
+    ram.write(0, LEAF_BLOCKS - 1, &content(4, 2))
+        .expect("taken");
+    ram.flush().expect("flushed");
+    ram.run();
+    assert_eq!(mapped(&mut ram), u64::from(FIRST + SECOND) + 2);
+    ram.open().expect("opens");
+    ram.store().drop_layer(9, key(0).layer).expect("taken");
+    ram.pass_time(u64::MAX);
+    assert_eq!(mapped(&mut ram), u64::from(FIRST));
+    checkpoint(&mut ram);
+    ram.open().expect("opens");
+    assert_eq!(mapped(&mut ram), u64::from(FIRST));
+    ram.store().check_invariants();
+}
