@@ -5,6 +5,7 @@ use std::time::Instant;
 use ashlar_core::diagnosis::events::{Occurrence, Subject};
 use ashlar_core::store::{Action, Errno, Event as StoreEvent, IoId, OpId, ReadInfo, StoreError};
 use ashlar_core::units::{BLOCK_BYTES, LayerId, StoreId, VolumeId};
+use smallvec::SmallVec;
 
 use super::config::ScrubEnd;
 use super::operation::{Operation, op_key};
@@ -83,17 +84,31 @@ impl DataThread {
         io.bytes as usize
     }
 
-    /// Asks every store for its actions until none has any.
+    /// Asks every store for its actions until none has any. What waits for room in a store is tried once: whatever a
+    /// store says, the thread comes back to its disks. What is ready again goes on in the next turn.
     pub(super) fn run_stores(&mut self) {
+        let mut tried: SmallVec<[bool; 8]> = SmallVec::new();
+        for index in 0..self.stores.len() {
+            let is_ready = std::mem::take(&mut self.stores[index].is_ready);
+            if is_ready {
+                self.retry_parked(index);
+            }
+            tried.push(is_ready);
+        }
         loop {
             let mut any = false;
             for index in 0..self.stores.len() {
                 let mut actions = std::mem::take(&mut self.actions);
                 self.stores[index].store.poll_actions(&mut actions);
-                any |= actions
-                    .iter()
-                    .any(|action| matches!(action, Action::Done { .. } | Action::Ready));
                 for action in actions.drain(..) {
+                    match action {
+                        Action::Ready if std::mem::replace(&mut tried[index], true) => {
+                            self.stores[index].is_ready = true;
+                            continue;
+                        }
+                        Action::Done { .. } | Action::Ready => any = true,
+                        _ => {}
+                    }
                     self.carry_out(index, action);
                 }
                 self.actions = actions;

@@ -16,6 +16,7 @@ use uuid::Uuid;
 mod admission;
 mod client;
 mod epochs;
+mod faults;
 mod fragments;
 mod random;
 mod tails;

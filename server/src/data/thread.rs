@@ -48,6 +48,8 @@ pub(super) struct StoreDriver {
     pub(super) parked: VecDeque<usize>,
     /// Operations that wait for an index page.
     pub(super) waiting_for_index: Vec<usize>,
+    /// It said so when they had been tried in this turn already.
+    pub(super) is_ready: bool,
     /// Opening it found less than it had answered, without the machine having been restarted.
     pub(super) lost_answers: bool,
     /// Reads that its device failed.
@@ -474,6 +476,7 @@ impl DataThread {
             || !self.ready.is_empty()
             || !self.resumable.is_empty()
             || !self.dead.is_empty()
+            || self.stores.iter().any(|driver| driver.is_ready)
         {
             return Some(self.now);
         }

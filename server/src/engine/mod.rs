@@ -65,7 +65,8 @@ pub enum DiskOp {
     },
     /// Make everything whose completion was seen before this submission durable (fdatasync).
     Sync { file: FileId },
-    /// Allocate the range and write it once with zeros, then sync: the result is durable.
+    /// Allocate the range and write it once with zeros, then sync: the result is durable. The sync covers other
+    /// writes to the file too, so its failure is EIO whatever the system calls it, and never taken for want of room.
     Allocate { file: FileId, offset: u64, len: u64 },
 }
 

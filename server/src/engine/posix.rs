@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use memmap2::MmapMut;
 use rustix::event::{Timespec, epoll};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
@@ -371,7 +372,8 @@ fn sync(fd: &OwnedFd) -> Result<(), Errno> {
 }
 
 fn allocate(fd: &OwnedFd, offset: u64, len: u64) -> Result<(), Errno> {
-    match rustix::fs::fallocate(fd, rustix::fs::FallocateFlags::empty(), offset, len) {
+    let fallocate = || rustix::fs::fallocate(fd, FallocateFlags::empty(), offset, len);
+    match rustix::io::retry_on_intr(fallocate) {
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL) => {}
         Err(e) => return Err(e),
     }
@@ -382,7 +384,8 @@ fn allocate(fd: &OwnedFd, offset: u64, len: u64) -> Result<(), Errno> {
         write_all(fd.as_raw_fd(), zeros.as_ptr(), part, offset + done, false)?;
         done += part as u64;
     }
-    sync(fd)
+    // Nothing that it says is about this range alone.
+    sync(fd).map_err(|_| Errno::IO)
 }
 
 fn write_all(

@@ -160,6 +160,30 @@ fn allocate_grows_the_file_with_real_zeros() {
     });
 }
 
+/// A device that takes every write and fails each sync, not with EIO: whoever grew the file learns of the sync.
+#[test]
+fn a_sync_that_fails_behind_an_allocation_is_never_taken_for_want_of_room() {
+    each_engine(|engine| {
+        let zero = std::fs::OpenOptions::new().write(true).open("/dev/zero");
+        let device = OwnedFd::from(zero.expect("open"));
+        let id = engine.add_file(Arc::new(device)).expect("add");
+        let allocate = DiskOp::Allocate {
+            file: id,
+            offset: 0,
+            len: 8192,
+        };
+        for (tag, op, error) in [
+            (1, DiskOp::Sync { file: id }, Errno::INVAL),
+            (2, allocate, Errno::IO),
+        ] {
+            // SAFETY: neither names memory.
+            unsafe { engine.submit(tag, op) };
+            let result = Err(error);
+            assert_eq!(wait_for(engine, 1), [Event::Disk { tag, result }]);
+        }
+    });
+}
+
 #[test]
 fn readiness_hang_up_writability_and_the_mailbox_arrive() {
     each_engine(|engine| {

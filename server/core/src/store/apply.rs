@@ -149,14 +149,21 @@ impl Store {
             self.segments.sub_live(old.addr(), 1);
             self.freed(old.addr());
         }
-        let had = old.addr().is_stored() || old.addr() == Addr::LOST;
+        // What a damaged leaf mapped takes its room for good: it stays counted, as it does in its segments.
+        let had = old.addr().is_stored();
         if mapping.addr().is_stored() {
             self.segments.add_live(mapping.addr(), 1);
             self.mapped += u64::from(!had);
-        } else {
-            self.mapped = self.mapped.saturating_sub(u64::from(had));
+        } else if had {
+            self.unmapped_one();
         }
         self.index.mark_dirty(slot);
+    }
+
+    /// A block that was mapped to data is not any more.
+    pub(super) fn unmapped_one(&mut self) {
+        // A checkpoint from before lost blocks kept their count may say less than there is.
+        self.mapped = self.mapped.saturating_sub(1);
     }
 
     /// A block of this segment is no longer wanted. Its segment is left alone until a checkpoint says the same;
@@ -173,7 +180,9 @@ impl Store {
 
     /// The leaf in memory, ready to be changed.
     pub(super) fn writable_leaf(&mut self, row: RowId, leaf: u32) -> Result<LeafSlot, Blocked> {
-        if let Some(slot) = self.index.slot_of(row, leaf) {
+        if let Some(slot) = self.index.slot_of(row, leaf)
+            && !self.doubts_damage(slot)
+        {
             return Ok(slot);
         }
         // A cache full of changed leaves is emptied by a checkpoint, which must come before more of them.

@@ -355,6 +355,8 @@ impl Store {
         }
         match self.index.slot_of(row, leaf) {
             Some(slot) if self.index.leaf(slot).dirty => {}
+            // As long as nothing is written to what it maps, its loss need not be recorded: it may be read yet.
+            Some(slot) if self.index.leaf(slot).is_lost() => {}
             Some(_) if !self.may_change(1) => {
                 self.block_cleaning();
                 return Err(Blocked);

@@ -93,7 +93,7 @@ impl Store {
             let addr = self.index.leaf(slot).entries[i].addr();
             if addr.is_stored() {
                 self.segments.sub_live(addr, 1);
-                self.mapped -= 1;
+                self.unmapped_one();
             }
         }
         self.index.remove_leaf(slot);

@@ -54,7 +54,16 @@ pub(super) struct Leaf {
     pub(super) dirty: bool,
     /// Being written for a checkpoint.
     pub(super) writing: bool,
+    /// When it came from disk.
+    pub(super) read_ms: u64,
     referenced: bool,
+}
+
+impl Leaf {
+    /// Whether it was damaged, and nothing it maps was written since.
+    pub(super) fn is_lost(&self) -> bool {
+        self.entries.iter().all(|entry| entry.addr() == Addr::LOST)
+    }
 }
 
 /// Where a block is.
@@ -247,6 +256,7 @@ impl Index {
             entries,
             dirty: false,
             writing: false,
+            read_ms: 0,
             referenced: true,
         }) as LeafSlot;
         self.rows[row as usize].slots[index as usize] = slot;

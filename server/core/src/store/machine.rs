@@ -1,6 +1,6 @@
 //! The store's state, its entry points, and what happens when an I/O ends.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use hashbrown::HashMap;
 use slab::Slab;
@@ -13,6 +13,7 @@ use super::drop_layer::Dropper;
 use super::format::{Addr, Geometry, Superblock};
 use super::index::{Index, RowId};
 use super::landing::Room;
+use super::load::{Load, UnreadLeaf};
 use super::read::ReadOp;
 use super::scrub::Scrub;
 use super::segment::{SegmentState, Segments};
@@ -33,13 +34,15 @@ pub struct Store {
     pub(super) ios: Slab<Io>,
     pub(super) reads: Slab<ReadOp>,
     pub(super) loads: HashMap<(RowId, u32), Load>,
+    /// Leaves that the device failed to read lately; each is in `loads` too.
+    pub(super) unread: BTreeMap<(RowId, u32), UnreadLeaf>,
     /// Who waits for everything up to a frame to be durable; targets never fall.
     pub(super) waiters: VecDeque<Waiter>,
     pub(super) checkpoint: CheckpointState,
     pub(super) cleaner: Cleaner,
     pub(super) dropper: Dropper,
     pub(super) scrub: Scrub,
-    /// Blocks that leaves map to data.
+    /// Blocks that leaves map to data, and those that damaged leaves did.
     pub(super) mapped: u64,
     /// Blocks that unapplied frames may add to `mapped` and to the leaves: an upper bound.
     pub(super) reserved: u64,
@@ -81,6 +84,13 @@ pub(super) enum Io {
         leaf: u32,
         buf: AlignedBuf,
     },
+    /// A block that lies near a leaf that cannot be read.
+    NearLeaf {
+        row: RowId,
+        leaf: u32,
+        #[allow(dead_code, reason = "keeps the memory of the read alive")]
+        buf: AlignedBuf,
+    },
     Run(super::read::Run),
     /// A piece of the checkpoint area; the bytes belong to the checkpoint.
     CheckpointArea,
@@ -89,17 +99,6 @@ pub(super) enum Io {
         segments: u32,
     },
     CleanRead,
-}
-
-/// A leaf being read.
-#[derive(Default)]
-pub(super) struct Load {
-    /// Reads that wait for it.
-    pub(super) reads: Vec<u32>,
-    /// Apply, cleaning or a drop waits for it.
-    pub(super) background: bool,
-    /// Somebody was told to come again when it is here.
-    pub(super) awaited: bool,
 }
 
 impl Store {
@@ -123,6 +122,7 @@ impl Store {
             ios: Slab::new(),
             reads: Slab::new(),
             loads: HashMap::new(),
+            unread: BTreeMap::new(),
             waiters: VecDeque::new(),
             checkpoint: CheckpointState::default(),
             cleaner: Cleaner::default(),
@@ -175,6 +175,7 @@ impl Store {
     pub fn poll_actions(&mut self, out: &mut Vec<Action>) {
         if self.poisoned.is_none() {
             self.more_work = false;
+            self.read_leaves_again();
             self.advance_apply();
             self.advance_clean();
             self.advance_drop();
@@ -205,10 +206,16 @@ impl Store {
             return Some(self.now_ms);
         }
         let growth = self.growth.retry_at_ms.filter(|_| self.wants_growth());
-        [self.writeback_deadline(), self.scrub_deadline(), growth]
-            .into_iter()
-            .flatten()
-            .min()
+        let leaf = self.leaves_again_at_ms();
+        [
+            self.writeback_deadline(),
+            self.scrub_deadline(),
+            growth,
+            leaf,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// An I/O ended; `result` is the number of bytes moved (all of them) or the error.
@@ -243,6 +250,7 @@ impl Store {
                 Err(e),
             ) => self.poison(e),
             (Io::LeafLoad { row, leaf, buf }, result) => self.on_leaf(row, leaf, buf, result),
+            (Io::NearLeaf { row, leaf, .. }, result) => self.on_near_leaf(row, leaf, result),
             (Io::Run(run), result) => self.on_run(run, result),
             (Io::Allocate { segments }, result) => self.on_allocate(segments, result),
             (Io::CleanRead, result) => self.on_clean_read(result),
@@ -363,6 +371,9 @@ impl Store {
                 self.growth.retry_at_ms = None;
                 self.segments.grow(segments);
             }
+            // It ends with a sync of the whole file, and a sync that failed may have been for what clients wrote: the
+            // next one would not say so again.
+            Err(e) if !e.is_want_of_room() => self.poison(e),
             Err(e) => {
                 // A minute: long enough not to be a load, short enough after somebody made room.
                 self.growth.retry_at_ms = Some(self.now_ms + 60_000);
@@ -499,6 +510,7 @@ impl Store {
             let open = self.hot.open.as_ref().expect("the landing's frame is open");
             assert!(start + count <= open.placed && open.landing_header > 0);
         }
+        assert!(self.unread.keys().all(|key| self.loads.contains_key(key)));
         for (i, frame) in self.hot.frames.iter().enumerate() {
             assert_eq!(frame.seq, self.hot.first_seq() + i as u64);
         }

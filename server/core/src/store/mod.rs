@@ -7,6 +7,7 @@
 //! What each file is about:
 //! - `format`: bytes on disk; `buf`: aligned memory; `tail`: the ring of acknowledged writes
 //! - `index`: directory rows, leaves in memory and what is written but not yet in a leaf
+//! - `load`: leaves from disk, and what becomes of one that cannot be read
 //! - `versions`: what replicas compare
 //! - `segment`: which space is free; `machine`: the state and its entry points
 //! - `append`: closing frames, group commit, syncs; `apply`: moving written frames into leaves
@@ -24,6 +25,7 @@ mod drop_layer;
 pub mod format;
 mod index;
 mod landing;
+mod load;
 mod log;
 mod machine;
 mod open;
@@ -79,7 +81,9 @@ pub enum Action {
     },
     /// Make everything reported written before this was issued durable (fdatasync).
     Sync { io: IoId },
-    /// Make `len` bytes at `offset` exist and hold zeros, allocated and written once.
+    /// Make `len` bytes at `offset` exist and hold zeros, allocated, written once and durable. Only where there is no
+    /// room may this end with ENOSPC, EDQUOT or EFBIG (or ENOMEM: nothing was begun); a sync that failed is
+    /// [`Errno::EIO`], whatever the device called it.
     Allocate { io: IoId, offset: u64, len: u64 },
     /// An operation ended.
     Done {
@@ -182,6 +186,17 @@ impl Errno {
     pub const ENODATA: Errno = Errno(61);
     /// What Linux says of a block whose protection information does not match it.
     pub const EILSEQ: Errno = Errno(84);
+    /// Disk quota exceeded.
+    const EDQUOT: Errno = Errno(122);
+    /// File too large.
+    const EFBIG: Errno = Errno(27);
+    /// Out of memory.
+    const ENOMEM: Errno = Errno(12);
+
+    /// Whether a file could not be made larger for want of room, or of memory, and nothing else is wrong.
+    fn is_want_of_room(self) -> bool {
+        [Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG, Errno::ENOMEM].contains(&self)
+    }
 }
 
 impl std::fmt::Display for Errno {

@@ -80,6 +80,16 @@ pub enum OpenError {
         /// Where the missing frame begins.
         at: Addr,
     },
+    /// A frame that may have been durable is where the device cannot read.
+    #[error(
+        "the device cannot read block {} of the store, where the log goes on ({error}); try again, as such an error may pass, and restore from another replica or a backup if it stays. If a power cut left the block so, what is behind it was not flushed: writing 4096 zeros to byte {} lets the log end there, and what was flushed there after all is lost", at.0, at.offset()
+    )]
+    LogUnreadable {
+        /// The frame's first block.
+        at: Addr,
+        /// What the device said.
+        error: DiskError,
+    },
     /// The process died in this boot of the machine, and the tail with its last writes is not there.
     #[error(
         "the tail of the daemon that was killed is missing, and acknowledged writes may be in it; put the tail file back (same tail directory), or accept their loss with --accept-tail-loss"
@@ -190,13 +200,13 @@ impl Store {
         let mut reader = LogReader::new(old.store, old.geometry, &checkpoint);
         let mut frames = Vec::new();
         let start_seq = checkpoint.hot_seq;
-        // A block that the device cannot read ends the log as a torn frame does where a power cut may have torn it, and where
-        // nothing can be missing: all that a killed daemon's tail had let go of is asked for below, and the checkpoint of a
-        // store that was closed has everything.
+        // A block that the device cannot read ends the log as a torn frame does where nothing can be missing: all that a killed
+        // daemon's tail had let go of is asked for below, and the checkpoint of a store that was closed has everything. After a
+        // power cut it may be torn, or flushed and readable another time: a person has to decide.
         let unreadable_is_torn = if old.clean {
             checkpoint.hot_incarnation == old.incarnation
         } else {
-            replay_tail || !same_boot
+            replay_tail
         };
         let mut unreadable = None;
         loop {
@@ -206,6 +216,11 @@ impl Store {
                 Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
                     unreadable = Some(e);
                     break;
+                }
+                Err(error) if error.is_of_the_medium() => {
+                    let (segment, block) = reader.position();
+                    let at = Addr(old.geometry.segment_start(segment).0 + block);
+                    return Err(OpenError::LogUnreadable { at, error });
                 }
                 Err(e) => return Err(e.into()),
             };
@@ -218,7 +233,9 @@ impl Store {
         require_segments(disk, &old.geometry, reader.segments)?;
         let log_end = |(segment, block)| Addr(old.geometry.segment_start(segment).0 + block);
         let missing = |at, unreadable: Option<DiskError>| {
-            unreadable.map_or(OpenError::LogDamaged { at }, OpenError::Disk)
+            unreadable.map_or(OpenError::LogDamaged { at }, |error| {
+                OpenError::LogUnreadable { at, error }
+            })
         };
         let at = log_end(reader.position());
         if reader.end_is_damaged(disk)? {
@@ -242,6 +259,10 @@ impl Store {
                 Err(e) if unreadable_is_torn && e.is_of_the_medium() => {
                     unreadable = Some(e);
                     report.unreadable_end = Some(frame.header.addr);
+                }
+                Err(error) if error.is_of_the_medium() => {
+                    let at = frame.header.addr;
+                    return Err(OpenError::LogUnreadable { at, error });
                 }
                 Err(e) => return Err(e.into()),
             }

@@ -1,12 +1,11 @@
 //! Reads: from the tail, from zeros, or from disk with every block's checksum verified.
 
-use hashbrown::hash_map::Entry as MapEntry;
 use smallvec::SmallVec;
 
-use super::format::{Addr, ExtentKey, LEAF_DISK_BLOCKS, LEAF_DISK_BYTES, LeafEntries, Mapping};
+use super::format::{Addr, ExtentKey};
 use super::index::{Lookup, RowId, leaf_of};
-use super::machine::{Io, Load};
-use super::{Action, AlignedBuf, Errno, OpId, ReadInfo, ReadOutcome, Store, StoreError};
+use super::machine::Io;
+use super::{Action, Errno, OpId, ReadInfo, ReadOutcome, Store, StoreError};
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, LEAF_BLOCKS};
 
 /// Most blocks one disk read fetches (1 MiB).
@@ -83,8 +82,8 @@ impl Store {
             count,
             buf.as_mut_ptr(),
         );
-        if self.reads[id as usize].runs == 0 && self.reads[id as usize].resolved == count {
-            let read = self.reads.remove(id as usize);
+        if self.is_over(id) {
+            let read = self.take_read(id);
             return match read.error {
                 Some(e) => Err(e),
                 None => Ok(ReadOutcome::Done(read.info)),
@@ -117,7 +116,7 @@ impl Store {
     }
 
     /// Looks up as many blocks as the leaves in memory allow and starts their disk reads.
-    fn resolve(&mut self, id: u32) {
+    pub(super) fn resolve(&mut self, id: u32) {
         let (row, first, count) = {
             let r = &self.reads[id as usize];
             (r.row, r.first, r.count)
@@ -132,11 +131,18 @@ impl Store {
             let block = first + at;
             let leaf = leaf_of(block);
             if leaf != last_leaf {
+                if let Some(slot) = self.index.slot_of(row, leaf) {
+                    self.doubts_damage(slot);
+                }
                 self.index.touch(row, leaf);
                 last_leaf = leaf;
             }
             let found = self.index.lookup(row, block);
             if let Lookup::NeedLeaf = found {
+                if let Some(error) = self.leaf_error(row, leaf) {
+                    self.leaf_is_unreadable(id, error);
+                    break;
+                }
                 // The leaves behind it will be wanted too: fetch them side by side.
                 for l in leaf..=leaf_of(first + count - 1) {
                     if self.index.slot_of(row, l).is_none()
@@ -250,7 +256,7 @@ impl Store {
         });
     }
 
-    fn pin(&mut self, addr: Addr, blocks: u32, on: bool) {
+    pub(super) fn pin(&mut self, addr: Addr, blocks: u32, on: bool) {
         let first = self.segments.geometry.segment_of(addr);
         let last = self.segments.geometry.segment_of(Addr(addr.0 + blocks - 1));
         for s in first..=last {
@@ -314,16 +320,25 @@ impl Store {
         self.finish_read(id);
     }
 
-    fn finish_read(&mut self, id: u32) {
+    /// A read that failed need not look up the rest, but its buffer is in use until its runs end.
+    fn is_over(&self, id: u32) -> bool {
         let read = &self.reads[id as usize];
-        // A read that failed need not look up the rest, but its buffer is in use until its runs end.
-        if read.runs > 0 || (read.resolved < read.count && read.error.is_none()) {
-            return;
-        }
+        read.runs == 0 && (read.resolved == read.count || read.error.is_some())
+    }
+
+    fn take_read(&mut self, id: u32) -> ReadOp {
+        let read = self.reads.remove(id as usize);
         if read.resolved < read.count {
             self.forget_waiting(id);
         }
-        let read = self.reads.remove(id as usize);
+        read
+    }
+
+    pub(super) fn finish_read(&mut self, id: u32) {
+        if !self.is_over(id) {
+            return;
+        }
+        let read = self.take_read(id);
         let result = match read.error {
             Some(e) => Err(e),
             None => Ok(read.info),
@@ -337,6 +352,16 @@ impl Store {
                 let extent = self.index.row(read.row).key;
                 self.on_scrub_read(extent, read.count - holes);
             }
+        }
+    }
+
+    /// A read needs a leaf that the device cannot read.
+    pub(super) fn leaf_is_unreadable(&mut self, id: u32, error: Errno) {
+        let read = &mut self.reads[id as usize];
+        read.error.get_or_insert(StoreError::Device(error));
+        if read.reader == Reader::Scrub {
+            let (first, count) = (read.first + read.resolved, read.count - read.resolved);
+            self.scrub.found_damaged(first, count);
         }
     }
 
@@ -355,101 +380,9 @@ impl Store {
         }
     }
 
-    // -- leaves
-
-    /// Starts reading a leaf that lies on disk, unless that is under way.
-    pub(super) fn load_leaf(&mut self, row: RowId, leaf: u32) -> &mut Load {
-        let start = matches!(self.loads.entry((row, leaf)), MapEntry::Vacant(_));
-        if start {
-            let mut buf = AlignedBuf::zeroed(LEAF_DISK_BYTES);
-            let (ptr, len) = (buf.as_mut_ptr(), buf.len());
-            let addr = self.index.row(row).leaves[leaf as usize].addr();
-            debug_assert!(addr.is_stored());
-            self.pin(addr, LEAF_DISK_BLOCKS, true);
-            let io = self.start_io(Io::LeafLoad { row, leaf, buf });
-            self.actions.push(Action::Read {
-                io,
-                offset: addr.offset(),
-                ptr,
-                len,
-            });
-        }
-        self.loads.entry((row, leaf)).or_default()
-    }
-
-    pub(super) fn on_leaf(
-        &mut self,
-        row: RowId,
-        leaf: u32,
-        buf: AlignedBuf,
-        result: Result<(), Errno>,
-    ) {
-        let load = self.loads.remove(&(row, leaf)).unwrap_or_default();
-        let mapping = self.index.row(row).leaves[leaf as usize];
-        // A leaf's address changes only when it is written, and it is written only from memory.
-        self.pin(mapping.addr(), LEAF_DISK_BLOCKS, false);
-        if let Err(e) = result {
-            self.counters.read_errors += 1;
-            if load.background {
-                // The mapping cannot be kept up to date without it.
-                self.poison(e);
-                return;
-            }
-            for id in load.reads {
-                self.reads[id as usize]
-                    .error
-                    .get_or_insert(StoreError::Device(e));
-                self.finish_read(id);
-            }
-            return;
-        }
-        let entries = self.decode_leaf(row, leaf, &buf, mapping);
-        self.make_room_for_leaf();
-        self.index.insert_leaf(row, leaf, entries);
-        for id in load.reads {
-            self.resolve(id);
-            self.finish_read(id);
-        }
-    }
-
-    fn decode_leaf(
-        &mut self,
-        row: RowId,
-        leaf: u32,
-        bytes: &[u8],
-        mapping: Mapping,
-    ) -> Box<LeafEntries> {
-        let mut entries: Box<LeafEntries> = Box::new([Mapping::UNMAPPED; LEAF_BLOCKS as usize]);
-        if crc32fast::hash(bytes) == mapping.crc {
-            zerocopy::IntoBytes::as_mut_bytes(&mut *entries).copy_from_slice(bytes);
-            let geometry = self.segments.geometry;
-            let sane = |m: &Mapping| !m.addr().is_stored() || geometry.contains(m.addr(), 1);
-            if entries.iter().all(sane) {
-                return entries;
-            }
-        }
-        // What the damaged leaf mapped stays counted as live in its segments, so nothing is reused by mistake; its
-        // blocks fail to read until they are written again.
-        let key = self.index.row(row).key;
-        self.checksum_error(StoreError::Lost {
-            layer: key.layer,
-            chunk: key.chunk,
-            block: leaf * LEAF_BLOCKS,
-        });
-        entries.fill(Mapping::new(Addr::LOST, 0, 0));
-        entries
-    }
-
-    /// Evicts clean leaves so that one more fits.
-    pub(super) fn make_room_for_leaf(&mut self) {
-        let limit = self.params.leaf_cache.max(16);
-        if self.index.leaves_cached() >= limit {
-            self.index.evict(limit - 1);
-        }
-    }
-
     /// Runs of blocks as mapped (true) or reading as zeros (false), in order, `(mapped, count)`. `None` when a leaf
-    /// must be loaded first: then a read of the range tells the same.
+    /// must be loaded first: then a read of the range tells the same. What cannot be known, because the leaf cannot be
+    /// read, counts as mapped.
     pub fn extents(
         &self,
         key: ExtentKey,
@@ -481,6 +414,7 @@ impl Store {
             match self.index.lookup(row, block) {
                 Lookup::Stored { .. } | Lookup::Lost => push(true, 1),
                 Lookup::Hole | Lookup::Zero => push(false, 1),
+                Lookup::NeedLeaf if self.leaf_error(row, leaf).is_some() => push(true, 1),
                 Lookup::NeedLeaf => return None,
             }
             block += 1;
@@ -496,6 +430,7 @@ impl Store {
         for leaf in leaf_of(first_block)..=leaf_of(first_block + count - 1) {
             if self.index.slot_of(row, leaf).is_none()
                 && self.index.row(row).leaves[leaf as usize].addr().is_stored()
+                && self.leaf_error(row, leaf).is_none()
             {
                 self.load_leaf(row, leaf).awaited = true;
             }

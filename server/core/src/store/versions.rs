@@ -134,7 +134,7 @@ impl Store {
     }
 
     /// What the store has of each block of a leaf. `None`: the leaf has to be read first; ask again after
-    /// [`super::Action::Ready`].
+    /// [`super::Action::Ready`]. An error when the device cannot read it.
     pub fn leaf_states(
         &mut self,
         key: ExtentKey,
@@ -149,6 +149,11 @@ impl Store {
         if self.index.slot_of(row, leaf).is_none()
             && self.index.row(row).leaves[leaf as usize].addr().is_stored()
         {
+            let error = self.leaf_error(row, leaf);
+            self.load_leaf(row, leaf).compared = true;
+            if let Some(error) = error {
+                return Err(StoreError::Device(error));
+            }
             self.load_extents(key, leaf * LEAF_BLOCKS, 1);
             return Ok(None);
         }

@@ -17,6 +17,10 @@ pub(super) fn most_new_blocks(first_block: u32, count: u32) -> u64 {
     u64::from(count + leaves * LEAF_DISK_BLOCKS)
 }
 
+/// The most that one write can add: it is no longer than a leaf, so it touches two.
+const MOST_NEW_BLOCKS: u64 = MAX_WRITE_BLOCKS as u64 + 2 * LEAF_DISK_BLOCKS as u64;
+const _: () = assert!(MAX_WRITE_BLOCKS <= LEAF_BLOCKS as usize);
+
 impl Store {
     /// Writes whole blocks, at most [`MAX_WRITE_BLOCKS`], inside one chunk. On `Ok` the write is acknowledged: it is
     /// in the tail, which outlives the process. With `durable`, [`super::Action::Done`] follows when it is on stable
@@ -254,8 +258,9 @@ impl Store {
             Some(row) => {
                 for block in first_block..first_block + count {
                     match self.index.lookup(row, block) {
-                        Lookup::Stored { .. } | Lookup::Lost => {}
-                        Lookup::Hole | Lookup::Zero => new += 1,
+                        Lookup::Stored { .. } => {}
+                        // What a lost block had does not come back.
+                        Lookup::Hole | Lookup::Zero | Lookup::Lost => new += 1,
                         Lookup::NeedLeaf => {
                             let load = self.load_leaf(row, leaf_of(block));
                             load.background = true;
@@ -296,8 +301,10 @@ impl Store {
         if self.backlog_is_full() || self.growth.wanted || leaf_is_coming() {
             return false;
         }
+        // Near full for any write that `admit` may have refused: told to come again though nothing has changed, it
+        // would be refused again, without end.
         let near_full =
-            self.used_blocks() + self.reserved + MAX_WRITE_BLOCKS as u64 > self.capacity_blocks();
+            self.used_blocks() + self.reserved + MOST_NEW_BLOCKS > self.capacity_blocks();
         if near_full && self.reserved > 0 && self.hot.applied_seq < self.hot.last_acked_seq() {
             return false;
         }

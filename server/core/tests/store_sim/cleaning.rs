@@ -1,7 +1,9 @@
 //! What cleaning costs, that it always goes on, and what a full store still takes.
 
-use ashlar_core::store::{Geometry, Params, WriteError};
-use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS};
+use std::collections::VecDeque;
+
+use ashlar_core::store::{Geometry, MAX_WRITE_BLOCKS, Params, WriteError};
+use ashlar_core::units::{BLOCK_BYTES, CHUNK_BLOCKS, Version};
 
 use crate::ram::{Ram, key};
 use crate::rng::Rng;
@@ -206,11 +208,86 @@ fn a_file_that_cannot_grow_refuses_writes_and_keeps_what_it_took() {
         }
         ram.flush().expect("overwrites find their place");
         ram.no_growth = false;
-        ram.store().on_tick(61_000);
-        ram.run();
+        ram.pass_time(61_000);
         let (chunk, block) = (taken / CHUNK_BLOCKS, taken % CHUNK_BLOCKS);
         ram.write(chunk, block, &data).expect("there is room again");
         ram.flush().expect("a healthy disk");
+        ram.store().check_invariants();
+    }
+}
+
+/// A write that waits, as a driver keeps it: where it goes, its version, and how much of it was taken.
+struct Waiting {
+    at: u32,
+    version: Version,
+    taken: u32,
+}
+
+/// The longest writes, several at a time, until there is no room: the last of them find less than they need of what is
+/// promised to others, at whatever number of blocks the store is by then. Whoever is told to come again finds that
+/// something has changed; a driver that does nothing else as long as somebody may go on comes back to its disk.
+#[test]
+fn long_writes_into_a_store_that_becomes_full_are_refused_in_the_end() {
+    const LONG: u32 = MAX_WRITE_BLOCKS as u32;
+    let geometry = Geometry {
+        segment_blocks: 64,
+        segments_max: 64,
+        checkpoint_blocks: 8,
+    };
+    let data = vec![4u8; MAX_WRITE_BLOCKS * BLOCK_BYTES];
+    for shift in 1..=LONG {
+        let mut ram = Ram::new(geometry, Params::default(), 64);
+        ram.write(1, 0, &data[..shift as usize * BLOCK_BYTES])
+            .expect("there is room");
+        let mut waiting: VecDeque<Waiting> = VecDeque::new();
+        let (mut next, mut turns) = (0, 0);
+        let mut refused = false;
+        while !refused || !waiting.is_empty() {
+            let mut tries = 0;
+            loop {
+                while !refused && waiting.len() < 3 {
+                    let version = ram.next_version();
+                    let (at, taken) = (next, 0);
+                    waiting.push_back(Waiting { at, version, taken });
+                    next += LONG;
+                }
+                while let Some(first) = waiting.front_mut() {
+                    let left = &data[first.taken as usize * BLOCK_BYTES..];
+                    let (at, version) = (first.at + first.taken, first.version);
+                    match ram.store().write(key(0), at, left, version, None) {
+                        Ok(()) => {}
+                        Err(WriteError::Busy { accepted }) => {
+                            first.taken += accepted;
+                            break;
+                        }
+                        Err(e) => {
+                            assert_eq!(e, WriteError::NoSpace);
+                            refused = true;
+                        }
+                    }
+                    waiting.pop_front();
+                }
+                if !ram.begin() {
+                    break;
+                }
+                tries += 1;
+                assert!(
+                    tries < 100,
+                    "{shift}: tried for ever: {}",
+                    ram.store().debug_line()
+                );
+            }
+            ram.end_one();
+            turns += 1;
+            assert!(
+                turns < 20_000,
+                "{shift}: busy for ever: {}",
+                ram.store().debug_line()
+            );
+        }
+        ram.flush().expect("what was taken finds its place");
+        let status = ram.store().status();
+        assert!(status.used_blocks <= status.capacity_blocks, "{status:?}");
         ram.store().check_invariants();
     }
 }

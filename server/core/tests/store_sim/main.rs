@@ -10,5 +10,6 @@ mod power_cut;
 mod ram;
 mod restart;
 mod rng;
+mod unread;
 mod versions;
 mod world;

@@ -1,5 +1,8 @@
 //! A store over plain memory whose I/O ends at once, or fails when told to.
 
+use std::ops::Range;
+
+use ashlar_core::store::format::LEAF_DISK_BYTES;
 use ashlar_core::store::{
     Action, AlignedBuf, BlockingDisk, DiskError, Errno, Event, ExtentKey, Geometry, OpenOptions,
     Params, ReadOutcome, Store, StoreError, WriteError, format_store,
@@ -47,6 +50,12 @@ pub(crate) struct Ram {
     pub(crate) ios: u64,
     /// The disk under the store's file is full: it does not grow.
     pub(crate) no_growth: bool,
+    /// Bytes that cannot be read while the store is open.
+    pub(crate) unreadable: Option<Range<u64>>,
+    /// Where the newest leaf was read.
+    pub(crate) leaf_read_at: Option<u64>,
+    /// The store's time.
+    pub(crate) now_ms: u64,
     /// I/Os begun by [`Ram::step`], oldest first.
     begun: std::collections::VecDeque<Action>,
     version: u64,
@@ -80,6 +89,9 @@ impl Ram {
             failed_behind_flush: false,
             ios: 0,
             no_growth: false,
+            unreadable: None,
+            leaf_read_at: None,
+            now_ms: 0,
             begun: std::collections::VecDeque::new(),
             version: 0,
             epoch: 0,
@@ -98,7 +110,8 @@ impl Ram {
             accept_tail_loss: false,
         };
         let tail = Box::new(self.tail.clone());
-        let (store, _) = Store::open(&mut self.disk, tail, self.params.clone(), &options)?;
+        let (mut store, _) = Store::open(&mut self.disk, tail, self.params.clone(), &options)?;
+        store.on_tick(self.now_ms);
         self.store = Some(store);
         self.epoch += 1;
         self.version = 0;
@@ -130,23 +143,56 @@ impl Ram {
         }
     }
 
+    /// Lets time pass until then, or until the store has nothing to do any more; what it wants is carried out.
+    pub(crate) fn pass_time(&mut self, until_ms: u64) {
+        let mut turns = 0;
+        loop {
+            self.run();
+            match self.store().next_deadline_ms() {
+                Some(at) if at <= until_ms => self.now_ms = self.now_ms.max(at),
+                _ if until_ms == u64::MAX => return,
+                _ => break,
+            }
+            let now = self.now_ms;
+            self.store().on_tick(now);
+            turns += 1;
+            assert!(turns < 10_000, "no rest: {}", self.store().debug_line());
+        }
+        self.now_ms = self.now_ms.max(until_ms);
+        let now = self.now_ms;
+        self.store().on_tick(now);
+        self.run();
+    }
+
     /// Ends the oldest I/O under way, as a disk does that is slower than its clients. False when there is none.
     pub(crate) fn step(&mut self) -> bool {
+        self.begin();
+        self.end_one() || self.store().next_deadline_ms().is_some()
+    }
+
+    /// Takes the store's actions and ends none of its I/Os. True when it said that what was refused may come again.
+    pub(crate) fn begin(&mut self) -> bool {
         let mut actions = Vec::new();
         self.store().poll_actions(&mut actions);
+        let mut is_ready = false;
         for action in actions {
             match action {
-                Action::Done { .. } | Action::Ready | Action::Event(_) => self.carry_out(action),
+                Action::Ready => is_ready = true,
+                Action::Done { .. } | Action::Event(_) => self.carry_out(action),
                 io => self.begun.push_back(io),
             }
         }
-        match self.begun.pop_front() {
-            Some(io) => {
-                self.carry_out(io);
-                true
-            }
-            None => self.store().next_deadline_ms().is_some(),
+        is_ready
+    }
+
+    /// Ends the oldest I/O under way. False when there is none.
+    pub(crate) fn end_one(&mut self) -> bool {
+        let io = self.begun.pop_front();
+        let any = io.is_some();
+        if let Some(io) = io {
+            self.carry_out(io);
         }
+        any
     }
 
     /// Writes one block as soon as the store takes it; the number of I/Os that ended meanwhile.
@@ -216,6 +262,15 @@ impl Ram {
             Action::Read {
                 offset, ptr, len, ..
             } => {
+                if len == LEAF_DISK_BYTES {
+                    self.leaf_read_at = Some(offset);
+                }
+                let end = offset + len as u64;
+                let bad = self.unreadable.as_ref();
+                if bad.is_some_and(|bad| bad.start < end && offset < bad.end) {
+                    self.store().on_io(io, Err(Errno::EIO));
+                    return;
+                }
                 // SAFETY: as above.
                 let out = unsafe { std::slice::from_raw_parts_mut(ptr, len) };
                 out.copy_from_slice(&self.disk.0[offset as usize..][..len]);
@@ -251,7 +306,11 @@ impl Ram {
                 Ok(()) => return Ok(version),
                 Err(WriteError::Busy { accepted }) => {
                     from += accepted as usize * BLOCK_BYTES;
-                    self.run();
+                    if !self.run()
+                        && let Some(at) = self.store().next_deadline_ms()
+                    {
+                        self.pass_time(at);
+                    }
                     turns += 1;
                     assert!(
                         turns < 10_000,

@@ -97,6 +97,7 @@ fn build_thread(
             metrics: metrics.add_store(opened.report.id),
             parked: Default::default(),
             waiting_for_index: Vec::new(),
+            is_ready: false,
             lost_answers,
             read_failures: Sparse::default(),
         });

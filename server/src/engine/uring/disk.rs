@@ -147,13 +147,19 @@ impl UringEngine {
             }
             _ => result,
         };
-        if result == -libc::EINTR || result == -libc::EAGAIN {
+        let op = &mut self.ops[slot];
+        let step = op.step;
+        // A sync is not repeated: after one that failed the next says nothing about the data that failed.
+        if (result == -libc::EINTR || result == -libc::EAGAIN) && step != Step::Sync {
             self.push_step(slot);
             return;
         }
-        let op = &mut self.ops[slot];
-        let step = op.step;
         if result < 0 {
+            if step == Step::Sync && matches!(op.op, DiskOp::Allocate { .. }) {
+                // Nothing that it says is about this range alone.
+                self.finish(slot, Err(Errno::IO), out);
+                return;
+            }
             // Devices and some file systems have no fallocate; zeros written below allocate just as well.
             if step == Step::Fallocate
                 && matches!(-result, libc::EOPNOTSUPP | libc::ENODEV | libc::EINVAL)
