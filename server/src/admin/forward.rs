@@ -67,9 +67,7 @@ impl Service {
         metadata: &MetadataMap,
         refusal: VolumeError,
     ) -> Result<HeadNode, Status> {
-        let (VolumeError::Elsewhere { node, .. } | VolumeError::OneCopyElsewhere { node, .. }) =
-            refusal
-        else {
+        let VolumeError::Elsewhere { node, .. } = refusal else {
             return Err(refused(refusal));
         };
         if metadata.contains_key(PASSED_ON) {
