@@ -156,7 +156,14 @@ impl Volumes {
                 .when_unchanged(keys::volume(id), entry.current.changed_at)
                 .put(keys::dropped(id, self.head.node), b"{}".to_vec());
             if self.store.commit(mine).await? == Outcome::Conflict {
-                return Err(VolumeError::Contended);
+                // The last node was quicker, and took the notes of who had dropped it away with the record.
+                return match self.reread(id).await {
+                    Err(VolumeError::NotFound { .. }) => {
+                        self.gone(id);
+                        Ok(())
+                    }
+                    read => read.and(Err(VolumeError::Contended)),
+                };
             }
             dropped = self.dropped(id).await?;
         }
