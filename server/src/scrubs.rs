@@ -220,11 +220,12 @@ impl Scrubs {
             last: Some(record),
             next_at_unix_ms: self.every.map(|every| now + every.as_millis() as u64),
         };
-        self.stores().insert(ended.store, scrub);
         let write = Transaction::new().put(keys::scrub(ended.store), record.encode());
         if let Err(error) = self.metadata.commit(write).await {
             tracing::warn!(store = %ended.store.0, %error, "what a scrub found could not be written down; the store is verified again after a restart");
         }
+        // Shown only now: what was told once is still told after a restart.
+        self.stores().insert(ended.store, scrub);
     }
 }
 
