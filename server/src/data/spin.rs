@@ -4,39 +4,160 @@
 //! costs more processor time than looking again for that long, and the client waits for the waking. A client that
 //! thinks longer, or a reply that a disk must give first, makes looking a waste. So the thread learns: it looks again
 //! as long as that pays more often than not, and otherwise only now and then, to see whether it has begun to pay.
+//! What was sent tells much about what comes back, so that each kind has a habit of its own.
 
 use std::time::{Duration, Instant};
 
 use super::habit::Habit;
 
-/// See the module text.
+/// Who gave way to others and is back sooner found nobody.
+const NOBODY_ELSE: Duration = Duration::from_micros(3);
+/// Who has the processor for longer has work of their own: a thread that sleeps is woken before they are through with it,
+/// one that gave way is not.
+pub(super) const OTHERS_WORK: Duration = Duration::from_millis(1);
+
+/// What was sent last, as far as it tells how soon something comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// Answers that a disk gave.
+    FromDisk,
+    /// All that a disk had been asked for, and it was much: from now on the disk stands still until a client comes back
+    /// for more. A kernel that keeps work on few processors while there is room has put that client on ours when we
+    /// slept, and finds room for it elsewhere when we do not.
+    DiskBatch,
+    /// One answer from memory: its client waits for nothing else. Both sides of such a client's every operation are
+    /// wake-ups, and on an otherwise idle processor each costs as much as a long look.
+    Alone,
+    /// Several answers from memory: their clients are busy with sending, and lose little by our sleep.
+    Several,
+    /// Messages between a head and stores elsewhere: each operation is a chain of them.
+    OnLinks,
+}
+
+impl Sent {
+    const ALL: [Sent; 5] = [
+        Sent::FromDisk,
+        Sent::DiskBatch,
+        Sent::Alone,
+        Sent::Several,
+        Sent::OnLinks,
+    ];
+
+    /// How much longer than a wake-up takes it is looked for.
+    fn patience(self) -> u32 {
+        match self {
+            Sent::FromDisk | Sent::Several => 1,
+            Sent::Alone | Sent::OnLinks => 5,
+            Sent::DiskBatch => 15,
+        }
+    }
+
+    /// Whether others may have the processor between two looks: the other end of a link may be waiting for this one.
+    pub(super) fn yields(self) -> bool {
+        self == Sent::OnLinks
+    }
+
+    /// Whether the look is there to drive others off this processor: then it has not failed as long as there are some.
+    pub(super) fn drives_off(self) -> bool {
+        self == Sent::DiskBatch
+    }
+}
+
+/// The habits of one thread.
+#[derive(Debug)]
+pub(super) struct Spins([Spin; Sent::ALL.len()]);
+
+impl Spins {
+    /// `wake_up`: what going to sleep and being woken costs; zero turns all of this off.
+    pub(super) fn new(wake_up: Duration) -> Spins {
+        Spins(Sent::ALL.map(|sent| {
+            let window = wake_up * sent.patience();
+            // Beyond half the window a look has cost as much as it saves.
+            Spin::new(
+                window,
+                if sent.drives_off() {
+                    window
+                } else {
+                    window / 2
+                },
+            )
+        }))
+    }
+
+    #[inline]
+    pub(super) fn after(&mut self, sent: Sent) -> &mut Spin {
+        &mut self.0[sent as usize]
+    }
+}
+
+/// Looks that kept somebody off this processor and drove nobody away, until there is no hope in them.
+const DRIVES: u32 = 32;
+/// Then so many times there is no look. A client and a thread that have one processor between them lose a hundredth.
+const REST: u32 = 2048;
+
+/// One habit, see the module text.
 #[derive(Debug)]
 pub(super) struct Spin {
-    /// Longest look; zero turns all of this off.
+    /// Longest look.
     window: Duration,
+    /// It pays if it finds something within this.
+    pays_within: Duration,
     habit: Habit,
+    /// How often it has kept somebody off this processor in vain.
+    in_vain: u32,
+    resting: u32,
 }
 
 impl Spin {
-    pub(super) fn new(window: Duration) -> Spin {
+    fn new(window: Duration, pays_within: Duration) -> Spin {
         Spin {
             window,
+            pays_within,
             habit: Habit::default(),
+            in_vain: 0,
+            resting: 0,
         }
     }
 
     /// Until when to look, after replies were sent at `now`.
     #[inline]
     pub(super) fn look_until(&mut self, now: Instant) -> Option<Instant> {
+        if self.resting > 0 {
+            self.resting -= 1;
+            return None;
+        }
         (!self.window.is_zero() && self.habit.tries()).then(|| now + self.window)
     }
 
     /// What came of looking: something after so long, or nothing.
     #[inline]
     pub(super) fn learn(&mut self, found_after: Option<Duration>) {
-        // Beyond half the window it has cost as much as it saves.
-        self.habit
-            .learn(found_after.is_some_and(|after| after <= self.window / 2));
+        let pays = found_after.is_some_and(|after| after <= self.pays_within);
+        if pays {
+            self.in_vain = self.in_vain.saturating_sub(DRIVES / 4);
+        }
+        self.habit.learn(pays);
+    }
+
+    /// It found nothing, and somebody waited meanwhile for this processor, who may be driven off by the next.
+    pub(super) fn kept_somebody(&mut self) {
+        self.in_vain += 1;
+        if self.in_vain == DRIVES {
+            self.in_vain = 0;
+            self.resting = REST;
+        }
+    }
+}
+
+/// Lets others have the processor, and answers for how long they had it.
+pub(super) fn give_way() -> Duration {
+    let begun = Instant::now();
+    std::thread::yield_now();
+    let away = begun.elapsed();
+    if away < NOBODY_ELSE {
+        Duration::ZERO
+    } else {
+        away
     }
 }
 
@@ -47,9 +168,14 @@ mod tests {
     #[test]
     fn it_looks_while_that_pays_and_seldom_otherwise() {
         let now = Instant::now();
-        assert_eq!(Spin::new(Duration::ZERO).look_until(now), None);
+        assert_eq!(
+            Spins::new(Duration::ZERO)
+                .after(Sent::Alone)
+                .look_until(now),
+            None
+        );
         let window = Duration::from_micros(20);
-        let mut spin = Spin::new(window);
+        let mut spin = Spin::new(window, window / 2);
         for _ in 0..100 {
             assert_eq!(spin.look_until(now), Some(now + window));
             spin.learn(Some(Duration::from_micros(5)));
@@ -68,5 +194,49 @@ mod tests {
             }
         }
         assert!(spin.look_until(now).is_some() && spin.look_until(now).is_some());
+    }
+
+    #[test]
+    fn each_kind_of_answer_has_its_own_window_and_habit() {
+        let now = Instant::now();
+        let us = Duration::from_micros;
+        let mut spins = Spins::new(us(20));
+        let windows = [20, 300, 100, 20, 100].map(|window| Some(now + us(window)));
+        assert_eq!(
+            Sent::ALL.map(|sent| spins.after(sent).look_until(now)),
+            windows
+        );
+        // A look after a batch pays whenever it finds something, others only while that is early.
+        for sent in Sent::ALL {
+            for _ in 0..100 {
+                spins.after(sent).learn(Some(us(90)));
+            }
+        }
+        let looks = Sent::ALL.map(|sent| spins.after(sent).look_until(now).is_some());
+        assert_eq!(looks, [false, true, false, false, false]);
+    }
+
+    #[test]
+    fn driving_somebody_off_in_vain_is_given_up_for_a_while() {
+        let now = Instant::now();
+        let mut spins = Spins::new(Duration::from_micros(20));
+        let spin = spins.after(Sent::DiskBatch);
+        let mut looks = 0;
+        for _ in 0..10 * (DRIVES + REST) {
+            if spin.look_until(now).is_some() {
+                looks += 1;
+                spin.kept_somebody();
+            }
+        }
+        assert_eq!(looks, 10 * DRIVES);
+        // Where it mostly succeeds it goes on.
+        for turn in 0..1000 {
+            assert!(spin.look_until(now).is_some(), "{turn}");
+            if turn % 4 == 0 {
+                spin.kept_somebody();
+            } else {
+                spin.learn(Some(Duration::from_micros(150)));
+            }
+        }
     }
 }

@@ -28,7 +28,7 @@ use super::halves::Halves;
 use super::operation::Operation;
 use super::pool::Pool;
 use super::sparse::Sparse;
-use super::spin::Spin;
+use super::spin::{OTHERS_WORK, Sent, Spin, Spins, give_way};
 use super::stores::DiskIo;
 use crate::engine::{Engine, Event, FileId};
 use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
@@ -146,23 +146,11 @@ pub(super) struct Drain {
     pub(super) closing: Option<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
 }
 
-/// After a single answer from memory a look lasts this many times longer: both sides of such a client's every operation
-/// are wake-ups, and on an otherwise idle processor each costs as much as the look.
-const AFTER_MEMORY: u32 = 5;
-
-/// What was answered in a turn, as far as it tells how soon a client comes back.
-#[derive(Clone, Copy)]
-enum Answered {
-    /// Something that a disk gave.
-    ByDisk,
-    /// One request, from memory: its client waits for nothing else.
-    Alone,
-    /// Several, from memory: their clients are busy with sending, and lose little by our sleep.
-    Several,
-}
-
 /// Times a look asks whether there is something before it reads the clock.
 const ASKS: u32 = 16;
+
+/// So many reads that ended at once are a batch.
+const BATCH_READS: usize = 8;
 
 /// A look before sleep that found something, or what may be something.
 struct Look {
@@ -171,7 +159,7 @@ struct Look {
 }
 
 /// Bytes of ended reads that are answered before they are sent: the client begins while we go on.
-const ANSWER_BYTES: usize = 8 * BLOCK_BYTES;
+const ANSWER_BYTES: usize = 4 * BLOCK_BYTES;
 
 pub(super) struct DataThread {
     pub(super) index: usize,
@@ -215,11 +203,11 @@ pub(super) struct DataThread {
     pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
-    /// What each kind of answer has taught about looking again.
-    spins: [Spin; 3],
-    /// The kind sent last.
-    answered: Answered,
-    disk_answered: bool,
+    /// What has been learnt about looking again.
+    spins: Spins,
+    sent: Sent,
+    /// Disk operations that ended in this turn.
+    disk_ended: usize,
     spin_until: Option<Instant>,
     /// The look before sleep that ended in this turn.
     look: Option<Look>,
@@ -286,9 +274,9 @@ impl DataThread {
             born: now,
             actions: Vec::new(),
             events: Vec::new(),
-            spins: [1, AFTER_MEMORY, 1].map(|times| Spin::new(parts.spin * times)),
-            answered: Answered::ByDisk,
-            disk_answered: false,
+            spins: Spins::new(parts.spin),
+            sent: Sent::FromDisk,
+            disk_ended: 0,
             spin_until: None,
             look: None,
             rest: Habit::default(),
@@ -314,12 +302,12 @@ impl DataThread {
             for event in events.drain(..) {
                 match event {
                     Event::Disk { tag, result } if self.is_read(tag) => {
-                        self.disk_answered = true;
+                        self.disk_ended += 1;
                         self.reads_under_way -= 1;
                         self.halves.push((tag, result));
                     }
                     Event::Disk { tag, result } => {
-                        self.disk_answered = true;
+                        self.disk_ended += 1;
                         self.on_disk(tag, result);
                     }
                     Event::Readable { token, hang_up } if token & LINK_TOKEN != 0 => {
@@ -365,47 +353,74 @@ impl DataThread {
                 return Ok(());
             }
         }
-        if let Some(until) = self.spin_until.take() {
-            let begun = Instant::now();
-            // A deadline that has passed: looks and does not block.
-            self.engine.wait(Some(begun), events)?;
-            let mut now = begun;
-            while events.is_empty() && now < until {
-                if (0..ASKS).any(|_| {
-                    std::hint::spin_loop();
-                    self.engine.may_have_events()
-                }) {
-                    // It is almost always the one just answered: look there without asking the engine first.
-                    match self.hot {
-                        Some(token) => events.push(Event::Readable {
-                            token,
-                            hang_up: false,
-                        }),
-                        None => self.engine.wait(Some(begun), events)?,
-                    }
-                }
-                now = Instant::now();
-            }
-            if !events.is_empty() {
-                let took = now - begun;
-                self.look = Some(Look { until, took });
-                return Ok(());
-            }
-            self.spin().learn(None);
+        if let Some(until) = self.spin_until.take()
+            && self.look(until, events)?
+        {
+            return Ok(());
         }
         let deadline = self.deadline();
         self.engine.wait(deadline, events)
     }
 
-    /// The habit that answers like those sent last have taught.
+    /// Looks for events until the time is over, not counting what others had the processor for. True: there may be some.
+    /// What has a deadline waits for it no longer than a millisecond or two.
+    fn look(&mut self, mut until: Instant, events: &mut Vec<Event>) -> io::Result<bool> {
+        let begun = Instant::now();
+        // A deadline that has passed: looks and does not block.
+        self.engine.wait(Some(begun), events)?;
+        let mut others = Duration::ZERO;
+        let mut now = begun;
+        while events.is_empty() && now < until {
+            if self.sent.yields() {
+                let away = give_way();
+                others += away;
+                until += away;
+                if others > OTHERS_WORK {
+                    break;
+                }
+            }
+            if (0..ASKS).any(|_| {
+                std::hint::spin_loop();
+                self.engine.may_have_events()
+            }) {
+                // It is almost always the one just answered: look there without asking the engine first.
+                match self.hot {
+                    Some(token) => events.push(Event::Readable {
+                        token,
+                        hang_up: false,
+                    }),
+                    None => self.engine.wait(Some(begun), events)?,
+                }
+            }
+            now = Instant::now();
+        }
+        if !events.is_empty() {
+            let took = now - begun - others;
+            self.look = Some(Look { until, took });
+            return Ok(true);
+        }
+        // Somebody who was kept waiting here, and not one who would keep us waiting: the client that was to be driven off.
+        let keeps_client = self.sent.drives_off() && {
+            let away = give_way();
+            !away.is_zero() && away < OTHERS_WORK
+        };
+        match keeps_client {
+            true => self.spin().kept_somebody(),
+            false => self.spin().learn(None),
+        }
+        Ok(false)
+    }
+
+    /// The habit that what was sent last has taught.
     fn spin(&mut self) -> &mut Spin {
-        &mut self.spins[self.answered as usize]
+        self.spins.after(self.sent)
     }
 
     fn turn(&mut self) {
         let sent = self.metrics.sends.get();
         let received = self.metrics.received_bytes.get();
         let requests = self.metrics.requests.get();
+        let links_moved = self.cluster.links_moved;
         self.serve_links();
         if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
             self.end_holds();
@@ -414,7 +429,8 @@ impl DataThread {
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
         }
-        let came = self.disk_answered || self.metrics.received_bytes.get() != received;
+        let linked = self.cluster.links_moved != links_moved;
+        let came = self.disk_ended > 0 || linked || self.metrics.received_bytes.get() != received;
         match self.look.take() {
             // What it found had been taken already: it goes on.
             Some(look) if !came => self.spin_until = Some(look.until),
@@ -422,15 +438,18 @@ impl DataThread {
             None => {}
         }
         // Answers from memory are short, and who waits for them waits for nothing else.
-        if !self.disk_answered {
+        if self.disk_ended == 0 {
             self.send_dirty();
         }
         if came {
-            self.answered = match self.metrics.requests.get() - requests {
-                _ if std::mem::take(&mut self.disk_answered) => Answered::ByDisk,
-                0 | 1 => Answered::Alone,
-                _ => Answered::Several,
+            self.sent = match self.metrics.requests.get() - requests {
+                _ if self.disk_ended >= BATCH_READS && self.reads_under_way == 0 => Sent::DiskBatch,
+                _ if self.disk_ended > 0 => Sent::FromDisk,
+                _ if linked => Sent::OnLinks,
+                0 | 1 => Sent::Alone,
+                _ => Sent::Several,
             };
+            self.disk_ended = 0;
         }
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
@@ -459,7 +478,14 @@ impl DataThread {
         if self.drain.is_some() {
             self.go_on_draining();
         }
-        if self.metrics.sends.get() != sent && self.ready.is_empty() && self.resumable.is_empty() {
+        let answered = self.metrics.sends.get() != sent;
+        if self.cluster.links_moved != links_moved && !answered {
+            self.sent = Sent::OnLinks;
+            self.hot = None;
+        }
+        let moved = answered || self.cluster.links_moved != links_moved;
+        if moved && self.ready.is_empty() && self.resumable.is_empty() && !self.links_want_a_turn()
+        {
             self.spin_until = self.spin().look_until(Instant::now());
         }
     }

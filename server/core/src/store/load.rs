@@ -149,11 +149,12 @@ impl Store {
     }
 
     /// Forgets that a leaf is damaged, if that is not known anew and nothing was made of it. True: it has to be read.
+    #[inline]
     pub(super) fn doubts_damage(&mut self, slot: LeafSlot) -> bool {
         let leaf = self.index.leaf(slot);
-        let is_doubtful = !leaf.dirty
+        let is_doubtful = leaf.is_lost()
+            && !leaf.dirty
             && !leaf.writing
-            && leaf.is_lost()
             && self.now_ms - leaf.read_ms > DAMAGED_MS
             && self.index.row(leaf.row).leaves[leaf.index as usize]
                 .addr()
