@@ -206,8 +206,9 @@ pub(super) struct DataThread {
     /// What has been learnt about looking again.
     spins: Spins,
     sent: Sent,
-    /// Disk operations that ended in this turn.
-    disk_ended: usize,
+    disk_answered: bool,
+    /// Reads that the disks ended in this turn.
+    reads_ended: usize,
     spin_until: Option<Instant>,
     /// The look before sleep that ended in this turn.
     look: Option<Look>,
@@ -276,7 +277,8 @@ impl DataThread {
             events: Vec::new(),
             spins: Spins::new(parts.spin),
             sent: Sent::FromDisk,
-            disk_ended: 0,
+            disk_answered: false,
+            reads_ended: 0,
             spin_until: None,
             look: None,
             rest: Habit::default(),
@@ -302,12 +304,13 @@ impl DataThread {
             for event in events.drain(..) {
                 match event {
                     Event::Disk { tag, result } if self.is_read(tag) => {
-                        self.disk_ended += 1;
+                        self.disk_answered = true;
+                        self.reads_ended += 1;
                         self.reads_under_way -= 1;
                         self.halves.push((tag, result));
                     }
                     Event::Disk { tag, result } => {
-                        self.disk_ended += 1;
+                        self.disk_answered = true;
                         self.on_disk(tag, result);
                     }
                     Event::Readable { token, hang_up } if token & LINK_TOKEN != 0 => {
@@ -430,7 +433,7 @@ impl DataThread {
             self.resume(key);
         }
         let linked = self.cluster.links_moved != links_moved;
-        let came = self.disk_ended > 0 || linked || self.metrics.received_bytes.get() != received;
+        let came = self.disk_answered || linked || self.metrics.received_bytes.get() != received;
         match self.look.take() {
             // What it found had been taken already: it goes on.
             Some(look) if !came => self.spin_until = Some(look.until),
@@ -438,18 +441,21 @@ impl DataThread {
             None => {}
         }
         // Answers from memory are short, and who waits for them waits for nothing else.
-        if self.disk_ended == 0 {
+        if !self.disk_answered {
             self.send_dirty();
         }
         if came {
             self.sent = match self.metrics.requests.get() - requests {
-                _ if self.disk_ended >= BATCH_READS && self.reads_under_way == 0 => Sent::DiskBatch,
-                _ if self.disk_ended > 0 => Sent::FromDisk,
+                _ if self.reads_ended >= BATCH_READS && self.reads_under_way == 0 => {
+                    Sent::DiskBatch
+                }
+                _ if self.disk_answered => Sent::FromDisk,
                 _ if linked => Sent::OnLinks,
                 0 | 1 => Sent::Alone,
                 _ => Sent::Several,
             };
-            self.disk_ended = 0;
+            self.disk_answered = false;
+            self.reads_ended = 0;
         }
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
