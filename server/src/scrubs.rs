@@ -224,7 +224,7 @@ impl Scrubs {
         if let Err(error) = self.metadata.commit(write).await {
             tracing::warn!(store = %ended.store.0, %error, "what a scrub found could not be written down; the store is verified again after a restart");
         }
-        // Shown only now: what was told once is still told after a restart.
+        // Shown only now: what was told is still told after a restart, unless there was that warning.
         self.stores().insert(ended.store, scrub);
     }
 }

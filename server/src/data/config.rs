@@ -41,8 +41,8 @@ pub struct DataConfig {
     pub drain_timeout: Duration,
     /// Open stores whose tail is missing or damaged; acknowledged writes may be lost.
     pub accept_tail_loss: bool,
-    /// How long at most a data thread that has just answered looks again for requests before it sleeps, when that has
-    /// been paying. Zero: not at all.
+    /// What going to sleep and being woken costs a data thread: a measure of how long one that has just answered looks
+    /// again before it sleeps, when that has been paying. Zero: not at all.
     pub spin: Duration,
     /// What the node's database knows of its replicas.
     pub seals: HashMap<(VolumeId, StoreId), Seal>,

@@ -15,7 +15,7 @@ use super::habit::Habit;
 use crate::engine::Tag;
 
 /// A smaller batch is answered whole.
-const LEAST: usize = 8;
+pub(super) const LEAST: usize = 8;
 /// Longest that the other half is held back: clients take 10 us and more for each answer.
 const HOLD: Duration = Duration::from_micros(600);
 
@@ -63,6 +63,11 @@ impl Halves {
     pub(super) fn next(&mut self) -> Option<Ended> {
         self.released = self.released.checked_sub(1)?;
         self.ended.pop_front()
+    }
+
+    /// Whether all that ended has been answered.
+    pub(super) fn is_empty(&self) -> bool {
+        self.ended.is_empty()
     }
 
     /// Until when the thread may wait because of what is left; `None` when nothing is.

@@ -19,6 +19,7 @@ mod gate;
 mod habit;
 mod halves;
 mod landed;
+mod looking;
 mod open;
 mod operation;
 mod outbox;

@@ -12,17 +12,18 @@ use super::habit::Habit;
 
 /// Who gave way to others and is back sooner found nobody.
 const NOBODY_ELSE: Duration = Duration::from_micros(3);
-/// Who has the processor for longer has work of their own: a thread that sleeps is woken before they are through with it,
-/// one that gave way is not.
-pub(super) const OTHERS_WORK: Duration = Duration::from_millis(1);
+/// A look that others kept from the processor for longer than this ends: who sleeps is woken in the middle of their work,
+/// who gave way is not.
+pub(super) const OTHERS_SHARE: Duration = Duration::from_micros(300);
+/// Longer than any client takes to go through a batch of answers and to ask for more.
+pub(super) const CLIENTS_SHARE: Duration = Duration::from_millis(1);
 
 /// What was sent last, as far as it tells how soon something comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sent {
-    /// Answers that a disk gave.
+    /// Answers in a turn in which a disk ended something.
     FromDisk,
-    /// All that a disk had been asked for, and it was much: from now on the disk stands still until a client comes back
-    /// for more. A kernel that keeps work on few processors while there is room has put that client on ours when we
+    /// The last reads that the disks had, and many: they stand still until a client comes back for more. A kernel that keeps work on few processors while there is room has put that client on ours when we
     /// slept, and finds room for it elsewhere when we do not.
     DiskBatch,
     /// One answer from memory: its client waits for nothing else. Both sides of such a client's every operation are
@@ -30,34 +31,40 @@ pub(super) enum Sent {
     Alone,
     /// Several answers from memory: their clients are busy with sending, and lose little by our sleep.
     Several,
-    /// Messages between a head and stores elsewhere: each operation is a chain of them.
+    /// Messages to stores elsewhere or to heads: each operation is a chain of them.
     OnLinks,
+    /// Nothing, but one of several copies has answered: the others should follow.
+    PartOfLinks,
+    /// Answers that came by links.
+    ThroughLinks,
 }
 
 impl Sent {
-    const ALL: [Sent; 5] = [
+    const ALL: [Sent; 7] = [
         Sent::FromDisk,
         Sent::DiskBatch,
         Sent::Alone,
         Sent::Several,
         Sent::OnLinks,
+        Sent::PartOfLinks,
+        Sent::ThroughLinks,
     ];
 
     /// How much longer than a wake-up takes it is looked for.
     fn patience(self) -> u32 {
         match self {
             Sent::FromDisk | Sent::Several => 1,
-            Sent::Alone | Sent::OnLinks => 5,
+            Sent::Alone | Sent::OnLinks | Sent::PartOfLinks | Sent::ThroughLinks => 5,
             Sent::DiskBatch => 15,
         }
     }
 
     /// Whether others may have the processor between two looks: the other end of a link may be waiting for this one.
     pub(super) fn yields(self) -> bool {
-        self == Sent::OnLinks
+        matches!(self, Sent::OnLinks | Sent::PartOfLinks | Sent::ThroughLinks)
     }
 
-    /// Whether the look is there to drive others off this processor: then it has not failed as long as there are some.
+    /// Whether the look is there to drive the client off this processor: then it has not failed as long as it is there.
     pub(super) fn drives_off(self) -> bool {
         self == Sent::DiskBatch
     }
@@ -90,9 +97,9 @@ impl Spins {
     }
 }
 
-/// Looks that kept somebody off this processor and drove nobody away, until there is no hope in them.
+/// Looks that kept a client off this processor and did not drive it away, until there is no hope in them.
 const DRIVES: u32 = 32;
-/// Then so many times there is no look. A client and a thread that have one processor between them lose a hundredth.
+/// Then there is none after so many batches: a client and a thread with one processor between them lose a hundredth.
 const REST: u32 = 2048;
 
 /// One habit, see the module text.
@@ -103,7 +110,7 @@ pub(super) struct Spin {
     /// It pays if it finds something within this.
     pays_within: Duration,
     habit: Habit,
-    /// How often it has kept somebody off this processor in vain.
+    /// How often it has kept a client off this processor in vain.
     in_vain: u32,
     resting: u32,
 }
@@ -139,8 +146,8 @@ impl Spin {
         self.habit.learn(pays);
     }
 
-    /// It found nothing, and somebody waited meanwhile for this processor, who may be driven off by the next.
-    pub(super) fn kept_somebody(&mut self) {
+    /// It found nothing, and the client waited meanwhile for this processor: the next may drive it off.
+    pub(super) fn kept_client(&mut self) {
         self.in_vain += 1;
         if self.in_vain == DRIVES {
             self.in_vain = 0;
@@ -201,7 +208,7 @@ mod tests {
         let now = Instant::now();
         let us = Duration::from_micros;
         let mut spins = Spins::new(us(20));
-        let windows = [20, 300, 100, 20, 100].map(|window| Some(now + us(window)));
+        let windows = [20, 300, 100, 20, 100, 100, 100].map(|window| Some(now + us(window)));
         assert_eq!(
             Sent::ALL.map(|sent| spins.after(sent).look_until(now)),
             windows
@@ -213,11 +220,11 @@ mod tests {
             }
         }
         let looks = Sent::ALL.map(|sent| spins.after(sent).look_until(now).is_some());
-        assert_eq!(looks, [false, true, false, false, false]);
+        assert_eq!(looks, [false, true, false, false, false, false, false]);
     }
 
     #[test]
-    fn driving_somebody_off_in_vain_is_given_up_for_a_while() {
+    fn driving_a_client_off_in_vain_is_given_up_for_a_while() {
         let now = Instant::now();
         let mut spins = Spins::new(Duration::from_micros(20));
         let spin = spins.after(Sent::DiskBatch);
@@ -225,7 +232,7 @@ mod tests {
         for _ in 0..10 * (DRIVES + REST) {
             if spin.look_until(now).is_some() {
                 looks += 1;
-                spin.kept_somebody();
+                spin.kept_client();
             }
         }
         assert_eq!(looks, 10 * DRIVES);
@@ -233,7 +240,7 @@ mod tests {
         for turn in 0..1000 {
             assert!(spin.look_until(now).is_some(), "{turn}");
             if turn % 4 == 0 {
-                spin.kept_somebody();
+                spin.kept_client();
             } else {
                 spin.learn(Some(Duration::from_micros(150)));
             }

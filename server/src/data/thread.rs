@@ -25,10 +25,11 @@ use super::fence::Fence;
 use super::gate::{Gate, Held};
 use super::habit::Habit;
 use super::halves::Halves;
+use super::looking::Look;
 use super::operation::Operation;
 use super::pool::Pool;
 use super::sparse::Sparse;
-use super::spin::{OTHERS_WORK, Sent, Spin, Spins, give_way};
+use super::spin::{Sent, Spins};
 use super::stores::DiskIo;
 use crate::engine::{Engine, Event, FileId};
 use crate::metrics::{DiskMetrics, Metrics, ThreadMetrics, VolumeMetrics};
@@ -146,18 +147,6 @@ pub(super) struct Drain {
     pub(super) closing: Option<Vec<oneshot::Receiver<Result<(), StoreError>>>>,
 }
 
-/// Times a look asks whether there is something before it reads the clock.
-const ASKS: u32 = 16;
-
-/// So many reads that ended at once are a batch.
-const BATCH_READS: usize = 8;
-
-/// A look before sleep that found something, or what may be something.
-struct Look {
-    until: Instant,
-    took: Duration,
-}
-
 /// Bytes of ended reads that are answered before they are sent: the client begins while we go on.
 const ANSWER_BYTES: usize = 4 * BLOCK_BYTES;
 
@@ -204,14 +193,16 @@ pub(super) struct DataThread {
     pub(super) actions: Vec<Action>,
     events: Vec<Event>,
     /// What has been learnt about looking again.
-    spins: Spins,
-    sent: Sent,
-    disk_answered: bool,
+    pub(super) spins: Spins,
+    /// What a look comes after.
+    pub(super) sent: Sent,
+    pub(super) disk_answered: bool,
     /// Reads that the disks ended in this turn.
-    reads_ended: usize,
-    spin_until: Option<Instant>,
-    /// The look before sleep that ended in this turn.
-    look: Option<Look>,
+    pub(super) reads_ended: usize,
+    /// The look that comes before sleep.
+    pub(super) look: Option<Look>,
+    /// The look that ended in this turn.
+    pub(super) found: Option<Look>,
     /// Whether the rest of a request follows at once.
     pub(super) rest: Habit,
     /// The one connection that was answered last; none when there were several.
@@ -279,8 +270,8 @@ impl DataThread {
             sent: Sent::FromDisk,
             disk_answered: false,
             reads_ended: 0,
-            spin_until: None,
             look: None,
+            found: None,
             rest: Habit::default(),
             hot: None,
             halves: Halves::default(),
@@ -345,6 +336,7 @@ impl DataThread {
 
     /// The one place where the thread may sleep.
     fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        let look = self.look.take();
         if let Some(held_until) = self.halves.deadline(self.now) {
             return self.engine.wait(Some(held_until), events);
         }
@@ -356,74 +348,17 @@ impl DataThread {
                 return Ok(());
             }
         }
-        if let Some(until) = self.spin_until.take()
-            && self.look(until, events)?
+        let deadline = self.deadline();
+        if let Some(look) = look
+            && self.look(look, deadline, events)?
         {
             return Ok(());
         }
-        let deadline = self.deadline();
         self.engine.wait(deadline, events)
     }
 
-    /// Looks for events until the time is over, not counting what others had the processor for. True: there may be some.
-    /// What has a deadline waits for it no longer than a millisecond or two.
-    fn look(&mut self, mut until: Instant, events: &mut Vec<Event>) -> io::Result<bool> {
-        let begun = Instant::now();
-        // A deadline that has passed: looks and does not block.
-        self.engine.wait(Some(begun), events)?;
-        let mut others = Duration::ZERO;
-        let mut now = begun;
-        while events.is_empty() && now < until {
-            if self.sent.yields() {
-                let away = give_way();
-                others += away;
-                until += away;
-                if others > OTHERS_WORK {
-                    break;
-                }
-            }
-            if (0..ASKS).any(|_| {
-                std::hint::spin_loop();
-                self.engine.may_have_events()
-            }) {
-                // It is almost always the one just answered: look there without asking the engine first.
-                match self.hot {
-                    Some(token) => events.push(Event::Readable {
-                        token,
-                        hang_up: false,
-                    }),
-                    None => self.engine.wait(Some(begun), events)?,
-                }
-            }
-            now = Instant::now();
-        }
-        if !events.is_empty() {
-            let took = now - begun - others;
-            self.look = Some(Look { until, took });
-            return Ok(true);
-        }
-        // Somebody who was kept waiting here, and not one who would keep us waiting: the client that was to be driven off.
-        let keeps_client = self.sent.drives_off() && {
-            let away = give_way();
-            !away.is_zero() && away < OTHERS_WORK
-        };
-        match keeps_client {
-            true => self.spin().kept_somebody(),
-            false => self.spin().learn(None),
-        }
-        Ok(false)
-    }
-
-    /// The habit that what was sent last has taught.
-    fn spin(&mut self) -> &mut Spin {
-        self.spins.after(self.sent)
-    }
-
     fn turn(&mut self) {
-        let sent = self.metrics.sends.get();
-        let received = self.metrics.received_bytes.get();
-        let requests = self.metrics.requests.get();
-        let links_moved = self.cluster.links_moved;
+        let before = self.traffic();
         self.serve_links();
         if !self.held.is_empty() && self.holds_end().is_some_and(|end| end <= self.now) {
             self.end_holds();
@@ -432,30 +367,14 @@ impl DataThread {
         for key in std::mem::take(&mut self.resumable) {
             self.resume(key);
         }
-        let linked = self.cluster.links_moved != links_moved;
-        let came = self.disk_answered || linked || self.metrics.received_bytes.get() != received;
-        match self.look.take() {
-            // What it found had been taken already: it goes on.
-            Some(look) if !came => self.spin_until = Some(look.until),
-            Some(look) => self.spin().learn(Some(look.took)),
-            None => {}
-        }
+        let came = self.came_since(&before);
+        self.end_look(came);
         // Answers from memory are short, and who waits for them waits for nothing else.
         if !self.disk_answered {
             self.send_dirty();
         }
         if came {
-            self.sent = match self.metrics.requests.get() - requests {
-                _ if self.reads_ended >= BATCH_READS && self.reads_under_way == 0 => {
-                    Sent::DiskBatch
-                }
-                _ if self.disk_answered => Sent::FromDisk,
-                _ if linked => Sent::OnLinks,
-                0 | 1 => Sent::Alone,
-                _ => Sent::Several,
-            };
-            self.disk_answered = false;
-            self.reads_ended = 0;
+            self.sent = self.kind_of_answers(&before);
         }
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
@@ -484,16 +403,7 @@ impl DataThread {
         if self.drain.is_some() {
             self.go_on_draining();
         }
-        let answered = self.metrics.sends.get() != sent;
-        if self.cluster.links_moved != links_moved && !answered {
-            self.sent = Sent::OnLinks;
-            self.hot = None;
-        }
-        let moved = answered || self.cluster.links_moved != links_moved;
-        if moved && self.ready.is_empty() && self.resumable.is_empty() && !self.links_want_a_turn()
-        {
-            self.spin_until = self.spin().look_until(Instant::now());
-        }
+        self.begin_look(&before);
     }
 
     fn now_ms(&self) -> u64 {

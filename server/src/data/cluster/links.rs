@@ -219,7 +219,7 @@ impl DataThread {
             link.is_busy = false;
             if link.wire.wants_to_send() {
                 let watch = link.watch;
-                self.cluster.links_moved += 1;
+                self.cluster.link_sends += 1;
                 match link.wire.send() {
                     Ok(true) => self.engine.watch_writable(watch),
                     Ok(false) => {}
@@ -267,7 +267,7 @@ impl DataThread {
             if !link.wire.readable {
                 return Ok(());
             }
-            self.cluster.links_moved += u64::from(link.wire.receive()?);
+            self.cluster.link_receives += u64::from(link.wire.receive()?);
         }
     }
 

@@ -139,8 +139,10 @@ pub(super) struct Cluster {
     pub(super) scratch: Vec<Action>,
     /// Links with something to send or to read.
     pub(super) busy_links: Vec<usize>,
-    /// Times that a link sent or received something, for the loop to compare.
-    pub(super) links_moved: u64,
+    /// Calls that sent on a link, for the loop to compare.
+    pub(super) link_sends: u64,
+    /// Calls that received something from a link.
+    pub(super) link_receives: u64,
     /// When heads and links are looked at next, microseconds of [`now_us`].
     pub(super) next_look_us: Option<u64>,
     pub(super) tell: tokio::sync::mpsc::UnboundedSender<ClusterTell>,
@@ -169,7 +171,8 @@ impl Cluster {
             actions: VecDeque::new(),
             scratch: Vec::new(),
             busy_links: Vec::new(),
-            links_moved: 0,
+            link_sends: 0,
+            link_receives: 0,
             next_look_us: None,
             tell,
             lease_us,
