@@ -79,15 +79,11 @@ impl Spins {
     pub(super) fn new(wake_up: Duration) -> Spins {
         Spins(Sent::ALL.map(|sent| {
             let window = wake_up * sent.patience();
+            if sent.drives_off() {
+                return Spin::new(window, window, Habit::trying_again(BATCHES_PASSED_OVER));
+            }
             // Beyond half the window a look has cost as much as it saves.
-            Spin::new(
-                window,
-                if sent.drives_off() {
-                    window
-                } else {
-                    window / 2
-                },
-            )
+            Spin::new(window, window / 2, Habit::default())
         }))
     }
 
@@ -100,7 +96,9 @@ impl Spins {
 /// Looks that kept a client off this processor and did not drive it away, until there is no hope in them.
 const DRIVES: u32 = 32;
 /// Then there is none after so many batches: a client and a thread with one processor between them lose a hundredth.
-const REST: u32 = 2048;
+const REST: u32 = 1024;
+/// A batch is many answers: looking after it is tried this much sooner again than after one.
+const BATCHES_PASSED_OVER: u32 = 8;
 
 /// One habit, see the module text.
 #[derive(Debug)]
@@ -116,11 +114,11 @@ pub(super) struct Spin {
 }
 
 impl Spin {
-    fn new(window: Duration, pays_within: Duration) -> Spin {
+    fn new(window: Duration, pays_within: Duration, habit: Habit) -> Spin {
         Spin {
             window,
             pays_within,
-            habit: Habit::default(),
+            habit,
             in_vain: 0,
             resting: 0,
         }
@@ -182,7 +180,7 @@ mod tests {
             None
         );
         let window = Duration::from_micros(20);
-        let mut spin = Spin::new(window, window / 2);
+        let mut spin = Spin::new(window, window / 2, Habit::default());
         for _ in 0..100 {
             assert_eq!(spin.look_until(now), Some(now + window));
             spin.learn(Some(Duration::from_micros(5)));
