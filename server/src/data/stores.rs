@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use super::config::ScrubEnd;
 use super::operation::{Operation, op_key};
 use super::thread::DataThread;
-use crate::engine::{DiskOp, Tag};
+use crate::engine::{DiskOp, Event, Tag};
 use crate::metrics::Damage;
 
 /// A disk operation under way.
@@ -82,6 +82,21 @@ impl DataThread {
         }
         driver.store.on_io(io.io, result);
         io.bytes as usize
+    }
+
+    /// Takes what the disks ended as soon as they were asked for it. False: nothing.
+    pub(super) fn take_ended(&mut self) -> bool {
+        let mut events = std::mem::take(&mut self.events);
+        self.engine.take_ended(&mut events);
+        let any = !events.is_empty();
+        for event in events.drain(..) {
+            if let Event::Disk { tag, result } = event {
+                self.reads_under_way -= usize::from(self.is_read(tag));
+                self.on_disk(tag, result);
+            }
+        }
+        self.events = events;
+        any
     }
 
     /// Asks every store for its actions until none has any. What waits for room in a store is tried once: whatever a

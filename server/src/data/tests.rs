@@ -35,6 +35,15 @@ const MIB: u64 = 1 << 20;
 const NODE: NodeId = NodeId(Uuid::from_u128(7));
 pub(crate) const VOLUME: VolumeId = VolumeId(Uuid::from_u128(42));
 
+fn anywhere() -> tempfile::TempDir {
+    tempfile::tempdir().expect("dir")
+}
+
+/// Where the disk ends an operation as soon as it is asked for it.
+fn in_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("dir")
+}
+
 fn config(dir: &Path, stores: usize) -> DataConfig {
     let stores = (0..stores)
         .map(|i| StoreConfig {
@@ -88,8 +97,13 @@ fn start(config: DataConfig) -> (tokio::runtime::Runtime, DataPlane) {
 }
 
 /// Random requests of every kind against a model in memory, in one style on one engine.
-fn like_the_model(style: ReplyStyle, engine: EngineChoice, stores: usize, seed: u64) {
-    let dir = tempfile::tempdir().expect("dir");
+fn like_the_model(
+    style: ReplyStyle,
+    engine: EngineChoice,
+    stores: usize,
+    seed: u64,
+    dir: tempfile::TempDir,
+) {
     let mut config = config(dir.path(), stores);
     config.engine = engine;
     let (runtime, plane) = start(config.clone());
@@ -199,24 +213,37 @@ fn like_the_model(style: ReplyStyle, engine: EngineChoice, stores: usize, seed: 
 
 #[test]
 fn simple_replies_on_io_uring() {
-    like_the_model(ReplyStyle::Simple, EngineChoice::Auto, 1, 1);
+    like_the_model(ReplyStyle::Simple, EngineChoice::Auto, 1, 1, anywhere());
 }
 
 #[test]
 fn structured_replies_on_io_uring_over_two_stores() {
-    like_the_model(ReplyStyle::Structured, EngineChoice::Auto, 2, 2);
+    like_the_model(ReplyStyle::Structured, EngineChoice::Auto, 2, 2, anywhere());
+}
+
+#[test]
+fn extended_replies_over_two_stores_in_memory() {
+    like_the_model(ReplyStyle::Extended, EngineChoice::Auto, 2, 4, in_memory());
 }
 
 #[test]
 fn extended_replies_on_posix() {
-    like_the_model(ReplyStyle::Extended, EngineChoice::Posix, 1, 3);
+    like_the_model(ReplyStyle::Extended, EngineChoice::Posix, 1, 3, anywhere());
 }
 
 /// Many requests in flight on several connections, more than the tail holds: out-of-order replies, parked writes, and
 /// every byte right.
 #[test]
 fn pipelined_clients_that_fill_the_tail() {
-    let dir = tempfile::tempdir().expect("dir");
+    fill_the_tail(anywhere());
+}
+
+#[test]
+fn pipelined_clients_that_fill_the_tail_of_a_store_in_memory() {
+    fill_the_tail(in_memory());
+}
+
+fn fill_the_tail(dir: tempfile::TempDir) {
     let (runtime, plane) = start(config(dir.path(), 1));
     let size = 256 * MIB;
     runtime

@@ -150,6 +150,10 @@ pub(super) struct Drain {
 /// Bytes of ended reads that are answered before they are sent: the client begins while we go on.
 const ANSWER_BYTES: usize = 4 * BLOCK_BYTES;
 
+/// Times a turn asks the disks for what they ended at once: each may let the stores go on with work of their own, and clients
+/// are not to wait for all of it.
+const ROUNDS: u32 = 8;
+
 pub(super) struct DataThread {
     pub(super) index: usize,
     pub(super) engine: Box<dyn Engine>,
@@ -191,7 +195,7 @@ pub(super) struct DataThread {
     pub(super) now: Instant,
     pub(super) born: Instant,
     pub(super) actions: Vec<Action>,
-    events: Vec<Event>,
+    pub(super) events: Vec<Event>,
     /// What has been learnt about looking again.
     pub(super) spins: Spins,
     /// What a look comes after.
@@ -379,8 +383,10 @@ impl DataThread {
         // The disk begins with what was asked before answers are copied out: it would stand still meanwhile.
         self.run_stores();
         self.look_at_cluster();
-        // What heads want of stores, and what stores answer to heads.
-        while self.settle() {
+        // What heads want of stores, what stores answer to heads, and what disks ended at once.
+        let mut rounds = ROUNDS;
+        while self.settle() | (rounds > 0 && self.take_ended()) {
+            rounds = rounds.saturating_sub(1);
             self.run_stores();
         }
         self.engine.begin_queued();

@@ -162,6 +162,13 @@ impl StoreFile {
     }
 }
 
+/// Whether a file's bytes lie in memory (tmpfs). A device does not, though its name may lie in a file system that does.
+pub(super) fn is_in_memory(file: impl AsFd + Copy) -> io::Result<bool> {
+    let mode = rustix::fs::fstat(file)?.st_mode;
+    Ok(FileType::from_raw_mode(mode) == FileType::RegularFile
+        && rustix::fs::fstatfs(file)?.f_type == libc::TMPFS_MAGIC)
+}
+
 /// BLKGETSIZE64.
 fn device_bytes(fd: impl AsFd) -> io::Result<u64> {
     // <linux/fs.h>: _IOR(0x12, 114, size_t)

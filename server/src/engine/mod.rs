@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
+mod calls;
 mod durable;
 mod fault;
 mod file;
@@ -105,6 +106,9 @@ pub trait Engine {
 
     /// Has the kernel begin what was submitted, where the engine would otherwise do so when it waits next.
     fn begin_queued(&mut self) {}
+
+    /// Appends what ended as soon as it was submitted to `out`; the next wait would report it otherwise.
+    fn take_ended(&mut self, _out: &mut Vec<Event>) {}
 
     /// Carries out, sleeping meanwhile, what is done soonest by the calling thread itself. For when nothing is left to
     /// do but wait; what ended is appended to `out`.

@@ -2,17 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use memmap2::MmapMut;
 use rustix::event::{Timespec, epoll};
-use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
+use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, calls};
 
 /// Most pool threads. They are started as queued operations find none idle, so a quiet daemon has few.
 const MAX_WORKERS: usize = 16;
@@ -312,7 +310,8 @@ fn work(pool: &Pool) {
     loop {
         if let Some(job) = queue.jobs.pop_front() {
             drop(queue);
-            let result = run(&job);
+            // SAFETY: the contract of `submit`: the memory is the pool's until the completion is taken.
+            let result = unsafe { calls::carry_out(&job.fd, job.op) };
             lock(&pool.done).push((job.tag, result));
             pool.done_waker.wake();
             queue = lock(&pool.queue);
@@ -326,103 +325,5 @@ fn work(pool: &Pool) {
                 .unwrap_or_else(PoisonError::into_inner);
             queue.idle -= 1;
         }
-    }
-}
-
-fn run(job: &Job) -> Result<u32, Errno> {
-    let fd = job.fd.as_raw_fd();
-    match job.op {
-        DiskOp::Write {
-            offset,
-            data,
-            len,
-            durable,
-            ..
-        } => write_all(fd, data, len, offset, durable).map(|()| len as u32),
-        DiskOp::Read {
-            offset, data, len, ..
-        } => {
-            let mut done = 0;
-            while done < len {
-                // SAFETY: the caller's buffer holds `len` bytes and is ours until the completion.
-                let n = unsafe {
-                    libc::pread64(
-                        fd,
-                        data.add(done).cast(),
-                        len - done,
-                        (offset + done as u64) as i64,
-                    )
-                };
-                match check(n)? {
-                    Some(0) => break,
-                    Some(n) => done += n,
-                    None => {}
-                }
-            }
-            Ok(done as u32)
-        }
-        DiskOp::Sync { .. } => sync(&job.fd).map(|()| 0),
-        DiskOp::Allocate { offset, len, .. } => allocate(&job.fd, offset, len).map(|()| 0),
-    }
-}
-
-fn sync(fd: &OwnedFd) -> Result<(), Errno> {
-    // Not repeated on an error: after a failed sync the next one says nothing about the data that failed.
-    rustix::fs::fdatasync(fd)
-}
-
-fn allocate(fd: &OwnedFd, offset: u64, len: u64) -> Result<(), Errno> {
-    let fallocate = || rustix::fs::fallocate(fd, FallocateFlags::empty(), offset, len);
-    match rustix::io::retry_on_intr(fallocate) {
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL) => {}
-        Err(e) => return Err(e),
-    }
-    let zeros = MmapMut::map_anon(ZERO_BYTES).map_err(|_| Errno::NOMEM)?;
-    let mut done = 0;
-    while done < len {
-        let part = (len - done).min(ZERO_BYTES as u64) as usize;
-        write_all(fd.as_raw_fd(), zeros.as_ptr(), part, offset + done, false)?;
-        done += part as u64;
-    }
-    // Nothing that it says is about this range alone.
-    sync(fd).map_err(|_| Errno::IO)
-}
-
-fn write_all(
-    fd: RawFd,
-    data: *const u8,
-    len: usize,
-    offset: u64,
-    durable: bool,
-) -> Result<(), Errno> {
-    let flags = if durable { libc::RWF_DSYNC } else { 0 };
-    let mut done = 0;
-    while done < len {
-        // SAFETY: `data` holds `len` bytes (contract of `submit`, or the zeros above).
-        let n = unsafe {
-            let part = libc::iovec {
-                iov_base: data.add(done).cast_mut().cast(),
-                iov_len: len - done,
-            };
-            libc::pwritev2(fd, &raw const part, 1, (offset + done as u64) as i64, flags)
-        };
-        match check(n)? {
-            Some(0) => return Err(Errno::IO),
-            Some(n) => done += n,
-            None => {}
-        }
-    }
-    Ok(())
-}
-
-/// `None`: interrupted, do it again.
-fn check(result: isize) -> Result<Option<usize>, Errno> {
-    if result >= 0 {
-        return Ok(Some(result as usize));
-    }
-    match Errno::from_io_error(&io::Error::last_os_error()) {
-        Some(Errno::INTR) => Ok(None),
-        Some(e) => Err(e),
-        None => Err(Errno::IO),
     }
 }

@@ -1,5 +1,6 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use super::*;
@@ -13,6 +14,16 @@ fn each_engine(test: impl Fn(&mut dyn Engine)) {
     }
 }
 
+/// And with a file wherever one may lie: on a disk, as a rule, and in memory.
+fn each_file(test: impl Fn(&mut dyn Engine, &StoreFile, FileId)) {
+    for parent in [std::env::temp_dir(), "/dev/shm".into()] {
+        each_engine(|engine| {
+            let (_dir, file, id) = temp_file(engine, &parent);
+            test(engine, &file, id);
+        });
+    }
+}
+
 fn wait_for(engine: &mut dyn Engine, count: usize) -> Vec<Event> {
     let mut events = Vec::new();
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -23,8 +34,8 @@ fn wait_for(engine: &mut dyn Engine, count: usize) -> Vec<Event> {
     events
 }
 
-fn temp_file(engine: &mut dyn Engine) -> (tempfile::TempDir, StoreFile, FileId) {
-    let dir = tempfile::tempdir().expect("dir");
+fn temp_file(engine: &mut dyn Engine, parent: &Path) -> (tempfile::TempDir, StoreFile, FileId) {
+    let dir = tempfile::tempdir_in(parent).expect("dir");
     let file = StoreFile::open_or_create(&dir.path().join("store")).expect("open");
     let id = engine.add_file(file.fd.clone()).expect("add");
     (dir, file, id)
@@ -35,8 +46,7 @@ struct Aligned([u8; 16384]);
 
 #[test]
 fn writes_read_back_after_more_operations_than_the_queue_holds() {
-    each_engine(|engine| {
-        let (_dir, _file, id) = temp_file(engine);
+    each_file(|engine, _, id| {
         const COUNT: u64 = 3000;
         let blocks: Vec<Box<Aligned>> = (0..4u8)
             .map(|i| Box::new(Aligned([i + 1; 16384])))
@@ -97,8 +107,7 @@ fn writes_read_back_after_more_operations_than_the_queue_holds() {
 
 #[test]
 fn a_read_past_the_end_is_short_and_a_sync_ends() {
-    each_engine(|engine| {
-        let (_dir, file, id) = temp_file(engine);
+    each_file(|engine, file, id| {
         rustix::fs::ftruncate(&*file.fd, 4096).expect("truncate");
         let mut back = Box::new(Aligned([1; 16384]));
         // SAFETY: `back` outlives the waits.
@@ -133,8 +142,7 @@ fn a_read_past_the_end_is_short_and_a_sync_ends() {
 
 #[test]
 fn allocate_grows_the_file_with_real_zeros() {
-    each_engine(|engine| {
-        let (_dir, file, id) = temp_file(engine);
+    each_file(|engine, file, id| {
         let bytes = (ZERO_BYTES + 8192) as u64;
         // SAFETY: Allocate names no memory.
         unsafe {
@@ -327,7 +335,7 @@ fn faults_hit_the_operations_they_name() {
             .parse()
             .expect("plan");
     let mut engine = FaultEngine::new(Box::new(PosixEngine::open().expect("posix")), plan);
-    let (_dir, _file, id) = temp_file(&mut engine);
+    let (_dir, _file, id) = temp_file(&mut engine, &std::env::temp_dir());
     let mut block = Box::new(Aligned([9; 16384]));
     let data = block.0.as_mut_ptr();
     let write = DiskOp::Write {
@@ -395,4 +403,95 @@ fn faults_hit_the_operations_they_name() {
     ] {
         assert!(wrong.parse::<FaultPlan>().is_err(), "{wrong}");
     }
+}
+
+/// Its file system cannot tell the ring that there is nothing to wait for. A device's name lies in memory too, its bytes do not.
+#[test]
+fn what_is_asked_of_a_file_in_memory_ends_at_once_and_keeps_nobody_else_waiting() {
+    let Ok(mut engine) = UringEngine::open() else {
+        return;
+    };
+    let (_dir, file, id) = temp_file(&mut engine, Path::new("/dev/shm"));
+    let mut block = Box::new(Aligned([7; 16384]));
+    let data = block.0.as_mut_ptr();
+    let (len, offset) = (16384, 0);
+    let write = |file, durable| DiskOp::Write {
+        file,
+        offset,
+        data,
+        len,
+        durable,
+    };
+    let read = DiskOp::Read {
+        file: id,
+        offset,
+        data,
+        len,
+    };
+    let ops = [
+        write(id, false),
+        write(id, true),
+        DiskOp::Sync { file: id },
+        read,
+    ];
+    for (tag, op) in (0..).zip(ops) {
+        // SAFETY: `block` outlives the engine's use of it.
+        unsafe { engine.submit(tag, op) };
+    }
+    assert!(engine.may_have_events());
+    let mut ended = Vec::new();
+    engine.take_ended(&mut ended);
+    let disk = |tag, result| Event::Disk { tag, result };
+    assert_eq!(
+        ended,
+        [
+            disk(0, Ok(16384)),
+            disk(1, Ok(16384)),
+            disk(2, Ok(0)),
+            disk(3, Ok(16384))
+        ]
+    );
+    engine.take_ended(&mut ended);
+    assert_eq!(ended.len(), 4, "each is reported once");
+
+    // Not taken, it is what the next wait finds, and sockets have their turn all the same.
+    let (ours, mut theirs) = UnixStream::pair().expect("pair");
+    engine.watch(ours.as_raw_fd(), 5).expect("watch");
+    theirs.write_all(b"x").expect("write");
+    // SAFETY: as above.
+    unsafe { engine.submit(4, read) };
+    let mut events = Vec::new();
+    engine.wait(None, &mut events).expect("wait");
+    assert!(events.contains(&disk(4, Ok(16384))), "{events:?}");
+    assert!(
+        events.contains(&Event::Readable {
+            token: 5,
+            hang_up: false
+        }),
+        "{events:?}"
+    );
+    // SAFETY: as above.
+    unsafe { engine.submit(5, read) };
+    events.clear();
+    engine.work_here(&mut events).expect("work");
+    assert_eq!(events, [disk(5, Ok(16384))]);
+
+    // What fails there is told as anywhere.
+    let read_only = std::fs::File::open(&file.path).expect("open");
+    let read_only = engine
+        .add_file(Arc::new(OwnedFd::from(read_only)))
+        .expect("add");
+    // SAFETY: as above.
+    unsafe { engine.submit(6, write(read_only, false)) };
+    assert_eq!(wait_for(&mut engine, 1), [disk(6, Err(Errno::BADF))]);
+
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+    let null = OwnedFd::from(null.expect("open"));
+    let null = engine.add_file(Arc::new(null)).expect("add");
+    // SAFETY: as above.
+    unsafe { engine.submit(7, write(null, false)) };
+    ended.clear();
+    engine.take_ended(&mut ended);
+    assert_eq!(ended, []);
+    assert_eq!(wait_for(&mut engine, 1), [disk(7, Ok(16384))]);
 }

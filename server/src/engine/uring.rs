@@ -4,7 +4,7 @@ mod disk;
 mod setup;
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -18,10 +18,15 @@ use setup::{build_ring, register_ring};
 
 use super::durable::{Durable, Way};
 use super::pinned::Pinned;
-use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES};
+use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES, calls, file};
 
 /// Longest durable write that a thread does itself.
 const HERE_BYTES: usize = 64 << 10;
+
+/// Longest transfer with a file in memory that a client waits for and the thread carries out itself.
+const AT_ONCE_BYTES: usize = 1 << 20;
+/// The same for writes that nobody waits for: meanwhile a worker copies longer ones on another processor.
+const AT_ONCE_UNAWAITED_BYTES: usize = 128 << 10;
 
 const KIND_DISK: u64 = 0;
 const KIND_READABLE: u64 = 1;
@@ -40,6 +45,29 @@ const GENERATION_MASK: u32 = (1 << 28) - 1;
 
 const POLL_INPUT: u32 = (libc::POLLIN | libc::POLLRDHUP) as u32;
 const POLL_OUTPUT: u32 = libc::POLLOUT as u32;
+
+struct File {
+    fd: Arc<OwnedFd>,
+    in_memory: bool,
+}
+
+impl File {
+    /// Whether an operation is carried out when it is submitted. With a file in memory there is nothing to wait for; but its
+    /// file system does not tell the ring so, which has a worker thread do every one of them.
+    fn carries_out_at_once(&self, op: &DiskOp) -> bool {
+        self.in_memory
+            && match *op {
+                DiskOp::Write {
+                    len,
+                    durable: false,
+                    ..
+                } => len <= AT_ONCE_UNAWAITED_BYTES,
+                DiskOp::Write { len, .. } | DiskOp::Read { len, .. } => len <= AT_ONCE_BYTES,
+                DiskOp::Sync { .. } => true,
+                DiskOp::Allocate { .. } => false,
+            }
+    }
+}
 
 struct Watch {
     fd: RawFd,
@@ -62,8 +90,10 @@ pub struct UringEngine {
     tells_of_work: bool,
     durable: Durable,
     pinned: Pinned,
-    files: Vec<Arc<OwnedFd>>,
+    files: Vec<File>,
     ops: slab::Slab<InFlight>,
+    /// Operations carried out when they were submitted.
+    ended: Vec<Event>,
     /// A durable write that the calling thread does when it has nothing else to do.
     here: Option<usize>,
     may_sleep_at_work: bool,
@@ -96,6 +126,7 @@ impl UringEngine {
             pinned: Pinned::default(),
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
+            ended: Vec::new(),
             here: None,
             may_sleep_at_work: true,
             watches: slab::Slab::new(),
@@ -115,7 +146,7 @@ impl UringEngine {
     }
 
     fn probe(&mut self) -> io::Result<()> {
-        let file = self.add_file(Arc::new(OwnedFd::from(File::open("/proc/self/stat")?)))?;
+        let file = self.add_file(Arc::new(OwnedFd::from(fs::File::open("/proc/self/stat")?)))?;
         let mut buf = [0u8; 16];
         // SAFETY: `buf` outlives the wait below, which ends only with the operation's completion.
         unsafe {
@@ -333,7 +364,15 @@ impl Engine for UringEngine {
         "io_uring"
     }
 
+    fn take_ended(&mut self, out: &mut Vec<Event>) {
+        out.append(&mut self.ended);
+    }
+
     fn work_here(&mut self, out: &mut Vec<Event>) -> io::Result<()> {
+        if !self.ended.is_empty() {
+            self.take_ended(out);
+            return Ok(());
+        }
         if self.ops.len() != 1 {
             self.hand_over();
         }
@@ -351,7 +390,7 @@ impl Engine for UringEngine {
             iov_base: data.cast_mut().cast(),
             iov_len: len,
         };
-        let fd = self.files[op.op.file().0 as usize].as_raw_fd();
+        let fd = self.files[op.op.file().0 as usize].fd.as_raw_fd();
         // SAFETY: the contract of `submit`: the memory stays as it is until the operation was reported.
         let result =
             unsafe { libc::pwritev2(fd, &raw const piece, 1, offset as i64, libc::RWF_DSYNC) };
@@ -380,7 +419,11 @@ impl Engine for UringEngine {
     }
 
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
-        self.files.push(file);
+        let in_memory = file::is_in_memory(&file)?;
+        self.files.push(File {
+            fd: file,
+            in_memory,
+        });
         Ok(FileId((self.files.len() - 1) as u32))
     }
 
@@ -391,6 +434,13 @@ impl Engine for UringEngine {
     }
 
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {
+        let file = &self.files[op.file().0 as usize];
+        if file.carries_out_at_once(&op) {
+            // SAFETY: the contract of `submit`.
+            let result = unsafe { calls::carry_out(&file.fd, op) };
+            self.ended.push(Event::Disk { tag, result });
+            return;
+        }
         let step = match op {
             DiskOp::Write { .. } | DiskOp::Read { .. } => Step::Transfer,
             DiskOp::Sync { .. } => Step::Sync,
@@ -469,17 +519,19 @@ impl Engine for UringEngine {
     }
 
     fn may_have_events(&mut self) -> bool {
-        !self.tells_of_work
+        !self.ended.is_empty()
+            || !self.tells_of_work
             || self.ring.submission().taskrun()
             || !self.ring.completion().is_empty()
     }
 
     fn wait(&mut self, deadline: Option<Instant>, out: &mut Vec<Event>) -> io::Result<()> {
         let before = out.len();
+        self.take_ended(out);
         self.hand_over();
         loop {
             self.drain_backlog();
-            let passed = deadline.is_some_and(|at| at <= Instant::now());
+            let passed = out.len() > before || deadline.is_some_and(|at| at <= Instant::now());
             let ready = !self.ring.completion().is_empty();
             let want = u32::from(!passed && !ready && self.backlog.is_empty());
             match self.enter(want, deadline) {

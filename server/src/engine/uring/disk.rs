@@ -48,7 +48,7 @@ impl UringEngine {
     /// Queues the next piece of an operation.
     pub(super) fn push_step(&mut self, slot: usize) {
         let op = &self.ops[slot];
-        let fd = types::Fd(self.files[op.op.file().0 as usize].as_raw_fd());
+        let fd = types::Fd(self.files[op.op.file().0 as usize].fd.as_raw_fd());
         let done = op.done;
         let entry = match (op.step, op.op) {
             (
