@@ -41,7 +41,9 @@ if [ "$what" = cluster ] && [ ! -x "$work/cluster/operator" ]; then
     go_build cluster "$work/cluster/etcd" go.etcd.io/etcd/server/v3
     go_build cluster "$work/cluster/etcdctl" go.etcd.io/etcd/etcdctl/v3
     module=github.com/prometheus-operator/prometheus-operator
-    cp "$(cd "$here/cluster" && go list -m -f '{{.Dir}}' "$module")"/example/prometheus-operator-crd/*.yaml "$work/cluster/"
+    # A module has a directory once it was downloaded.
+    (cd "$here/cluster" && GOTOOLCHAIN=auto go mod download "$module")
+    cp "$(cd "$here/cluster" && GOTOOLCHAIN=auto go list -m -f '{{.Dir}}' "$module")"/example/prometheus-operator-crd/*.yaml "$work/cluster/"
     go_build cluster "$work/cluster/operator" "$module/cmd/operator"
 fi
 
