@@ -13,8 +13,9 @@ for name in "${!ASHLAR_@}"; do
 done
 # Most tests wait for something most of the time. Those in virtual machines take turns by themselves.
 export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
-# The tests start the real programs, which `cargo test` alone would not build for every crate.
-cargo build --release --locked --workspace </dev/null
+# The tests start the real programs, which `cargo test` alone would not build for every crate. Built together with the tests they
+# share what both are made of; built alone, with fewer features of a few dependencies, nearly all of ours would be built twice.
+cargo build --release --locked --workspace --bins --tests </dev/null
 status=0
 cargo test --release --locked --workspace --no-fail-fast "$@" 2>&1 </dev/null | tee "$log" || status=${PIPESTATUS[0]}
 

@@ -89,6 +89,10 @@ impl DataThread {
         let mut events = std::mem::take(&mut self.events);
         self.engine.take_ended(&mut events);
         let any = !events.is_empty();
+        if any {
+            // Of other disks, and what a worker does: it goes on meanwhile.
+            self.engine.begin_queued();
+        }
         for event in events.drain(..) {
             if let Event::Disk { tag, result } = event {
                 self.reads_under_way -= usize::from(self.is_read(tag));

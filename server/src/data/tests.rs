@@ -39,8 +39,13 @@ fn anywhere() -> tempfile::TempDir {
     tempfile::tempdir().expect("dir")
 }
 
-/// Where the disk ends an operation as soon as it is asked for it.
+/// Where the disk ends an operation as soon as it is asked for it; containers often have little room there.
 fn in_memory() -> tempfile::TempDir {
+    let room = rustix::fs::statvfs("/dev/shm").map_or(0, |fs| fs.f_bavail * fs.f_frsize);
+    if room < 1024 * MIB {
+        eprintln!("/dev/shm has no room for a store: this runs on a disk");
+        return anywhere();
+    }
     tempfile::tempdir_in("/dev/shm").expect("dir")
 }
 

@@ -385,8 +385,13 @@ impl DataThread {
         self.look_at_cluster();
         // What heads want of stores, what stores answer to heads, and what disks ended at once.
         let mut rounds = ROUNDS;
-        while self.settle() | (rounds > 0 && self.take_ended()) {
-            rounds = rounds.saturating_sub(1);
+        loop {
+            let settled = self.settle();
+            let ended = rounds > 0 && self.take_ended();
+            if !settled && !ended {
+                break;
+            }
+            rounds -= u32::from(ended);
             self.run_stores();
         }
         self.engine.begin_queued();

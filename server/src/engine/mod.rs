@@ -1,6 +1,6 @@
 //! The I/O engine of a data thread: disk operations, socket readiness, a mailbox and a clock behind one wait point.
 //!
-//! A data thread owns exactly one engine and blocks nowhere but in [`Engine::wait`]. Two engines exist: io_uring
+//! A data thread owns exactly one engine and waits for devices, clients and peers nowhere but in it. Two engines exist: io_uring
 //! ([`UringEngine`]) and, where the kernel or a seccomp profile forbids that, epoll with a small pool of threads doing
 //! positional reads and writes ([`PosixEngine`]). [`open`] picks one and says why.
 //!

@@ -405,7 +405,7 @@ fn faults_hit_the_operations_they_name() {
     }
 }
 
-/// Its file system cannot tell the ring that there is nothing to wait for. A device's name lies in memory too, its bytes do not.
+/// Its file system cannot tell the ring that there is no device to wait for.
 #[test]
 fn what_is_asked_of_a_file_in_memory_ends_at_once_and_keeps_nobody_else_waiting() {
     let Ok(mut engine) = UringEngine::open() else {
@@ -470,11 +470,13 @@ fn what_is_asked_of_a_file_in_memory_ends_at_once_and_keeps_nobody_else_waiting(
         }),
         "{events:?}"
     );
+    theirs.write_all(b"y").expect("write");
     // SAFETY: as above.
     unsafe { engine.submit(5, read) };
     events.clear();
     engine.work_here(&mut events).expect("work");
-    assert_eq!(events, [disk(5, Ok(16384))]);
+    assert_eq!(events.len(), 2, "{events:?}");
+    assert!(events.contains(&disk(5, Ok(16384))), "{events:?}");
 
     // What fails there is told as anywhere.
     let read_only = std::fs::File::open(&file.path).expect("open");
@@ -485,6 +487,7 @@ fn what_is_asked_of_a_file_in_memory_ends_at_once_and_keeps_nobody_else_waiting(
     unsafe { engine.submit(6, write(read_only, false)) };
     assert_eq!(wait_for(&mut engine, 1), [disk(6, Err(Errno::BADF))]);
 
+    // A device's name lies in memory, its bytes do not.
     let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
     let null = OwnedFd::from(null.expect("open"));
     let null = engine.add_file(Arc::new(null)).expect("add");
@@ -494,4 +497,65 @@ fn what_is_asked_of_a_file_in_memory_ends_at_once_and_keeps_nobody_else_waiting(
     engine.take_ended(&mut ended);
     assert_eq!(ended, []);
     assert_eq!(wait_for(&mut engine, 1), [disk(7, Ok(16384))]);
+}
+
+/// What a thread copies itself keeps everybody else waiting.
+#[test]
+fn long_writes_to_a_file_in_memory_and_many_reads_of_it_go_to_workers() {
+    let Ok(mut engine) = UringEngine::open() else {
+        return;
+    };
+    let (_dir, _file, id) = temp_file(&mut engine, Path::new("/dev/shm"));
+    let mut memory = vec![3u8; 1 << 20];
+    let data = memory.as_mut_ptr();
+    let write = |len, durable| DiskOp::Write {
+        file: id,
+        offset: 0,
+        data,
+        len,
+        durable,
+    };
+    let read = |len| DiskOp::Read {
+        file: id,
+        offset: 0,
+        data,
+        len,
+    };
+    let sync = DiskOp::Sync { file: id };
+    let allocate = DiskOp::Allocate {
+        file: id,
+        offset: 0,
+        len: 4096,
+    };
+    const KIB: usize = 1 << 10;
+    for (ops, at_once) in [
+        (vec![write(128 * KIB, false)], 1),
+        (vec![write(132 * KIB, false)], 0),
+        (vec![write(1024 * KIB, true)], 1),
+        (vec![allocate], 0),
+        (
+            vec![read(512 * KIB), read(512 * KIB), sync, read(4 * KIB)],
+            3,
+        ),
+        (vec![read(512 * KIB), read(516 * KIB), read(4 * KIB)], 2),
+    ] {
+        let mut ended = Vec::new();
+        for op in &ops {
+            // SAFETY: `memory` outlives the engine's use of it.
+            unsafe { engine.submit(9, *op) };
+        }
+        engine.take_ended(&mut ended);
+        assert_eq!(ended.len(), at_once, "{ops:?}");
+        if at_once < ops.len() {
+            ended.extend(wait_for(&mut engine, ops.len() - at_once));
+        }
+        assert!(
+            ended
+                .iter()
+                .all(|event| matches!(event, Event::Disk { result: Ok(_), .. })),
+            "{ended:?}"
+        );
+        // The next wait lets it begin anew.
+        engine.wait(Some(Instant::now()), &mut ended).expect("wait");
+    }
 }

@@ -23,10 +23,10 @@ use super::{DiskOp, Engine, Event, FileId, Tag, Waker, WatchId, ZERO_BYTES, call
 /// Longest durable write that a thread does itself.
 const HERE_BYTES: usize = 64 << 10;
 
-/// Longest transfer with a file in memory that a client waits for and the thread carries out itself.
+/// What the thread itself copies to and from files in memory between two waits, some hundred microseconds' work.
 const AT_ONCE_BYTES: usize = 1 << 20;
-/// The same for writes that nobody waits for: meanwhile a worker copies longer ones on another processor.
-const AT_ONCE_UNAWAITED_BYTES: usize = 128 << 10;
+/// Longest write of that kind unless it is durable: for others nobody waits, and a worker copies them on another processor.
+const AT_ONCE_WRITE_BYTES: usize = 128 << 10;
 
 const KIND_DISK: u64 = 0;
 const KIND_READABLE: u64 = 1;
@@ -52,20 +52,20 @@ struct File {
 }
 
 impl File {
-    /// Whether an operation is carried out when it is submitted. With a file in memory there is nothing to wait for; but its
-    /// file system does not tell the ring so, which has a worker thread do every one of them.
-    fn carries_out_at_once(&self, op: &DiskOp) -> bool {
-        self.in_memory
-            && match *op {
-                DiskOp::Write {
-                    len,
-                    durable: false,
-                    ..
-                } => len <= AT_ONCE_UNAWAITED_BYTES,
-                DiskOp::Write { len, .. } | DiskOp::Read { len, .. } => len <= AT_ONCE_BYTES,
-                DiskOp::Sync { .. } => true,
-                DiskOp::Allocate { .. } => false,
+    /// The bytes to copy if an operation is better carried out when it is submitted. With a file in memory there is no device
+    /// to wait for; but its file system does not tell the ring so, which has a worker thread do every one of them.
+    fn copied_at_once(&self, op: &DiskOp) -> Option<usize> {
+        if !self.in_memory {
+            return None;
+        }
+        match *op {
+            DiskOp::Write { len, durable, .. } => {
+                (durable || len <= AT_ONCE_WRITE_BYTES).then_some(len)
             }
+            DiskOp::Read { len, .. } => Some(len),
+            DiskOp::Sync { .. } => Some(0),
+            DiskOp::Allocate { .. } => None,
+        }
     }
 }
 
@@ -94,6 +94,8 @@ pub struct UringEngine {
     ops: slab::Slab<InFlight>,
     /// Operations carried out when they were submitted.
     ended: Vec<Event>,
+    /// Of `AT_ONCE_BYTES`.
+    at_once_left: usize,
     /// A durable write that the calling thread does when it has nothing else to do.
     here: Option<usize>,
     may_sleep_at_work: bool,
@@ -127,6 +129,7 @@ impl UringEngine {
             files: Vec::new(),
             ops: slab::Slab::with_capacity(256),
             ended: Vec::new(),
+            at_once_left: AT_ONCE_BYTES,
             here: None,
             may_sleep_at_work: true,
             watches: slab::Slab::new(),
@@ -370,8 +373,7 @@ impl Engine for UringEngine {
 
     fn work_here(&mut self, out: &mut Vec<Event>) -> io::Result<()> {
         if !self.ended.is_empty() {
-            self.take_ended(out);
-            return Ok(());
+            return self.wait(Some(Instant::now()), out);
         }
         if self.ops.len() != 1 {
             self.hand_over();
@@ -419,7 +421,8 @@ impl Engine for UringEngine {
     }
 
     fn add_file(&mut self, file: Arc<OwnedFd>) -> io::Result<FileId> {
-        let in_memory = file::is_in_memory(&file)?;
+        // What cannot be found out is taken for a disk.
+        let in_memory = file::is_in_memory(&file).unwrap_or(false);
         self.files.push(File {
             fd: file,
             in_memory,
@@ -435,7 +438,10 @@ impl Engine for UringEngine {
 
     unsafe fn submit(&mut self, tag: Tag, op: DiskOp) {
         let file = &self.files[op.file().0 as usize];
-        if file.carries_out_at_once(&op) {
+        if let Some(bytes) = file.copied_at_once(&op)
+            && let Some(left) = self.at_once_left.checked_sub(bytes)
+        {
+            self.at_once_left = left;
             // SAFETY: the contract of `submit`.
             let result = unsafe { calls::carry_out(&file.fd, op) };
             self.ended.push(Event::Disk { tag, result });
@@ -528,6 +534,7 @@ impl Engine for UringEngine {
     fn wait(&mut self, deadline: Option<Instant>, out: &mut Vec<Event>) -> io::Result<()> {
         let before = out.len();
         self.take_ended(out);
+        self.at_once_left = AT_ONCE_BYTES;
         self.hand_over();
         loop {
             self.drain_backlog();
