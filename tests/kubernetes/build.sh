@@ -47,6 +47,10 @@ if [ "$what" = cluster ] && [ ! -x "$work/cluster/operator" ]; then
     go_build cluster "$work/cluster/operator" "$module/cmd/operator"
 fi
 
+if [ "$what" = cluster ]; then
+    cc -shared -fPIC -O2 -o "$work/whole-registers.so" "$here/whole-registers.c"
+fi
+
 # Every image under the name that the chart and the examples know it by, and none from a registry. Of chroot's isolation
 # nothing is asked that the machine may not allow.
 export BUILDAH_ISOLATION=chroot

@@ -43,7 +43,7 @@ start_machine() { # NAME
             -device virtio-rng-pci
         ;;
     cluster)
-        start "$1" env TMPDIR=/dev/shm linux.uml "umid=$1" mem=2560M "ubd0=$work/$1.disk,$work/run.img" \
+        start "$1" env TMPDIR=/dev/shm LD_PRELOAD="$work/whole-registers.so" linux.uml "umid=$1" mem=2560M "ubd0=$work/$1.disk,$work/run.img" \
             root=/dev/ubda rw quiet con=null con0=null,fd:1 ssl=null "vec0:transport=tap,ifname=$1,depth=128,mac=$mac" \
             "systemd.hostname=$1"
         ;;
@@ -58,12 +58,16 @@ kill_machine() { # NAME
     ssh -q -o ControlPath="$logs/ssh-$1" -O exit node 2>/dev/null || true
     rm -f "$logs/ssh-$1"
 }
+answers_or_ended() { # NAME
+    on_node "$1" true || ! kill -0 "${started[$1]}"
+}
 start_nodes() { # NAME...
     local name
     echo "kubernetes: starting $*" >&2
     for name in "$@"; do start_machine "$name"; done
     for name in "$@"; do
-        wait_for 600 "$name" on_node "$name" true
+        wait_for 600 "$name" answers_or_ended "$name"
+        kill -0 "${started[$name]}" 2>/dev/null || fail "the machine of $name ended: see $logs/$name.log"
         wait_for 600 "$name in Kubernetes" kubectl get node "$name"
     done
     kubectl wait --for=condition=Ready node "$@" --timeout=10m
