@@ -16,6 +16,8 @@ export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
 # The tests start the real programs, which `cargo test` alone would not build for every crate. Built together with the tests they
 # share what both are made of; built alone, with fewer features of a few dependencies, nearly all of ours would be built twice.
 cargo build --release --locked --workspace --bins --tests </dev/null
+# Else the tests would build the programs as they stand alone.
+export ASHLAR_TESTS_BIN_DIR=${ASHLAR_TESTS_BIN_DIR:-${CARGO_TARGET_DIR:-$PWD/target}/release}
 status=0
 cargo test --release --locked --workspace --no-fail-fast "$@" 2>&1 </dev/null | tee "$log" || status=${PIPESTATUS[0]}
 
