@@ -1,8 +1,8 @@
 //! The event loop of a data thread: select events, call the machines, carry out their actions, send the replies.
 //!
 //! One turn: wait once; give completions to the stores; take requests from readable sockets; send what was answered;
-//! ask the stores for actions and carry them out; send again. Nothing else blocks, and nothing here is shared with
-//! another thread but counters.
+//! ask the stores for actions and carry them out; send again. Nothing else waits for a device or a peer, and nothing here
+//! is shared with another thread but counters.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
