@@ -20,6 +20,8 @@ use tonic::{Code, Status};
 
 use super::run::Daemon;
 use crate::config::{Arguments, Config};
+use crate::daemon::open_local;
+use crate::meta::OpenError;
 
 /// Long enough for a loaded machine; a hang fails the test instead of holding up the run.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -50,11 +52,25 @@ async fn start(dir: &Path) -> (Daemon, AdminClient<Channel>, Channel) {
 async fn start_with(dir: &Path, more: &[&str]) -> (Daemon, AdminClient<Channel>, Channel) {
     std::fs::create_dir_all(dir.join("d")).expect("create");
     let config = config_with(dir, more);
+    nobody_has_the_records(dir).await;
     let daemon = Daemon::start(config, Vec::new()).await.expect("start");
     let endpoint = Endpoint::from_shared(format!("unix://{}", dir.join("d/admin.sock").display()))
         .expect("address");
     let channel = endpoint.connect().await.expect("connect");
     (daemon, AdminClient::new(channel.clone()), channel)
+}
+
+/// What answered the clients of a daemon lets go of its records a moment after the drain. A process that ends does not
+/// wait for that; the next daemon in the same process has to.
+async fn nobody_has_the_records(dir: &Path) {
+    let free = async {
+        while let Err(OpenError::InUse { .. }) = open_local(&dir.join("d")) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, free)
+        .await
+        .expect("everybody lets go of the records");
 }
 
 async fn stop(daemon: Daemon) {
@@ -524,6 +540,7 @@ async fn a_store_that_went_missing_is_never_made_anew() {
     stop(daemon).await;
     let store = dir.path().join("d/stores/0");
     std::fs::rename(&store, dir.path().join("away")).expect("rename");
+    nobody_has_the_records(dir.path()).await;
     let refusal = Daemon::start(config(dir.path()), Vec::new())
         .await
         .err()
