@@ -12,7 +12,7 @@ for name in "${!ASHLAR_@}"; do
     case $name in ASHLAR_TESTS_* | ASHLAR_SEED | ASHLAR_SEEDS) ;; *) unset "$name" ;; esac
 done
 # Most tests wait for something most of the time. Those in virtual machines take turns by themselves.
-export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 2))}
 # The tests start the real programs, which `cargo test` alone would not build for every crate. Built together with the tests they
 # share what both are made of; built alone, with fewer features of a few dependencies, nearly all of ours would be built twice.
 cargo build --release --locked --workspace --bins --tests </dev/null
