@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::cluster::{self, Cluster};
 use crate::fio::Target;
 use crate::http::Http;
-use crate::measure::Field;
+use crate::measure::{self, Field};
 use crate::rows::{Contender, Medium};
 use crate::servers::{ServerProcess, end_of, spawn, wait_for};
 
@@ -35,7 +35,7 @@ const CONNECTED: &str = "connected to NBD server";
 const WINDOW_MS: u64 = 1000;
 
 /// What came of it.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Joining {
     pub(crate) medium: Medium,
     /// From the start of the node until the load was even.
@@ -46,6 +46,8 @@ pub(crate) struct Joining {
     pub(crate) undisturbed_p99_us: f64,
     /// In between.
     pub(crate) moving_p99_us: f64,
+    /// Of each second of it.
+    pub(crate) moving_p99_us_by_second: Vec<f64>,
 }
 
 impl Joining {
@@ -103,13 +105,16 @@ pub(crate) fn measure(
     let path = latencies(&log);
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     let writes = parse(&text);
-    let calm = [began..joining, even..ended];
+    let calm = p99s_us(&writes, [began..joining, even..ended]);
+    let moving = p99s_us(&writes, once(joining..even));
+    let median = |p99s: &[f64]| measure::median(p99s.to_vec()).context("fio wrote nothing");
     Ok(Joining {
         medium,
         even_after_seconds: (even - joining) as f64 / 1e3,
         spread,
-        undisturbed_p99_us: typical_p99_us(&writes, calm).context("fio wrote nothing")?,
-        moving_p99_us: typical_p99_us(&writes, once(joining..even)).context("fio wrote nothing")?,
+        undisturbed_p99_us: median(&calm)?,
+        moving_p99_us: median(&moving)?,
+        moving_p99_us_by_second: moving,
     })
 }
 
@@ -176,11 +181,8 @@ fn parse(log: &str) -> Vec<(u64, u64)> {
     log.lines().filter_map(write).collect()
 }
 
-/// Of each second of these times the 99th percentile, and of those the median.
-fn typical_p99_us(
-    writes: &[(u64, u64)],
-    times: impl IntoIterator<Item = Range<u64>>,
-) -> Option<f64> {
+/// The 99th percentile of each second of these times in which something was written.
+fn p99s_us(writes: &[(u64, u64)], times: impl IntoIterator<Item = Range<u64>>) -> Vec<f64> {
     let mut of_windows = Vec::new();
     for time in times {
         let windows = (time.end - time.start).div_ceil(WINDOW_MS);
@@ -194,7 +196,7 @@ fn typical_p99_us(
             of_windows.extend(p99.map(|nanoseconds| *nanoseconds as f64 / 1e3));
         }
     }
-    crate::measure::median(of_windows)
+    of_windows
 }
 
 #[cfg(test)]
@@ -215,12 +217,12 @@ mod tests {
         }
         let writes = parse(&log);
         assert_eq!(writes.len(), 300);
-        let p99 = |time: Range<u64>| typical_p99_us(&writes, once(time));
+        let p99 = |time: Range<u64>| measure::median(p99s_us(&writes, once(time)));
         assert_eq!(p99(5_000..8_000), Some(1.298));
         assert_eq!(p99(6_000..7_000), Some(9_000.0));
         assert_eq!(
-            typical_p99_us(&writes, [5_000..6_000, 7_000..8_000]),
-            Some((1.098 + 1.298) / 2.0)
+            p99s_us(&writes, [5_000..6_000, 7_000..8_000]),
+            [1.098, 1.298]
         );
         assert_eq!(p99(0..1_000), None);
     }

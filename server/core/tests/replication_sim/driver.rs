@@ -81,6 +81,7 @@ impl Driver {
             write_timeout_us: WRITE_TIMEOUT_US,
             resync_backoff_us: 20_000,
             resync_leaves: 2,
+            fill_bytes_per_second: world.fill_bytes_per_second,
             ..HeadParams::new(world.nodes[node].id, claim)
         };
         let head = ReplicatedHead::new(params, record, world.now_us, &mut actions);

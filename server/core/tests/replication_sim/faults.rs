@@ -21,6 +21,7 @@ pub(crate) struct Faults {
     pub(crate) failing_reads: u64,
     pub(crate) distrust: u64,
     pub(crate) drain: u64,
+    pub(crate) straggler: u64,
     /// Of a hundred swaps, how many end with an unknown outcome.
     pub(crate) unknown_swaps: u64,
     /// Between one fault and the next, on average, microseconds.
@@ -52,8 +53,9 @@ impl Faults {
             rot: some(10),
             failing_reads: some(5),
             distrust: some(10),
-            drain: some(30),
+            drain: some(60),
             unknown_swaps: some(50),
+            straggler: some(30),
             every_us: 0,
         };
         faults.every_us = [20_000, 60_000, 150_000][rng.below(3) as usize];
@@ -87,6 +89,7 @@ impl Faults {
             (self.failing_reads, Fault::FailingReads),
             (self.distrust, Fault::Distrust),
             (self.drain, Fault::Drain),
+            (self.straggler, Fault::Straggler),
         ];
         let total: u64 = all.iter().map(|(weight, _)| weight).sum();
         if total == 0 {
@@ -129,4 +132,6 @@ pub(crate) enum Fault {
     Distrust,
     /// A node is to be emptied, or the one that was is not any more.
     Drain,
+    /// A node that serves dies. What it sent last reaches those that are being filled, and late, and nobody else.
+    Straggler,
 }

@@ -2,7 +2,8 @@
 
 use crate::disk::{At, leaf_of};
 use crate::faults::Fault;
-use crate::world::{Ev, Node, World};
+use crate::world::{Ev, Node, World, store_of};
+use ashlar_core::records::ReplicaState;
 
 /// After which a scrub comes to a block that has rotted.
 const SCRUB_US: u64 = 20_000;
@@ -162,6 +163,7 @@ impl World {
                 }
             }
             Fault::Drain => self.drain_step(node),
+            Fault::Straggler => self.leave_stragglers(),
             Fault::Full => {
                 self.nodes[node].disk.full = true;
                 let delay_us = self.rng.between(10_000, 300_000);
@@ -250,5 +252,41 @@ impl World {
                 driver.repair(world, at, node, first, count)
             });
         }
+    }
+
+    fn leave_stragglers(&mut self) {
+        let serves = |n: &Node| n.head.as_ref().is_some_and(|h| h.is_serving);
+        let Some(head) = self.nodes.iter().position(serves) else {
+            return;
+        };
+        let record = self.meta.record.record.clone();
+        let is_out = |node: usize| {
+            let mut replicas = record.placement.sets.iter().flat_map(|set| &set.replicas);
+            replicas.any(|r| r.store == store_of(node) && r.state != ReplicaState::InSync)
+        };
+        let dies_us = self.rng.between(1_000, 20_000);
+        let links: Vec<(u64, usize)> = self
+            .conns
+            .iter()
+            .filter(|(_, c)| c.from == head && c.replica_open)
+            .map(|(id, c)| (*id, c.to))
+            .collect();
+        if !links.iter().any(|(_, to)| is_out(*to)) {
+            return;
+        }
+        for (conn, to) in links {
+            if is_out(to) {
+                let arrives_us = self.now_us + dies_us + self.rng.between(1_000, 400_000);
+                if let Some(c) = self.conns.get_mut(&conn) {
+                    c.asks_from_us = arrives_us;
+                }
+            } else {
+                *self.cuts.entry((head, to)).or_default() += 1;
+                self.after(dies_us, Ev::ClosedAtReplica { conn });
+                self.after(dies_us + 1, Ev::EndCut { from: head, to });
+            }
+        }
+        let run = self.nodes[head].run;
+        self.after(dies_us, Ev::StopNode { node: head, run });
     }
 }

@@ -154,7 +154,7 @@ fn every_promise_holds() {
     }
 }
 
-/// Each rule is needed: without it, some seed of the first three thousand shows damage.
+/// Each rule is needed: without it, some seed of the first thousand shows damage.
 #[test]
 fn without_a_rule_damage_is_seen() {
     let all = Rules::default();
@@ -232,7 +232,7 @@ fn without_a_rule_damage_is_seen() {
     ];
     let mut unseen = Vec::new();
     for (name, rules) in cases {
-        let count = number("ASHLAR_SEEDS").unwrap_or(3_000);
+        let count = number("ASHLAR_SEEDS").unwrap_or(1_000);
         // Damage to data, not a machine that noticed that it is broken.
         let is_damage =
             |violation: &Violation| !matches!(violation.promise, "invariants" | "everything_heals");

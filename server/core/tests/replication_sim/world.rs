@@ -70,6 +70,8 @@ pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) rules: Rules,
     pub(crate) faults: Faults,
+    /// The pace of fills, as in the parameters of heads.
+    pub(crate) fill_bytes_per_second: u64,
     pub(crate) now_us: u64,
     serial: u64,
     queue: BinaryHeap<Reverse<Queued>>,
@@ -161,6 +163,8 @@ impl World {
             rng,
             rules,
             faults,
+            // None, one that makes every window wait for the one before, and one in between.
+            fill_bytes_per_second: [0, 0, 64 << 10, 0, 0, 1 << 20][(seed % 6) as usize],
             now_us: 1_000_000,
             serial: 0,
             queue: BinaryHeap::new(),

@@ -2,6 +2,7 @@
 //! for blocks that one copy cannot read.
 
 mod copies;
+mod windows;
 
 use std::collections::VecDeque;
 
@@ -10,15 +11,15 @@ use smallvec::SmallVec;
 use super::super::wire::{LeafStates, MAX_MESSAGE_BLOCKS, Status};
 use super::super::{BlockContent, BlockState};
 use super::members::Purpose;
-use super::{Action, INTERNAL_TAG, MemberId, OpKey, QueryId, ReplicatedHead};
+use super::{Action, MemberId, OpKey, QueryId, ReplicatedHead};
 use crate::records::SetIndex;
 use crate::store::ExtentKey;
-use crate::units::{CHUNK_BLOCKS, ChunkIndex, LEAF_BLOCKS, Version};
-use crate::volume::{Began, BlockRange, Refusal, Started, Ticket};
+use crate::units::{ChunkIndex, LEAF_BLOCKS, Version};
+use crate::volume::Ticket;
 
-/// Blocks that are locked at a time while they are compared and copied (512 KiB): a client's request waits no longer
-/// than that takes.
-const WINDOW_BLOCKS: u32 = 128;
+/// Blocks that are locked, compared and copied at a time (256 KiB): a client's request waits no longer than that takes,
+/// whether for the range or for the threads that copy it.
+const WINDOW_BLOCKS: u32 = 64;
 /// Windows are not split for fewer alike blocks between two that differ.
 const GAP_BLOCKS: u32 = 16;
 /// Copies of one job under way at a time.
@@ -46,6 +47,8 @@ pub(super) struct JobKey {
 enum Stage {
     /// The states are asked for, to see what differs.
     Scanning,
+    /// The next window waits for the pace of fills.
+    Pausing,
     /// A window waits for its lock.
     Locking,
     /// The states are asked for again, under the lock.
@@ -69,6 +72,8 @@ pub(super) struct LeafJob {
     states: SmallVec<[(MemberId, Option<LeafStates>); 3]>,
     windows: Vec<Window>,
     window: Window,
+    /// Blocks of the window that were counted as copied before it was known which of them have to be.
+    counted: u32,
     ticket: Option<Ticket>,
     planned: VecDeque<Planned>,
     copying: u32,
@@ -311,6 +316,7 @@ impl ReplicatedHead {
             states: SmallVec::new(),
             windows: Vec::new(),
             window: (0, 0),
+            counted: 0,
             ticket: None,
             planned: VecDeque::new(),
             copying: 0,
@@ -434,155 +440,10 @@ impl ReplicatedHead {
                     }
                     None => job.plan(job.window),
                 }
+                self.settle_count(key);
                 self.go_on_copying(key, actions);
             }
-            (Stage::Locking | Stage::Copying, _) => {}
-        }
-    }
-
-    // -- windows
-
-    /// Changes that both already have, and whose range is held until this job's replica is in sync: waiting for the
-    /// range would be waiting for itself.
-    fn settled_ranges(&self, job: &LeafJob) -> SmallVec<[Window; 4]> {
-        let JobFor::Resync(member) = job.what else {
-            return SmallVec::new();
-        };
-        self.ops
-            .iter()
-            .filter(|(_, op)| op.extent == job.extent && self.is_held_for(op, member))
-            .map(|(_, op)| (op.first_block, op.count))
-            .collect()
-    }
-
-    /// Locks the next window, or ends the job.
-    fn next_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
-        loop {
-            let Some(job) = self
-                .jobs
-                .get(key.place)
-                .filter(|job| job.serial == key.serial)
-            else {
-                return;
-            };
-            let held = self.settled_ranges(job);
-            // It would lock a range behind writes that wait for more replicas, and have reads wait with it.
-            if job.what == JobFor::Repair && !self.can_repair(job.set) {
-                self.give_up_repair(key);
-            }
-            let Some(job) = self.job(key) else { return };
-            let Some((first, count)) = job.windows.pop() else {
-                self.jobs.remove(key.place);
-                return;
-            };
-            let overlaps =
-                |(start, blocks): &&Window| *start < first + count && first < start + blocks;
-            if let Some((start, blocks)) = held.iter().find(overlaps) {
-                let (end, past) = (start + blocks, first + count);
-                if past > end {
-                    job.windows.push((end, past - end));
-                }
-                if *start > first {
-                    job.windows.push((first, start - first));
-                }
-                continue;
-            }
-            job.window = (first, count);
-            job.stage = Stage::Locking;
-            let volume_first =
-                u64::from(job.extent.chunk.0) * u64::from(CHUNK_BLOCKS) + u64::from(first);
-            let range = BlockRange::new(volume_first, volume_first + u64::from(count))
-                .expect("a window is not empty");
-            let tag = INTERNAL_TAG | key.serial << 24 | key.place as u64;
-            match self.admission.begin_ahead(range, tag) {
-                Ok(Began::Now(started)) => {
-                    self.job_locked(started, actions);
-                    return;
-                }
-                Ok(Began::Waiting(ticket)) => {
-                    if let Some(job) = self.job(key) {
-                        job.ticket = Some(ticket);
-                    }
-                    return;
-                }
-                // Nothing changes it meanwhile.
-                Err(Refusal::ReadOnly) => {
-                    self.compare_window(key, actions);
-                    return;
-                }
-                // Cut off by nobody: a volume never shrinks. A replica that has blocks there keeps them.
-                Err(Refusal::PastEnd) => {}
-                Err(Refusal::Draining | Refusal::VersionsExhausted) => {
-                    if let Some(job) = self.job(key) {
-                        job.windows.push((first, count));
-                    }
-                    return;
-                }
-            }
-        }
-    }
-
-    /// A window's lock was given.
-    pub(super) fn job_locked(&mut self, started: Started, actions: &mut Vec<Action>) {
-        let tag = started.tag & !INTERNAL_TAG;
-        let key = JobKey {
-            place: (tag & 0xff_ffff) as usize,
-            serial: tag >> 24,
-        };
-        // Whoever gives a job up gives back its lock too, started or not.
-        if let Some(job) = self.job(key).filter(|job| job.stage == Stage::Locking) {
-            job.ticket = Some(started.ticket);
-            self.compare_window(key, actions);
-        }
-    }
-
-    fn compare_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
-        let Some(job) = self.job(key) else { return };
-        job.again = false;
-        job.stage = Stage::Comparing;
-        let (what, set) = (job.what, job.set);
-        if what == JobFor::Repair && !self.can_repair(set) {
-            self.give_up_repair(key);
-            if let Some(job) = self.job(key) {
-                job.stage = Stage::Copying;
-            }
-            self.go_on_copying(key, actions);
-            return;
-        }
-        self.ask_leaf(key, actions);
-    }
-
-    /// Jobs that could not lock, or wait for what waits for them.
-    pub(super) fn unblock_jobs(&mut self, actions: &mut Vec<Action>) {
-        if self.jobs.is_empty() {
-            return;
-        }
-        let stuck: SmallVec<[JobKey; 8]> = self
-            .jobs
-            .iter()
-            .filter(|(_, job)| job.stage == Stage::Locking)
-            .filter(|(_, job)| {
-                let (first, count) = job.window;
-                job.ticket.is_none()
-                    || (job.what == JobFor::Repair && !self.can_repair(job.set))
-                    || self
-                        .settled_ranges(job)
-                        .iter()
-                        .any(|(start, blocks)| *start < first + count && first < start + blocks)
-            })
-            .map(|(place, job)| JobKey {
-                place,
-                serial: job.serial,
-            })
-            .collect();
-        for key in stuck {
-            let Some(job) = self.job(key) else { continue };
-            if let Some(ticket) = job.ticket.take() {
-                let window = job.window;
-                job.windows.push(window);
-                self.release(ticket, actions);
-            }
-            self.next_window(key, actions);
+            (Stage::Pausing | Stage::Locking | Stage::Copying, _) => {}
         }
     }
 }

@@ -12,8 +12,8 @@ use super::{Action, MemberId, News, Phase, ReplicatedHead};
 use crate::records::{ReplicaState, SetIndex};
 use crate::units::{BLOCK_BYTES, Version};
 
-/// So much of what fills may copy in a while they may copy at once: a leaf costs more than one turn of a clock.
-const FILL_AHEAD_US: u64 = 50_000;
+/// So much of what fills may copy in a while they may copy at once: clocks and threads are late by some of it.
+const FILL_AHEAD_US: u64 = 10_000;
 
 /// How far a member is with one set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +164,7 @@ impl ReplicatedHead {
             }
             Stage::Copying => {
                 let limit = self.params.resync_leaves;
-                while self.jobs_of(JobFor::Resync(member)) < limit && self.may_fill() {
+                while self.jobs_of(JobFor::Resync(member)) < limit {
                     let found = self
                         .resync_of(member)
                         .and_then(|resync| resync.walk.as_mut())
@@ -195,21 +195,33 @@ impl ReplicatedHead {
         }
     }
 
-    /// Whether another leaf may be begun at the pace of fills. If not, it says when to ask again.
-    fn may_fill(&mut self) -> bool {
+    /// Whether another window may be begun at the pace of fills. If not, it says when to ask again.
+    pub(super) fn may_fill(&mut self) -> bool {
         let due_us = self.filled_until_us.saturating_sub(FILL_AHEAD_US);
         let may = due_us <= self.now_us;
-        self.fill_due_us = (!may).then_some(due_us);
+        if !may {
+            self.fill_due_us = Some(due_us);
+        }
         may
     }
 
-    /// Blocks were copied to a replica that is being filled.
-    pub(super) fn note_filled(&mut self, blocks: u32) {
+    /// Blocks are about to be copied to a replica that is being filled.
+    pub(super) fn count_filled(&mut self, blocks: u32) {
+        let cost_us = self.fill_cost_us(blocks);
+        self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
+    }
+
+    /// Some of those that were counted are not copied after all.
+    pub(super) fn uncount_filled(&mut self, blocks: u32) {
+        let cost_us = self.fill_cost_us(blocks);
+        self.filled_until_us = self.filled_until_us.saturating_sub(cost_us);
+    }
+
+    fn fill_cost_us(&self, blocks: u32) -> u64 {
         let byte_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000;
         // No rate is no bound.
-        if let Some(cost_us) = byte_us.checked_div(self.params.fill_bytes_per_second) {
-            self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
-        }
+        let cost_us = byte_us.checked_div(self.params.fill_bytes_per_second);
+        cost_us.unwrap_or(0)
     }
 
     /// The flush, or the word that it is whole, was answered.

@@ -169,7 +169,10 @@ impl World {
                 0 => self.rng.between(100, 400_000),
                 _ => self.rng.between(100, 20_000),
             };
-            self.after(delay_us, Ev::ClosedAtReplica { conn });
+            // Behind what is on the way, as it was sent.
+            let stalled_us = self.conns.get(&conn).map_or(0, |c| c.asks_from_us);
+            let closed_us = (self.now_us + delay_us).max(stalled_us + 1_000);
+            self.at(closed_us, Ev::ClosedAtReplica { conn });
         }
         let delay_us = self.rng.between(1_000, 400_000);
         self.after(delay_us, Ev::StartNode { node });

@@ -289,7 +289,6 @@ impl ReplicatedHead {
             JobFor::Resync(member) if !again => {
                 if let Some(resync) = self.resync_of(member) {
                     resync.copied_blocks += u64::from(count);
-                    self.note_filled(count);
                 }
             }
             JobFor::Repair if !again => job.repaired.push((first_block, count)),
@@ -320,6 +319,10 @@ impl ReplicatedHead {
                 let mut queries = self.queries.values();
                 queries.any(|query| query.member == member && query.purpose == purpose)
             };
+            assert!(
+                job.stage != Stage::Pausing || self.fill_due_us.is_some(),
+                "{job:?} pauses and nobody calls it"
+            );
             if matches!(job.stage, Stage::Scanning | Stage::Comparing) {
                 let mut unknown = job.states.iter().filter(|(_, states)| states.is_none());
                 assert!(

@@ -1,0 +1,180 @@
+//! The windows of a job: each waits for the pace of fills, is locked and compared, and counts for the pace.
+
+use smallvec::SmallVec;
+
+use super::super::{Action, INTERNAL_TAG, ReplicatedHead};
+use super::{JobFor, JobKey, LeafJob, Stage, Window};
+use crate::units::CHUNK_BLOCKS;
+use crate::volume::{Began, BlockRange, Refusal, Started};
+
+impl ReplicatedHead {
+    /// Changes that both already have, and whose range is held until this job's replica is in sync: waiting for the
+    /// range would be waiting for itself.
+    fn settled_ranges(&self, job: &LeafJob) -> SmallVec<[Window; 4]> {
+        let JobFor::Resync(member) = job.what else {
+            return SmallVec::new();
+        };
+        self.ops
+            .iter()
+            .filter(|(_, op)| op.extent == job.extent && self.is_held_for(op, member))
+            .map(|(_, op)| (op.first_block, op.count))
+            .collect()
+    }
+
+    /// Counts all of a window that a fill begins: which of its blocks have to be copied is known once it is locked.
+    fn count_window(&mut self, key: JobKey) {
+        let Some(job) = self.job(key) else { return };
+        if matches!(job.what, JobFor::Resync(_)) {
+            job.counted = job.window.1;
+            let blocks = job.counted;
+            self.count_filled(blocks);
+        }
+    }
+
+    /// The window was compared or is given back: what is not copied does not count.
+    pub(super) fn settle_count(&mut self, key: JobKey) {
+        let Some(job) = self.job(key) else { return };
+        let planned: u32 = job.planned.iter().map(|planned| planned.blocks.1).sum();
+        let counted = std::mem::take(&mut job.counted);
+        self.uncount_filled(counted.saturating_sub(planned));
+    }
+
+    /// Locks the next window, or ends the job.
+    pub(super) fn next_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        loop {
+            let Some(job) = self.job(key) else { return };
+            let is_fill = matches!(job.what, JobFor::Resync(_)) && !job.windows.is_empty();
+            if is_fill && !self.may_fill() {
+                if let Some(job) = self.job(key) {
+                    job.stage = Stage::Pausing;
+                }
+                return;
+            }
+            let Some(job) = self.jobs.get(key.place) else {
+                return;
+            };
+            let held = self.settled_ranges(job);
+            // It would lock a range behind writes that wait for more replicas, and have reads wait with it.
+            if job.what == JobFor::Repair && !self.can_repair(job.set) {
+                self.give_up_repair(key);
+            }
+            let Some(job) = self.job(key) else { return };
+            let Some((first, count)) = job.windows.pop() else {
+                self.jobs.remove(key.place);
+                return;
+            };
+            let overlaps =
+                |(start, blocks): &&Window| *start < first + count && first < start + blocks;
+            if let Some((start, blocks)) = held.iter().find(overlaps) {
+                let (end, past) = (start + blocks, first + count);
+                if past > end {
+                    job.windows.push((end, past - end));
+                }
+                if *start > first {
+                    job.windows.push((first, start - first));
+                }
+                continue;
+            }
+            job.window = (first, count);
+            job.stage = Stage::Locking;
+            let volume_first =
+                u64::from(job.extent.chunk.0) * u64::from(CHUNK_BLOCKS) + u64::from(first);
+            let range = BlockRange::new(volume_first, volume_first + u64::from(count))
+                .expect("a window is not empty");
+            let tag = INTERNAL_TAG | key.serial << 24 | key.place as u64;
+            match self.admission.begin_ahead(range, tag) {
+                Ok(Began::Now(started)) => {
+                    self.count_window(key);
+                    self.job_locked(started, actions);
+                    return;
+                }
+                Ok(Began::Waiting(ticket)) => {
+                    self.count_window(key);
+                    if let Some(job) = self.job(key) {
+                        job.ticket = Some(ticket);
+                    }
+                    return;
+                }
+                // Nothing changes it meanwhile.
+                Err(Refusal::ReadOnly) => {
+                    self.count_window(key);
+                    self.compare_window(key, actions);
+                    return;
+                }
+                // Cut off by nobody: a volume never shrinks. A replica that has blocks there keeps them.
+                Err(Refusal::PastEnd) => {}
+                Err(Refusal::Draining | Refusal::VersionsExhausted) => {
+                    if let Some(job) = self.job(key) {
+                        job.windows.push((first, count));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A window's lock was given.
+    pub(in super::super) fn job_locked(&mut self, started: Started, actions: &mut Vec<Action>) {
+        let tag = started.tag & !INTERNAL_TAG;
+        let key = JobKey {
+            place: (tag & 0xff_ffff) as usize,
+            serial: tag >> 24,
+        };
+        // Whoever gives a job up gives back its lock too, started or not.
+        if let Some(job) = self.job(key).filter(|job| job.stage == Stage::Locking) {
+            job.ticket = Some(started.ticket);
+            self.compare_window(key, actions);
+        }
+    }
+
+    pub(super) fn compare_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(job) = self.job(key) else { return };
+        job.again = false;
+        job.stage = Stage::Comparing;
+        let (what, set) = (job.what, job.set);
+        if what == JobFor::Repair && !self.can_repair(set) {
+            self.give_up_repair(key);
+            if let Some(job) = self.job(key) {
+                job.stage = Stage::Copying;
+            }
+            self.go_on_copying(key, actions);
+            return;
+        }
+        self.ask_leaf(key, actions);
+    }
+
+    /// Jobs that could not lock, wait for their pace, or wait for what waits for them.
+    pub(in super::super) fn unblock_jobs(&mut self, actions: &mut Vec<Action>) {
+        if self.jobs.is_empty() {
+            return;
+        }
+        let stuck: SmallVec<[JobKey; 8]> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| matches!(job.stage, Stage::Pausing | Stage::Locking))
+            .filter(|(_, job)| {
+                let (first, count) = job.window;
+                job.ticket.is_none()
+                    || (job.what == JobFor::Repair && !self.can_repair(job.set))
+                    || self
+                        .settled_ranges(job)
+                        .iter()
+                        .any(|(start, blocks)| *start < first + count && first < start + blocks)
+            })
+            .map(|(place, job)| JobKey {
+                place,
+                serial: job.serial,
+            })
+            .collect();
+        for key in stuck {
+            let Some(job) = self.job(key) else { continue };
+            if let Some(ticket) = job.ticket.take() {
+                let window = job.window;
+                job.windows.push(window);
+                self.settle_count(key);
+                self.release(ticket, actions);
+            }
+            self.next_window(key, actions);
+        }
+    }
+}
