@@ -172,7 +172,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub_rate: Option<ByteCount>,
 
-    /// Bytes a second that a volume's head copies to copies that are made or brought up to date, at most [default: 128MiB]
+    /// Bytes a second that a volume's head copies to copies that are made or brought up to date, at most; copies that only
+    /// move take a quarter of it while clients are at work [default: 128MiB]
     #[arg(long, env = "ASHLAR_FILL_RATE", value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fill_rate: Option<ByteCount>,

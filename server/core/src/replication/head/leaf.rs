@@ -19,7 +19,7 @@ use crate::volume::Ticket;
 
 /// Blocks that are locked, compared and copied at a time (256 KiB): a client's request waits no longer than that takes,
 /// whether for the range or for the threads that copy it.
-const WINDOW_BLOCKS: u32 = 64;
+pub(super) const WINDOW_BLOCKS: u32 = 64;
 /// Windows are not split for fewer alike blocks between two that differ.
 const GAP_BLOCKS: u32 = 16;
 /// Copies of one job under way at a time.
@@ -72,8 +72,8 @@ pub(super) struct LeafJob {
     states: SmallVec<[(MemberId, Option<LeafStates>); 3]>,
     windows: Vec<Window>,
     window: Window,
-    /// Blocks of the window that were counted as copied before it was known which of them have to be.
-    counted: u32,
+    /// What the whole window was taken to cost at the pace of fills, before it was known how much of it has to be copied.
+    counted_us: u64,
     ticket: Option<Ticket>,
     planned: VecDeque<Planned>,
     copying: u32,
@@ -316,7 +316,7 @@ impl ReplicatedHead {
             states: SmallVec::new(),
             windows: Vec::new(),
             window: (0, 0),
-            counted: 0,
+            counted_us: 0,
             ticket: None,
             planned: VecDeque::new(),
             copying: 0,

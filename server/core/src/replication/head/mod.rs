@@ -83,7 +83,7 @@ pub struct HeadParams {
     /// Leaves compared and copied at the same time, for one replica that returns.
     pub resync_leaves: usize,
     /// Bytes a second that are copied to replicas that are being filled, so that clients keep the disks and the network
-    /// for the most part; 0: as fast as it goes.
+    /// for the most part; a quarter of it while clients are at work and nothing is missing; 0: as fast as it goes.
     pub fill_bytes_per_second: u64,
 }
 
@@ -165,6 +165,8 @@ pub struct ReplicatedHead {
     filled_until_us: u64,
     /// A fill waits for its pace until then.
     fill_due_us: Option<u64>,
+    /// When a client's request came last.
+    clients_us: u64,
     /// Somebody was told to wait.
     told_to_wait: bool,
     /// Versions below this were said to be settled; a change that was offered with one gets another.
@@ -221,6 +223,7 @@ impl ReplicatedHead {
             resyncs: Vec::new(),
             filled_until_us: 0,
             fill_due_us: None,
+            clients_us: 0,
             told_to_wait: false,
             settled: crate::units::Version::NONE,
             now_us,

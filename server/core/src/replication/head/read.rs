@@ -27,6 +27,7 @@ impl ReplicatedHead {
                 ReadAdmission::Wait
             };
         }
+        self.clients_us = now_us;
         let state = self.set(set);
         let mut from = None;
         for place in ReplicaMask(state.binding()).places() {

@@ -14,6 +14,11 @@ use crate::units::{BLOCK_BYTES, Version};
 
 /// So much of what fills may copy in a while they may copy at once: clocks and threads are late by some of it.
 const FILL_AHEAD_US: u64 = 10_000;
+/// By how much a replica that only takes another's place is filled more slowly while clients are at work: nothing is missing
+/// meanwhile, and their latency is what they notice.
+const MOVE_SLOWDOWN: u64 = 4;
+/// Clients are at work for so long after each request.
+pub(super) const CLIENTS_US: u64 = 1_000_000;
 
 /// How far a member is with one set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,23 +210,31 @@ impl ReplicatedHead {
         may
     }
 
-    /// Blocks are about to be copied to a replica that is being filled.
-    pub(super) fn count_filled(&mut self, blocks: u32) {
-        let cost_us = self.fill_cost_us(blocks);
-        self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
-    }
-
-    /// Some of those that were counted are not copied after all.
-    pub(super) fn uncount_filled(&mut self, blocks: u32) {
-        let cost_us = self.fill_cost_us(blocks);
-        self.filled_until_us = self.filled_until_us.saturating_sub(cost_us);
-    }
-
-    fn fill_cost_us(&self, blocks: u32) -> u64 {
+    /// Blocks of a set are about to be copied to a replica that is being filled. Answers what they cost at the pace.
+    pub(super) fn count_filled(&mut self, set: SetIndex, blocks: u32) -> u64 {
         let byte_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000;
         // No rate is no bound.
         let cost_us = byte_us.checked_div(self.params.fill_bytes_per_second);
-        cost_us.unwrap_or(0)
+        let slowdown = if self.is_whole(set) && self.now_us < self.clients_us + CLIENTS_US {
+            MOVE_SLOWDOWN
+        } else {
+            1
+        };
+        let cost_us = cost_us.unwrap_or(0) * slowdown;
+        self.filled_until_us = self.filled_until_us.max(self.now_us) + cost_us;
+        cost_us
+    }
+
+    /// So much of what was counted is not copied after all.
+    pub(super) fn uncount_filled(&mut self, cost_us: u64) {
+        self.filled_until_us = self.filled_until_us.saturating_sub(cost_us);
+    }
+
+    /// Whether as many replicas are in sync as there are to be: one that is filled takes the place of one that leaves.
+    fn is_whole(&self, set: SetIndex) -> bool {
+        let replicas = &self.record.record.placement.sets[usize::from(set.0)].replicas;
+        let wanted = replicas.iter().filter(|replica| !replica.leaving).count();
+        self.set(set).readable().count_ones() as usize >= wanted
     }
 
     /// The flush, or the word that it is whole, was answered.

@@ -3,7 +3,10 @@
 use smallvec::SmallVec;
 
 use super::super::wire::Status;
-use super::{Action, MemberId, OpKey, Outcome, Phase, ReplicaMask, ReplicatedHead, WriteAdmission};
+use super::{
+    Action, INTERNAL_TAG, MemberId, OpKey, Outcome, Phase, ReplicaMask, ReplicatedHead,
+    WriteAdmission,
+};
 use crate::records::SetIndex;
 use crate::store::ExtentKey;
 use crate::units::Version;
@@ -96,6 +99,9 @@ impl ReplicatedHead {
             version
         };
         self.now_us = self.now_us.max(now_us);
+        if tag < INTERNAL_TAG {
+            self.clients_us = self.now_us;
+        }
         self.op_serial += 1;
         let op = WriteOp {
             serial: self.op_serial,

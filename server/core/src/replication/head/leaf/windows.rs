@@ -24,10 +24,12 @@ impl ReplicatedHead {
     /// Counts all of a window that a fill begins: which of its blocks have to be copied is known once it is locked.
     fn count_window(&mut self, key: JobKey) {
         let Some(job) = self.job(key) else { return };
+        let (set, blocks) = (job.set, job.window.1);
         if matches!(job.what, JobFor::Resync(_)) {
-            job.counted = job.window.1;
-            let blocks = job.counted;
-            self.count_filled(blocks);
+            let counted_us = self.count_filled(set, blocks);
+            if let Some(job) = self.job(key) {
+                job.counted_us = counted_us;
+            }
         }
     }
 
@@ -35,8 +37,10 @@ impl ReplicatedHead {
     pub(super) fn settle_count(&mut self, key: JobKey) {
         let Some(job) = self.job(key) else { return };
         let planned: u32 = job.planned.iter().map(|planned| planned.blocks.1).sum();
-        let counted = std::mem::take(&mut job.counted);
-        self.uncount_filled(counted.saturating_sub(planned));
+        let blocks = job.window.1;
+        let spared = blocks.saturating_sub(planned);
+        let counted_us = std::mem::take(&mut job.counted_us);
+        self.uncount_filled(counted_us * u64::from(spared) / u64::from(blocks.max(1)));
     }
 
     /// Locks the next window, or ends the job.
