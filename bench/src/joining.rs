@@ -46,7 +46,7 @@ pub(crate) struct Joining {
     pub(crate) undisturbed_p99_us: f64,
     /// In between.
     pub(crate) moving_p99_us: f64,
-    /// Of each second of it.
+    /// Of each second of it in which a write ended.
     pub(crate) moving_p99_us_by_second: Vec<f64>,
 }
 

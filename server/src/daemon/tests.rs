@@ -63,6 +63,9 @@ async fn start_with(dir: &Path, more: &[&str]) -> (Daemon, AdminClient<Channel>,
 /// What answered the clients of a daemon lets go of its records a moment after the drain. A process that ends does not
 /// wait for that; the next daemon in the same process has to.
 async fn nobody_has_the_records(dir: &Path) {
+    if !dir.join("d/metadata.db").exists() {
+        return;
+    }
     let free = async {
         while let Err(OpenError::InUse { .. }) = open_local(&dir.join("d")) {
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -444,7 +444,7 @@ impl DataThread {
             .drain
             .as_ref()
             .map(|drain| drain.give_up_at.max(self.now + Duration::from_millis(10)));
-        let cluster = self.cluster.next_look_us.map(|at_us| {
+        let cluster = self.cluster.deadline_us().map(|at_us| {
             let wait_us = at_us.saturating_sub(cluster::now_us());
             Instant::now() + Duration::from_micros(wait_us)
         });

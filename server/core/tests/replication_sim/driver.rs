@@ -64,6 +64,8 @@ pub(crate) struct Driver {
     copies: BTreeMap<CopyId, Vec<Content>>,
     ended_copies: BTreeSet<CopyId>,
     started: VecDeque<Started>,
+    /// When it is called for a fill that waits.
+    pub(crate) fill_due_us: u64,
 }
 
 impl Driver {
@@ -101,6 +103,7 @@ impl Driver {
             copies: BTreeMap::new(),
             ended_copies: BTreeSet::new(),
             started: VecDeque::new(),
+            fill_due_us: 0,
         });
         driver.carry_out(world, node, actions);
         let run = world.nodes[node].run;
@@ -163,6 +166,12 @@ impl Driver {
     pub(crate) fn event(&mut self, world: &mut World, node: usize, event: Event) {
         let mut actions = Vec::new();
         self.head.on_event(world.now_us, event, &mut actions);
+        self.carry_out(world, node, actions);
+    }
+
+    pub(crate) fn go_on_filling(&mut self, world: &mut World, node: usize) {
+        let mut actions = Vec::new();
+        self.head.on_tick(world.now_us, &mut actions);
         self.carry_out(world, node, actions);
     }
 

@@ -132,6 +132,6 @@ pub(crate) enum Fault {
     Distrust,
     /// A node is to be emptied, or the one that was is not any more.
     Drain,
-    /// A node that serves dies. What it sent last reaches those that are being filled, and late, and nobody else.
+    /// A node that serves dies. What it sent last reaches those that are being filled, and late, and no other node.
     Straggler,
 }

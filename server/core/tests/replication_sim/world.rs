@@ -111,7 +111,7 @@ impl World {
             .map(|n| Node {
                 id: NodeId(Uuid::from_u128(100 + n as u128)),
                 store: store_of(n),
-                disk: Disk::default(),
+                disk: Disk::new(rules != Rules::default()),
                 seal: None,
                 seals_until_us: 0,
                 boot: 1,
@@ -151,14 +151,14 @@ impl World {
             record.min_in_sync = 1;
         }
         assert_eq!(record.check_invariants(), Ok(()));
-        // Blocks on both sides of the border of two leaves, in chunks of different sets.
+        // Blocks on both sides of the border of two leaves, and one far from them, in chunks of different sets.
         let mut blocks = Vec::new();
         for chunk in 0..3 {
-            for block in 510..513 {
+            for block in [300, 510, 511, 512] {
                 blocks.push((chunk, block));
             }
         }
-        blocks.truncate(3 + rng.below(7) as usize);
+        blocks.truncate(4 + rng.below(9) as usize);
         let mut world = World {
             rng,
             rules,
@@ -365,6 +365,13 @@ impl World {
                     self.with_head(node, head, |world, driver| driver.on_tick(world, node));
                 }
             }
+            Ev::FillDue { node, run, head } => {
+                if self.is_running(node, run) {
+                    self.with_head(node, head, |world, driver| {
+                        driver.go_on_filling(world, node);
+                    });
+                }
+            }
             Ev::SwapArrives {
                 node,
                 run,
@@ -542,6 +549,12 @@ impl World {
             return;
         }
         act(self, &mut driver);
+        let due_us = driver.head.fill_due_us();
+        if let Some(due_us) = due_us.filter(|due_us| *due_us != driver.fill_due_us) {
+            driver.fill_due_us = due_us;
+            let run = self.nodes[node].run;
+            self.at(due_us.max(self.now_us), Ev::FillDue { node, run, head });
+        }
         if !driver.is_stopped() {
             driver.head.check_invariants();
             self.nodes[node].head = Some(driver);

@@ -155,7 +155,7 @@ impl DataThread {
         self.cluster.scratch = actions;
         let (result, fill_due_us) = result?;
         if let Some(at_us) = fill_due_us {
-            self.cluster.look_at(at_us);
+            self.cluster.fill_at(at_us);
         }
         Some(result)
     }
@@ -174,7 +174,11 @@ impl DataThread {
 
     /// Time passes for heads and links.
     pub(in super::super) fn look_at_cluster(&mut self) {
+        if self.cluster.deadline_us().is_none() {
+            return;
+        }
         let now_us = now_us();
+        self.go_on_filling(now_us);
         if self.cluster.next_look_us.is_none_or(|at| at > now_us) {
             return;
         }
@@ -188,6 +192,26 @@ impl DataThread {
         }
         if again {
             self.cluster.look_soon(now_us);
+        }
+    }
+
+    /// Time passes for the heads that wait with a fill, hundreds of times a second: nobody else is looked at.
+    fn go_on_filling(&mut self, now_us: u64) {
+        if self.cluster.fills_due_us.is_none_or(|at| at > now_us) {
+            return;
+        }
+        self.cluster.fills_due_us = None;
+        for volume in self.replicated_volumes() {
+            let replication = self.replication(volume);
+            match replication.and_then(|replication| replication.head.fill_due_us()) {
+                Some(due_us) if due_us <= now_us => {
+                    self.with_head(volume, |head, now_us, actions| {
+                        head.on_tick(now_us, actions)
+                    });
+                }
+                Some(due_us) => self.cluster.fill_at(due_us),
+                None => {}
+            }
         }
     }
 

@@ -145,6 +145,8 @@ pub(super) struct Cluster {
     pub(super) link_receives: u64,
     /// When heads and links are looked at next, microseconds of [`now_us`].
     pub(super) next_look_us: Option<u64>,
+    /// When a head goes on with a fill that waits for its pace, on the same clock.
+    pub(super) fills_due_us: Option<u64>,
     pub(super) tell: tokio::sync::mpsc::UnboundedSender<ClusterTell>,
     pub(super) lease_us: u64,
     /// See [`super::config::DataConfig::fill_bytes_per_second`].
@@ -174,6 +176,7 @@ impl Cluster {
             link_sends: 0,
             link_receives: 0,
             next_look_us: None,
+            fills_due_us: None,
             tell,
             lease_us,
             fill_bytes_per_second,
@@ -199,6 +202,16 @@ impl Cluster {
     /// Something is to be looked at in a lease's eighth at the latest.
     pub(super) fn look_soon(&mut self, now_us: u64) {
         self.look_at(now_us + self.lease_us / 8);
+    }
+
+    /// A head goes on with a fill then.
+    fn fill_at(&mut self, at_us: u64) {
+        self.fills_due_us = Some(self.fills_due_us.map_or(at_us, |next| next.min(at_us)));
+    }
+
+    /// When there is something to do though nothing happens.
+    pub(super) fn deadline_us(&self) -> Option<u64> {
+        self.next_look_us.into_iter().chain(self.fills_due_us).min()
     }
 
     /// Something is to be looked at then.

@@ -33,6 +33,7 @@ impl ReplicatedHead {
             return FlushAdmission::Wait;
         }
         self.now_us = self.now_us.max(now_us);
+        self.clients_us = self.now_us;
         let mut asked: SmallVec<[(MemberId, u64); 8]> = SmallVec::new();
         for set in &self.sets {
             for member in set.members(set.usable() | set.mirrored) {

@@ -17,8 +17,8 @@ use crate::store::ExtentKey;
 use crate::units::{ChunkIndex, LEAF_BLOCKS, Version};
 use crate::volume::Ticket;
 
-/// Blocks that are locked, compared and copied at a time (256 KiB): a client's request waits no longer than that takes,
-/// whether for the range or for the threads that copy it.
+/// Blocks that are locked, compared and copied at a time (256 KiB): a client's request waits for their range no longer than
+/// that takes.
 pub(super) const WINDOW_BLOCKS: u32 = 64;
 /// Windows are not split for fewer alike blocks between two that differ.
 const GAP_BLOCKS: u32 = 16;
@@ -47,7 +47,7 @@ pub(super) struct JobKey {
 enum Stage {
     /// The states are asked for, to see what differs.
     Scanning,
-    /// The next window waits for the pace of fills.
+    /// The next window of a fill waits for its turn and the pace.
     Pausing,
     /// A window waits for its lock.
     Locking,
@@ -69,6 +69,8 @@ pub(super) struct LeafJob {
     extent: ExtentKey,
     leaf: u32,
     stage: Stage,
+    /// When it began to pause, counted in pauses.
+    turn: u64,
     states: SmallVec<[(MemberId, Option<LeafStates>); 3]>,
     windows: Vec<Window>,
     window: Window,
@@ -313,6 +315,7 @@ impl ReplicatedHead {
             },
             leaf,
             stage: Stage::Scanning,
+            turn: 0,
             states: SmallVec::new(),
             windows: Vec::new(),
             window: (0, 0),
@@ -440,7 +443,10 @@ impl ReplicatedHead {
                     }
                     None => job.plan(job.window),
                 }
-                self.settle_count(key);
+                // One that is compared again counts until it was.
+                if self.job(key).is_some_and(|job| !job.again) {
+                    self.settle_count(key);
+                }
                 self.go_on_copying(key, actions);
             }
             (Stage::Pausing | Stage::Locking | Stage::Copying, _) => {}

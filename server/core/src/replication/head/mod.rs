@@ -165,6 +165,8 @@ pub struct ReplicatedHead {
     filled_until_us: u64,
     /// A fill waits for its pace until then.
     fill_due_us: Option<u64>,
+    /// Pauses of fills so far.
+    fill_turns: u64,
     /// When a client's request came last.
     clients_us: u64,
     /// Somebody was told to wait.
@@ -223,6 +225,7 @@ impl ReplicatedHead {
             resyncs: Vec::new(),
             filled_until_us: 0,
             fill_due_us: None,
+            fill_turns: 0,
             clients_us: 0,
             told_to_wait: false,
             settled: crate::units::Version::NONE,
@@ -318,6 +321,9 @@ impl ReplicatedHead {
                 self.advance_drops(actions);
                 self.advance_resync(actions);
                 self.advance_repairs(actions);
+                if self.phase == Phase::Serving {
+                    self.advance_fills(actions);
+                }
             }
             Phase::Closing => self.advance_closing(actions),
         }
@@ -328,6 +334,7 @@ impl ReplicatedHead {
             return;
         }
         self.phase = Phase::Stopped;
+        self.fill_due_us = None;
         self.stopped = Some(reason);
         actions.push(Action::Stopped(reason));
     }

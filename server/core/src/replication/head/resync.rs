@@ -200,7 +200,7 @@ impl ReplicatedHead {
         }
     }
 
-    /// Whether another window may be begun at the pace of fills. If not, it says when to ask again.
+    /// Whether another window may begin at the pace of fills. If not, it says when to ask again.
     pub(super) fn may_fill(&mut self) -> bool {
         let due_us = self.filled_until_us.saturating_sub(FILL_AHEAD_US);
         let may = due_us <= self.now_us;
@@ -231,7 +231,7 @@ impl ReplicatedHead {
     }
 
     /// Whether as many replicas are in sync as there are to be: one that is filled takes the place of one that leaves.
-    fn is_whole(&self, set: SetIndex) -> bool {
+    pub(super) fn is_whole(&self, set: SetIndex) -> bool {
         let replicas = &self.record.record.placement.sets[usize::from(set.0)].replicas;
         let wanted = replicas.iter().filter(|replica| !replica.leaving).count();
         self.set(set).readable().count_ones() as usize >= wanted

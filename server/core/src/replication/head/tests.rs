@@ -142,7 +142,10 @@ impl Bench {
     fn carry_out(&mut self, actions: Vec<Action>) {
         for action in actions {
             let mut row = RowVersions {
-                chunk: ChunkIndex(0),
+                chunk: ChunkIndex(match action {
+                    Action::ReadRows { set, .. } => u32::from(set.0),
+                    _ => 0,
+                }),
                 leaves: [Version::NONE; CHUNK_LEAVES as usize],
             };
             row.leaves[0] = Version(9);

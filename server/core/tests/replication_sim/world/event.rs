@@ -50,6 +50,12 @@ pub(crate) enum Ev {
         result: Box<Result<Found, ashlar_core::replication::wire::Status>>,
         synced: Option<BTreeMap<At, Cell>>,
     },
+    /// A head is called for a fill that waits for its pace.
+    FillDue {
+        node: usize,
+        run: u64,
+        head: u64,
+    },
     Tick {
         node: usize,
         run: u64,
@@ -131,6 +137,7 @@ impl Ev {
             | Ev::Persisted { node, .. }
             | Ev::Executed { node, .. }
             | Ev::Tick { node, .. }
+            | Ev::FillDue { node, .. }
             | Ev::Swapped { node, .. }
             | Ev::ReadRecord { node, .. }
             | Ev::Watch { node, .. }

@@ -433,6 +433,7 @@ impl ReplicatedHead {
         let mut tickets: SmallVec<[Ticket; 16]> = SmallVec::new();
         for place in places {
             let job = self.jobs.remove(place);
+            self.uncount_filled(job.counted_us);
             let key = JobKey {
                 place,
                 serial: job.serial,

@@ -1,4 +1,4 @@
-//! The windows of a job: each waits for the pace of fills, is locked and compared, and counts for the pace.
+//! The windows of a job: each is locked and compared. Those of fills wait for their turn and the pace, and count for it.
 
 use smallvec::SmallVec;
 
@@ -43,18 +43,45 @@ impl ReplicatedHead {
         self.uncount_filled(counted_us * u64::from(spared) / u64::from(blocks.max(1)));
     }
 
-    /// Locks the next window, or ends the job.
+    /// Locks the next window, or ends the job. A fill takes its turn among all of them.
     pub(super) fn next_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let turn = self.fill_turns;
+        let Some(job) = self.job(key) else { return };
+        if matches!(job.what, JobFor::Resync(_)) && !job.windows.is_empty() {
+            (job.stage, job.turn) = (Stage::Pausing, turn);
+            self.fill_turns += 1;
+            // At the end of this event, or as soon as there is another.
+            self.fill_due_us = Some(self.now_us);
+        } else {
+            self.begin_window(key, actions);
+        }
+    }
+
+    /// Begins windows of fills as the pace allows: first of sets that lack a replica, then who has waited longest.
+    pub(in super::super) fn advance_fills(&mut self, actions: &mut Vec<Action>) {
+        self.fill_due_us = None;
         loop {
-            let Some(job) = self.job(key) else { return };
-            let is_fill = matches!(job.what, JobFor::Resync(_)) && !job.windows.is_empty();
-            if is_fill && !self.may_fill() {
-                if let Some(job) = self.job(key) {
-                    job.stage = Stage::Pausing;
-                }
+            let pausing = self
+                .jobs
+                .iter()
+                .filter(|(_, job)| job.stage == Stage::Pausing);
+            let first = pausing.min_by_key(|(_, job)| (self.is_whole(job.set), job.turn));
+            let Some((place, job)) = first else { return };
+            let serial = job.serial;
+            if !self.may_fill() {
                 return;
             }
-            let Some(job) = self.jobs.get(key.place) else {
+            self.begin_window(JobKey { place, serial }, actions);
+        }
+    }
+
+    fn begin_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        loop {
+            let Some(job) = self
+                .jobs
+                .get(key.place)
+                .filter(|job| job.serial == key.serial)
+            else {
                 return;
             };
             let held = self.settled_ranges(job);
@@ -147,7 +174,7 @@ impl ReplicatedHead {
         self.ask_leaf(key, actions);
     }
 
-    /// Jobs that could not lock, wait for their pace, or wait for what waits for them.
+    /// Jobs that could not lock, or wait for what waits for them.
     pub(in super::super) fn unblock_jobs(&mut self, actions: &mut Vec<Action>) {
         if self.jobs.is_empty() {
             return;
@@ -155,7 +182,7 @@ impl ReplicatedHead {
         let stuck: SmallVec<[JobKey; 8]> = self
             .jobs
             .iter()
-            .filter(|(_, job)| matches!(job.stage, Stage::Pausing | Stage::Locking))
+            .filter(|(_, job)| job.stage == Stage::Locking)
             .filter(|(_, job)| {
                 let (first, count) = job.window;
                 job.ticket.is_none()

@@ -180,55 +180,78 @@ fn a_repair_takes_the_newest_and_leaves_alone_what_sound_copies_do_not_agree_on(
     assert_eq!(bench.copied.len(), 3, "block 30 is not written");
 }
 
-/// Windows that are copied in a second at a pace of one each quarter of a second, to the last of these replicas, which is
-/// filled with a leaf that it lacks. `leaving`: one that it takes the place of.
-fn windows_in_a_second(replicas: &[u8], leaving: Option<u8>, clients: bool) -> usize {
-    let filled = *replicas.last().expect("some");
-    let mut bench = Bench::new(&[replicas], &[filled]);
+/// Windows that are copied in a second at a pace of one each quarter of a second, to each of `filled`, which lack a leaf in
+/// their sets. `leaving`: one whose place somebody takes.
+fn windows_in_a_second<const N: usize>(
+    sets: &[&[u8]],
+    filled: [u8; N],
+    leaving: Option<u8>,
+    clients: bool,
+) -> [u32; N] {
+    let mut bench = Bench::new(sets, &filled);
     let mut full = LeafStates::holes();
     full.0.fill(BlockState {
         version: Version(5),
         content: BlockContent::Data,
     });
-    for n in replicas.iter().filter(|n| **n != filled) {
-        let member = bench.member(*n);
-        bench.leaves.push((member, full.clone()));
+    for n in (1..=9).filter(|n| !filled.contains(n)) {
+        if sets.iter().any(|set| set.contains(&n)) {
+            let member = bench.member(n);
+            bench.leaves.push((member, full.clone()));
+        }
     }
     bench.differs = true;
     bench.head.params.fill_bytes_per_second = 1 << 20;
     let mut record = bench.head.record().clone();
-    for replica in &mut record.placement.sets[0].replicas {
-        if replica.store == store(filled) {
-            *replica = Replica::joining(node(filled), store(filled), Revision(7));
+    for set in &mut record.placement.sets {
+        for replica in &mut set.replicas {
+            if let Some(n) = filled.iter().find(|n| replica.store == store(**n)) {
+                *replica = Replica::joining(node(*n), store(*n), Revision(7));
+            }
+            replica.leaving = leaving.is_some_and(|n| replica.store == store(n));
         }
-        replica.leaving = leaving.is_some_and(|n| replica.store == store(n));
     }
     bench.now_us += 2 * CLIENTS_US;
     bench.conflict(record);
     for _ in 0..100 {
         bench.now_us += 10_000;
         if clients {
-            // Behind what is filled.
             let (op, targets) = bench.begin_write(0);
             bench.answer_write(op, targets);
         }
         bench.tick();
     }
-    let third = bench.member(filled);
-    let copied = bench.copied.iter().filter(|(member, ..)| *member == third);
-    let blocks: u32 = copied.map(|(_, _, count, _)| count).sum();
-    assert_eq!(blocks % WINDOW_BLOCKS, 0, "whole windows");
-    (blocks / WINDOW_BLOCKS) as usize
+    filled.map(|n| {
+        let member = bench.member(n);
+        let copied = bench.copied.iter().filter(|(of, ..)| *of == member);
+        let blocks: u32 = copied.map(|(_, _, count, _)| count).sum();
+        assert_eq!(blocks % WINDOW_BLOCKS, 0, "whole windows");
+        blocks / WINDOW_BLOCKS
+    })
 }
 
 #[test]
 fn a_fill_keeps_its_pace_and_gives_way_to_clients_when_nothing_is_missing() {
     // One at once, and then one each quarter of a second.
-    assert_eq!(windows_in_a_second(&[1, 2, 3], None, false), 5);
-    // With a copy missing, clients or not.
-    assert_eq!(windows_in_a_second(&[1, 2, 3], None, true), 5);
-    assert_eq!(windows_in_a_second(&[1, 2, 3, 4], Some(3), false), 5);
+    let missing: &[&[u8]] = &[&[1, 2, 3]];
+    assert_eq!(windows_in_a_second(missing, [3], None, false), [5]);
+    assert_eq!(windows_in_a_second(missing, [3], None, true), [5]);
+    let moving: &[&[u8]] = &[&[1, 2, 3, 4]];
+    assert_eq!(windows_in_a_second(moving, [4], Some(3), false), [5]);
     // One was begun before the first client came.
-    let slowed = windows_in_a_second(&[1, 2, 3, 4], Some(3), true);
+    let [slowed] = windows_in_a_second(moving, [4], Some(3), true);
     assert!((1..=3).contains(&slowed), "{slowed}");
+}
+
+#[test]
+fn fills_take_turns_and_what_is_missing_comes_first() {
+    let [second, third] = windows_in_a_second(&[&[1, 2, 3]], [2, 3], None, false);
+    assert_eq!(second + third, 5);
+    assert!(second.abs_diff(third) == 1, "{second} and {third}");
+    // The first set moves from one to another, the second lacks a copy.
+    for clients in [false, true] {
+        let sets: &[&[u8]] = &[&[1, 2, 3, 4], &[1, 2, 5]];
+        let [moved, missing] = windows_in_a_second(sets, [4, 5], Some(3), clients);
+        assert!(moved <= 1 && missing >= 4, "{moved} and {missing}");
+    }
 }
