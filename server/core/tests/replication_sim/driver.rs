@@ -170,6 +170,7 @@ impl Driver {
     }
 
     pub(crate) fn go_on_filling(&mut self, world: &mut World, node: usize) {
+        self.fill_due_us = 0;
         let mut actions = Vec::new();
         self.head.on_tick(world.now_us, &mut actions);
         self.carry_out(world, node, actions);

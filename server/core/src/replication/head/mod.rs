@@ -277,7 +277,8 @@ impl ReplicatedHead {
         self.advance(actions);
     }
 
-    /// Time passes: call it at least when [`ReplicatedHead::next_deadline_us`] says.
+    /// Time passes: every limit is a good part of the lease, so an eighth of it late is early enough for all of them. A fill
+    /// that waits wants it at [`ReplicatedHead::fill_due_us`].
     pub fn on_tick(&mut self, now_us: u64, actions: &mut Vec<Action>) {
         self.note_time(now_us);
         if self.phase == Phase::Stopped {
@@ -285,13 +286,6 @@ impl ReplicatedHead {
         }
         self.expire(actions);
         self.advance(actions);
-    }
-
-    /// When [`ReplicatedHead::on_tick`] is due though nothing else happened, microseconds.
-    pub fn next_deadline_us(&self) -> u64 {
-        // Every limit is a good part of the lease; an eighth of it late is early enough for all of them.
-        let look = self.now_us + self.params.lease_us / 8;
-        self.fill_due_us.map_or(look, |due| look.min(due))
     }
 
     /// When a fill that waits for its pace goes on, microseconds.
@@ -321,9 +315,7 @@ impl ReplicatedHead {
                 self.advance_drops(actions);
                 self.advance_resync(actions);
                 self.advance_repairs(actions);
-                if self.phase == Phase::Serving {
-                    self.advance_fills(actions);
-                }
+                self.advance_fills(actions);
             }
             Phase::Closing => self.advance_closing(actions),
         }

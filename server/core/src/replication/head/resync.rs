@@ -142,7 +142,7 @@ impl ReplicatedHead {
             .or_else(|| members.first().copied())
     }
 
-    fn go_on_with(&mut self, member: MemberId, actions: &mut Vec<Action>) {
+    pub(super) fn go_on_with(&mut self, member: MemberId, actions: &mut Vec<Action>) {
         let Some(resync) = self.resync_of(member) else {
             return;
         };
@@ -210,12 +210,13 @@ impl ReplicatedHead {
         may
     }
 
-    /// Blocks of a set are about to be copied to a replica that is being filled. Answers what they cost at the pace.
-    pub(super) fn count_filled(&mut self, set: SetIndex, blocks: u32) -> u64 {
+    /// Blocks are about to be copied to a replica that is being filled. Answers what they cost at the pace.
+    pub(super) fn count_filled(&mut self, member: MemberId, blocks: u32) -> u64 {
         let byte_us = u64::from(blocks) * BLOCK_BYTES as u64 * 1_000_000;
         // No rate is no bound.
         let cost_us = byte_us.checked_div(self.params.fill_bytes_per_second);
-        let slowdown = if self.is_whole(set) && self.now_us < self.clients_us + CLIENTS_US {
+        let clients = self.now_us < self.clients_us + CLIENTS_US;
+        let slowdown = if clients && !self.is_missing_somewhere(member) {
             MOVE_SLOWDOWN
         } else {
             1
@@ -230,11 +231,31 @@ impl ReplicatedHead {
         self.filled_until_us = self.filled_until_us.saturating_sub(cost_us);
     }
 
-    /// Whether as many replicas are in sync as there are to be: one that is filled takes the place of one that leaves.
-    pub(super) fn is_whole(&self, set: SetIndex) -> bool {
-        let replicas = &self.record.record.placement.sets[usize::from(set.0)].replicas;
-        let wanted = replicas.iter().filter(|replica| !replica.leaving).count();
-        self.set(set).readable().count_ones() as usize >= wanted
+    /// Members that are being copied to and are missing somewhere.
+    pub(super) fn urgent_fills(&self) -> SmallVec<[MemberId; 4]> {
+        self.resyncs
+            .iter()
+            .filter(|resync| resync.stage == Stage::Copying)
+            .map(|resync| resync.member)
+            .filter(|member| self.is_missing_somewhere(*member))
+            .collect()
+    }
+
+    /// Whether a member is to be filled in a set with fewer replicas in sync than there are to be: in this one, or in one
+    /// after it. In others it takes the place of one that leaves, and nothing is missing.
+    fn is_missing_somewhere(&self, member: MemberId) -> bool {
+        self.set_indices().any(|index| {
+            let set = self.set(index);
+            let bit = set.bit_of(member);
+            let replicas = &self.record.record.placement.sets[usize::from(index.0)].replicas;
+            let wanted = replicas.iter().filter(|replica| !replica.leaving).count();
+            bit != 0
+                && set.in_sync & bit == 0
+                && (set.readable().count_ones() as usize) < wanted
+                && self
+                    .recorded(index, member)
+                    .is_some_and(|replica| !replica.leaving)
+        })
     }
 
     /// The flush, or the word that it is whole, was answered.
@@ -451,6 +472,7 @@ impl ReplicatedHead {
 
     /// Everything that compares and copies is given up.
     pub(super) fn abandon_work(&mut self, actions: &mut Vec<Action>) {
+        self.fill_due_us = None;
         self.resyncs.clear();
         self.damages.clear();
         self.drop_all_jobs(actions);

@@ -320,7 +320,9 @@ impl ReplicatedHead {
                 queries.any(|query| query.member == member && query.purpose == purpose)
             };
             assert!(
-                job.stage != Stage::Pausing || self.fill_due_us.is_some(),
+                job.stage != Stage::Pausing
+                    || self.fill_due_us.is_some()
+                    || !self.urgent_fills().is_empty(),
                 "{job:?} pauses and nobody calls it"
             );
             if matches!(job.stage, Stage::Scanning | Stage::Comparing) {

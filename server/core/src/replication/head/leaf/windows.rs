@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use super::super::{Action, INTERNAL_TAG, ReplicatedHead};
+use super::super::{Action, INTERNAL_TAG, MemberId, Phase, ReplicatedHead};
 use super::{JobFor, JobKey, LeafJob, Stage, Window};
 use crate::units::CHUNK_BLOCKS;
 use crate::volume::{Began, BlockRange, Refusal, Started};
@@ -24,9 +24,9 @@ impl ReplicatedHead {
     /// Counts all of a window that a fill begins: which of its blocks have to be copied is known once it is locked.
     fn count_window(&mut self, key: JobKey) {
         let Some(job) = self.job(key) else { return };
-        let (set, blocks) = (job.set, job.window.1);
-        if matches!(job.what, JobFor::Resync(_)) {
-            let counted_us = self.count_filled(set, blocks);
+        let blocks = job.window.1;
+        if let JobFor::Resync(member) = job.what {
+            let counted_us = self.count_filled(member, blocks);
             if let Some(job) = self.job(key) {
                 job.counted_us = counted_us;
             }
@@ -57,22 +57,36 @@ impl ReplicatedHead {
         }
     }
 
-    /// Begins windows of fills as the pace allows: first of sets that lack a replica, then who has waited longest.
+    /// Begins windows of fills as the pace allows.
     pub(in super::super) fn advance_fills(&mut self, actions: &mut Vec<Action>) {
         self.fill_due_us = None;
-        loop {
-            let pausing = self
-                .jobs
-                .iter()
-                .filter(|(_, job)| job.stage == Stage::Pausing);
-            let first = pausing.min_by_key(|(_, job)| (self.is_whole(job.set), job.turn));
-            let Some((place, job)) = first else { return };
-            let serial = job.serial;
-            if !self.may_fill() {
-                return;
+        while self.phase == Phase::Serving
+            && let Some((key, member)) = self.next_fill()
+            && self.may_fill()
+        {
+            self.begin_window(key, actions);
+            // What it had left needs no copying.
+            if self.job(key).is_none() {
+                self.go_on_with(member, actions);
             }
-            self.begin_window(JobKey { place, serial }, actions);
         }
+    }
+
+    /// Whose window is next: who has waited longest, and nobody else's while a copy that is missing is made.
+    fn next_fill(&self) -> Option<(JobKey, MemberId)> {
+        let pausing = self.jobs.iter().filter_map(|(place, job)| match job.what {
+            JobFor::Resync(member) if job.stage == Stage::Pausing => Some((place, job, member)),
+            _ => None,
+        });
+        // Mostly there are none, and then nothing else is looked at.
+        let mut pausing = pausing.peekable();
+        pausing.peek()?;
+        let urgent = self.urgent_fills();
+        let may_go = |member: MemberId| urgent.is_empty() || urgent.contains(&member);
+        let next = pausing.filter(|(.., member)| may_go(*member));
+        let (place, job, member) = next.min_by_key(|(_, job, _)| job.turn)?;
+        let serial = job.serial;
+        Some((JobKey { place, serial }, member))
     }
 
     fn begin_window(&mut self, key: JobKey, actions: &mut Vec<Action>) {

@@ -181,12 +181,13 @@ fn a_repair_takes_the_newest_and_leaves_alone_what_sound_copies_do_not_agree_on(
 }
 
 /// Windows that are copied in a second at a pace of one each quarter of a second, to each of `filled`, which lack a leaf in
-/// their sets. `leaving`: one whose place somebody takes.
+/// their sets. `leaving`: one whose place somebody takes. `slow`: what is copied is not answered.
 fn windows_in_a_second<const N: usize>(
     sets: &[&[u8]],
     filled: [u8; N],
     leaving: Option<u8>,
     clients: bool,
+    slow: bool,
 ) -> [u32; N] {
     let mut bench = Bench::new(sets, &filled);
     let mut full = LeafStates::holes();
@@ -200,7 +201,7 @@ fn windows_in_a_second<const N: usize>(
             bench.leaves.push((member, full.clone()));
         }
     }
-    bench.differs = true;
+    (bench.differs, bench.holds_copies) = (true, slow);
     bench.head.params.fill_bytes_per_second = 1 << 20;
     let mut record = bench.head.record().clone();
     for set in &mut record.placement.sets {
@@ -234,24 +235,27 @@ fn windows_in_a_second<const N: usize>(
 fn a_fill_keeps_its_pace_and_gives_way_to_clients_when_nothing_is_missing() {
     // One at once, and then one each quarter of a second.
     let missing: &[&[u8]] = &[&[1, 2, 3]];
-    assert_eq!(windows_in_a_second(missing, [3], None, false), [5]);
-    assert_eq!(windows_in_a_second(missing, [3], None, true), [5]);
+    assert_eq!(windows_in_a_second(missing, [3], None, false, false), [5]);
+    assert_eq!(windows_in_a_second(missing, [3], None, true, false), [5]);
     let moving: &[&[u8]] = &[&[1, 2, 3, 4]];
-    assert_eq!(windows_in_a_second(moving, [4], Some(3), false), [5]);
+    assert_eq!(windows_in_a_second(moving, [4], Some(3), false, false), [5]);
     // One was begun before the first client came.
-    let [slowed] = windows_in_a_second(moving, [4], Some(3), true);
+    let [slowed] = windows_in_a_second(moving, [4], Some(3), true, false);
     assert!((1..=3).contains(&slowed), "{slowed}");
 }
 
 #[test]
 fn fills_take_turns_and_what_is_missing_comes_first() {
-    let [second, third] = windows_in_a_second(&[&[1, 2, 3]], [2, 3], None, false);
+    let [second, third] = windows_in_a_second(&[&[1, 2, 3]], [2, 3], None, false, false);
     assert_eq!(second + third, 5);
     assert!(second.abs_diff(third) == 1, "{second} and {third}");
     // The first set moves from one to another, the second lacks a copy.
     for clients in [false, true] {
         let sets: &[&[u8]] = &[&[1, 2, 3, 4], &[1, 2, 5]];
-        let [moved, missing] = windows_in_a_second(sets, [4, 5], Some(3), clients);
+        let [moved, missing] = windows_in_a_second(sets, [4, 5], Some(3), clients, false);
         assert!(moved <= 1 && missing >= 4, "{moved} and {missing}");
+        // And while that one is slower than the pace.
+        let [moved, missing] = windows_in_a_second(sets, [4, 5], Some(3), clients, true);
+        assert_eq!((moved, missing), (0, 1));
     }
 }
