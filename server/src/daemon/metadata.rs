@@ -25,7 +25,7 @@ use crate::meta::{
 use crate::volumes::unix_ms;
 
 /// The metadata in the data directory.
-const METADATA_FILE: &str = "metadata.db";
+pub(super) const METADATA_FILE: &str = "metadata.db";
 
 /// Rounds of reading the record of this node and making it: a second process that does the same wins one of them.
 const ATTEMPTS: usize = 8;

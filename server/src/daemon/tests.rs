@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 
 use ashlar_core::units::{Version, VolumeId};
@@ -18,10 +19,11 @@ use clap::Parser;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
+use super::metadata::METADATA_FILE;
 use super::run::Daemon;
 use crate::config::{Arguments, Config};
 use crate::daemon::open_local;
-use crate::meta::OpenError;
+use crate::meta::{CLOSED, OpenError};
 
 /// Long enough for a loaded machine; a hang fails the test instead of holding up the run.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -63,12 +65,20 @@ async fn start_with(dir: &Path, more: &[&str]) -> (Daemon, AdminClient<Channel>,
 /// What answered the clients of a daemon lets go of its records a moment after the drain. A process that ends does not
 /// wait for that; the next daemon in the same process has to.
 async fn nobody_has_the_records(dir: &Path) {
-    if !dir.join("d/metadata.db").exists() {
+    let data_dir = dir.join("d");
+    // To look would make it.
+    if !data_dir.join(METADATA_FILE).exists() {
         return;
     }
     let free = async {
-        while let Err(OpenError::InUse { .. }) = open_local(&dir.join("d")) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        loop {
+            let mut closed = pin!(CLOSED.notified());
+            // From here on none is missed.
+            closed.as_mut().enable();
+            match open_local(&data_dir) {
+                Err(OpenError::InUse { .. }) => closed.await,
+                _ => return,
+            }
         }
     };
     tokio::time::timeout(PATIENCE, free)

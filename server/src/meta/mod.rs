@@ -19,6 +19,8 @@ pub use etcd::{
     EtcdConfig, EtcdConfigError, EtcdStore, EtcdTls,
     REQUEST_TIMEOUT_DEFAULT as ETCD_TIMEOUT_DEFAULT,
 };
+#[cfg(test)]
+pub(crate) use sqlite::CLOSED;
 pub use sqlite::{OpenError, SqliteStore};
 
 /// Longest key, in bytes. Ours have at most 269, a client node's id of 256 bytes among them; the bound keeps a wrong

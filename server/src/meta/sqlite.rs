@@ -24,6 +24,10 @@ use super::{
 pub use open::OpenError;
 use worker::Job;
 
+/// Rung when a store of this process has let go of its file.
+#[cfg(test)]
+pub(crate) static CLOSED: tokio::sync::Notify = tokio::sync::Notify::const_new();
+
 /// The SQLite metadata store. Dropping it ends its thread after the jobs already handed over.
 #[derive(Debug)]
 pub struct SqliteStore {
@@ -75,6 +79,8 @@ impl Drop for SqliteStore {
         if let Some(thread) = self.thread.take() {
             // A panic of that thread has already been reported by the panic hook.
             let _ = thread.join();
+            #[cfg(test)]
+            CLOSED.notify_waiters();
         }
     }
 }
