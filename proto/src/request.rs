@@ -116,6 +116,8 @@ pub struct SetVolume {
     pub bytes_per_second: Option<u64>,
     /// See `Volume.min_in_sync`.
     pub min_in_sync: Option<u32>,
+    /// See `Volume.zones`.
+    pub zones: Option<Vec<String>>,
 }
 
 impl TryFrom<admin::SetVolumeRequest> for SetVolume {
@@ -125,9 +127,10 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
         let volume = VolumeRef::parse(&request.volume)?;
         let limits = request.iops.or(request.bytes_per_second);
         let switches = request.read_only.or(request.write_through);
-        if switches.is_none() && limits.is_none() && request.min_in_sync.is_none() {
+        let copies = request.min_in_sync.is_some() || request.zones.is_some();
+        if switches.is_none() && limits.is_none() && !copies {
             return Err(FieldError::new(
-                "read_only, write_through, iops, bytes_per_second, min_in_sync",
+                "read_only, write_through, iops, bytes_per_second, min_in_sync, zones",
                 "give at least one setting to change",
             ));
         }
@@ -138,6 +141,7 @@ impl TryFrom<admin::SetVolumeRequest> for SetVolume {
             iops: request.iops,
             bytes_per_second: request.bytes_per_second,
             min_in_sync: request.min_in_sync,
+            zones: request.zones.map(|zones| zones.names),
         })
     }
 }

@@ -109,7 +109,7 @@ impl Controller {
         if wanted == volume.size_bytes {
             return Ok(wanted);
         }
-        let space = self.daemon.space(0).await?;
+        let space = self.daemon.space(0, &[]).await?;
         if wanted > space.volume_max_bytes {
             return Err(Refusal::new(
                 Class::OutOfRange,
@@ -133,7 +133,15 @@ impl Controller {
 
     /// What new volumes with these parameters may take.
     pub async fn space(&self, parameters: &parameters::Parameters) -> Result<Space, Refusal> {
-        self.daemon.space(parameters.replicas.unwrap_or(0)).await
+        let replicas = parameters.replicas.unwrap_or(0);
+        let space = self.daemon.space(replicas, &parameters.zones).await;
+        space.map_err(|refusal| {
+            if refusal.class == Class::FailedPrecondition && !parameters.zones.is_empty() {
+                // A daemon on its own has no zones; the class is what has to change.
+                return Refusal::invalid(format!("{}: {refusal}", parameters::ZONES));
+            }
+            refusal
+        })
     }
 
     /// Deletes a volume; one that is not there is fine. Refused while it is published.

@@ -18,6 +18,8 @@ pub const WRITE_THROUGH: &str = "writeThrough";
 pub const REPLICAS: &str = "replicas";
 /// Copies that must be in sync for a write to be answered.
 pub const MIN_IN_SYNC: &str = "minInSync";
+/// Zones whose nodes may hold copies, with commas between them.
+pub const ZONES: &str = "zones";
 /// Bound on requests a second. Mutable.
 pub const IOPS: &str = "iops";
 /// Bound on payload a second. Mutable.
@@ -42,6 +44,8 @@ pub struct Parameters {
     pub replicas: Option<u32>,
     /// See [`MIN_IN_SYNC`]; `None` leaves it to the daemon.
     pub min_in_sync: Option<u32>,
+    /// See [`ZONES`]; empty is all.
+    pub zones: Vec<String>,
     /// What can be changed later.
     pub mutable: Mutable,
     /// For people: whose claim it is.
@@ -71,6 +75,7 @@ impl Parameters {
                 WRITE_THROUGH => parameters.write_through = read(key, value)?,
                 REPLICAS => parameters.replicas = Some(within(key, value, 1..=7)?),
                 MIN_IN_SYNC => parameters.min_in_sync = Some(within(key, value, 1..=7)?),
+                ZONES => parameters.zones = zones(value)?,
                 IOPS | BYTES_PER_SECOND => parameters.mutable.set(key, value)?,
                 key if METADATA.contains(&key) => {
                     parameters.metadata.insert(key.to_owned(), value.clone());
@@ -140,6 +145,21 @@ fn split(options: &str) -> Vec<String> {
         .split_ascii_whitespace()
         .map(str::to_owned)
         .collect()
+}
+
+/// Names with commas, and blanks where somebody likes them; none of them empty, for a class that confines to nothing is a
+/// mistake.
+fn zones(value: &str) -> Result<Vec<String>, Refusal> {
+    let names: Vec<String> = value
+        .split(',')
+        .map(|name| name.trim().to_owned())
+        .collect();
+    if names.iter().any(String::is_empty) {
+        return Err(Refusal::invalid(format!(
+            "{ZONES}: {value:?} has an empty name in it; leave {ZONES} out for all zones"
+        )));
+    }
+    Ok(names)
 }
 
 fn unknown(key: &str) -> Refusal {
@@ -235,6 +255,7 @@ mod tests {
                 ("mkfsOptions", "-i size=512 -n  ftype=1"),
                 ("writeThrough", "true"),
                 ("replicas", "3"),
+                ("zones", "eu-1a, eu-1b"),
                 ("minInSync", "1"),
                 ("iops", "500"),
                 ("csi.storage.k8s.io/pvc/name", "data"),
@@ -247,6 +268,7 @@ mod tests {
         assert!(parameters.write_through);
         assert_eq!(parameters.replicas, Some(3));
         assert_eq!(parameters.min_in_sync, Some(1));
+        assert_eq!(parameters.zones, ["eu-1a", "eu-1b"]);
         assert_eq!(parameters.mutable.iops, Some(1000));
         assert_eq!(parameters.mutable.bytes_per_second, Some(0));
         assert_eq!(parameters.metadata.len(), 1);
@@ -272,6 +294,8 @@ mod tests {
             &[("replicas", "0")],
             &[("replicas", "-1")],
             &[("replicas", "8")],
+            &[("zones", "")],
+            &[("zones", "a,,b")],
             &[("minInSync", "0")],
             &[("replicas", "2"), ("minInSync", "3")],
             &[("iops", "9")],

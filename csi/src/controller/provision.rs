@@ -78,10 +78,15 @@ impl Controller {
         let minimum = smallest(&request);
         let size_bytes = sizing::chosen(request.range, minimum, space.volume_max_bytes)?;
         if size_bytes > space.provisionable_bytes {
+            let zones = &request.parameters.zones;
+            let among = match zones.is_empty() {
+                true => String::new(),
+                false => format!(" on nodes of zone {}", zones.join(" or ")),
+            };
             return Err(Refusal::new(
                 Class::ResourceExhausted,
                 format!(
-                    "{size_bytes} bytes were asked for and {} can be provisioned",
+                    "{size_bytes} bytes were asked for and {} can be provisioned{among}",
                     space.provisionable_bytes
                 ),
             ));
@@ -97,6 +102,7 @@ impl Controller {
             annotations: annotations(&request),
             replicas: request.parameters.replicas.unwrap_or(0),
             min_in_sync: request.parameters.min_in_sync.unwrap_or(0),
+            zones: request.parameters.zones.clone(),
         };
         match self.daemon().create(new).await {
             Ok(volume) => self.found(volume, &request).await,

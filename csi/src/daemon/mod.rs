@@ -252,9 +252,13 @@ impl Daemon {
         Ok(answer.nodes.into_iter().map(NodeInfo::from).collect())
     }
 
-    /// What new volumes of so many copies may take; 0: of as many as they get by default.
-    pub async fn space(&self, replicas: u32) -> Result<Space, Refusal> {
-        let request = admin::GetCapacityRequest { replicas };
+    /// What new volumes of so many copies may take (0: of as many as they get by default), confined to zones, if any are
+    /// named.
+    pub async fn space(&self, replicas: u32, zones: &[String]) -> Result<Space, Refusal> {
+        let request = admin::GetCapacityRequest {
+            replicas,
+            zones: zones.to_vec(),
+        };
         let answer = ask!(self, CALL_LIMIT, get_capacity, request);
         answer.map(Space::from)
     }

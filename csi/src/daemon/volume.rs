@@ -86,6 +86,8 @@ pub struct NewVolume {
     pub replicas: u32,
     /// How many of them must be in sync for a write to be answered; 0 leaves it to the daemon.
     pub min_in_sync: u32,
+    /// Zones whose nodes may hold copies; empty is all.
+    pub zones: Vec<String>,
 }
 
 /// A node that volumes can be published to.
@@ -192,6 +194,7 @@ impl From<NewVolume> for admin::CreateVolumeRequest {
             annotations: new.annotations.into_iter().collect(),
             replicas: new.replicas,
             min_in_sync: new.min_in_sync,
+            zones: new.zones,
             ..admin::CreateVolumeRequest::default()
         }
     }

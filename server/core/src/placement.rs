@@ -8,7 +8,7 @@
 mod room;
 mod spread;
 
-pub use room::room_for;
+pub use room::{promised, room_for};
 pub use spread::{ClusterStore, TooFewNodes, spread};
 
 use crate::units::StoreId;

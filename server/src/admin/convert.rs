@@ -33,6 +33,7 @@ pub(super) fn volume(view: &VolumeView) -> admin::Volume {
         store_ids: each_once(&record.placement.stores),
         replica_sets: record.placement.sets.iter().map(replica_set).collect(),
         min_in_sync: record.min_in_sync,
+        zones: record.zones.names().map(str::to_owned).collect(),
         head_node_id: record
             .head
             .map_or_else(String::new, |head| head.node.0.to_string()),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use ashlar_core::records::{
     AccessMode, Annotations, ClientNodeId, ClientNodeRecord, ConfigureError, FilesystemState,
     FilesystemType, MinInSyncError, Publication, VOLUME_MAX_BYTES, VolumeLimits, VolumeRecord,
-    VolumeState,
+    VolumeState, Zones, ZonesError,
 };
 use ashlar_core::units::{BLOCK_BYTES, ExportToken, VolumeId};
 use ashlar_proto::admin;
@@ -29,7 +29,12 @@ pub(super) fn settings(asked: &mut admin::CreateVolumeRequest) -> Result<VolumeS
         annotations: annotations(std::mem::take(&mut asked.annotations))?,
         replicas: asked.replicas,
         min_in_sync: asked.min_in_sync,
+        zones: zones(std::mem::take(&mut asked.zones))?,
     })
+}
+
+fn zones(names: Vec<String>) -> Result<Zones, Status> {
+    Zones::check(names).map_err(|error| FieldError::new("zones", error).into())
 }
 
 fn annotations(entries: HashMap<String, String>) -> Result<Annotations, Status> {
@@ -272,13 +277,17 @@ impl Service {
 
     pub(super) async fn capacity(
         &self,
-        replicas: u32,
+        asked: admin::GetCapacityRequest,
     ) -> Result<admin::GetCapacityResponse, Status> {
+        let zones = zones(asked.zones)?;
         let services = self.services()?;
         let percent = self.overcommit_percent();
-        let room = services.volumes.cluster_room(replicas).await;
+        let room = services.volumes.cluster_room(asked.replicas, &zones).await;
         if let Some(room) = room.map_err(refused)? {
             return Ok(of_cluster(&room, percent));
+        }
+        if !zones.are_all() {
+            return Err(refused(VolumeError::Zones(ZonesError::NoCluster)));
         }
         let (mut capacity_bytes, mut available_bytes) = (0, 0);
         for view in services.plane.store_views().await {
@@ -360,6 +369,7 @@ impl Service {
         let (iops, bytes_per_second) = (asked.iops, asked.bytes_per_second);
         // Nothing is applied when a part cannot be.
         VolumeLimits::check(iops.unwrap_or(0), bytes_per_second.unwrap_or(0))?;
+        let zones = asked.zones.clone().map(Zones::check).transpose()?;
         let mut view = volumes.find(&reference).await?;
         if let Some(wanted) = asked.min_in_sync {
             MinInSyncError::check(wanted, view.record.replicas).map_err(ConfigureError::from)?;
@@ -371,6 +381,9 @@ impl Service {
         }
         if let Some(min_in_sync) = asked.min_in_sync {
             view = volumes.require_in_sync(&reference, min_in_sync).await?;
+        }
+        if let Some(zones) = zones {
+            view = volumes.confine(&reference, zones).await?;
         }
         if iops.is_some() || bytes_per_second.is_some() {
             view = volumes.limit(&reference, iops, bytes_per_second).await?;

@@ -322,8 +322,7 @@ impl admin::admin_server::Admin for Service {
         &self,
         request: Request<admin::GetCapacityRequest>,
     ) -> Answer<admin::GetCapacityResponse> {
-        let replicas = request.into_inner().replicas;
-        Ok(Response::new(self.capacity(replicas).await?))
+        Ok(Response::new(self.capacity(request.into_inner()).await?))
     }
 
     async fn register_node(

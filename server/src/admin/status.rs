@@ -1,7 +1,7 @@
 //! From errors to gRPC: the one place that chooses codes. The table is in the proto file.
 
 use ashlar_core::records::{
-    ConfigureError, CreateError, JoinError, MemberError, PublishError, RenameError,
+    ConfigureError, CreateError, JoinError, MemberError, PublishError, RenameError, ZonesError,
 };
 use tonic::{Code, Status};
 
@@ -18,6 +18,7 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::Annotations(_)
         | VolumeError::Limits(_)
         | VolumeError::TooManyCopies { .. }
+        | VolumeError::Zones(ZonesError::Name(_) | ZonesError::TooMany(_))
         | VolumeError::ClientNode(_) => Code::InvalidArgument,
         VolumeError::Publish(PublishError::UnknownNode { .. }) => Code::NotFound,
         VolumeError::Publish(PublishError::OtherTerms { .. }) => Code::AlreadyExists,
@@ -42,12 +43,13 @@ pub(super) fn of_volume_error(error: &VolumeError) -> Status {
         | VolumeError::NotServed { .. }
         | VolumeError::NotFreed { .. } => Code::FailedPrecondition,
         VolumeError::NoCluster { .. }
+        | VolumeError::Zones(ZonesError::NoCluster)
         | VolumeError::Elsewhere { .. }
         | VolumeError::OneCopyElsewhere { .. }
         | VolumeError::NotPublished { .. } => Code::FailedPrecondition,
-        VolumeError::Create(CreateError::LayersExhausted) | VolumeError::TooFewNodes(_) => {
-            Code::ResourceExhausted
-        }
+        VolumeError::Create(CreateError::LayersExhausted)
+        | VolumeError::TooFewNodes(_)
+        | VolumeError::TooFewInZones { .. } => Code::ResourceExhausted,
         VolumeError::Metadata(error) => of_metadata_error(error),
         VolumeError::BadRecord { .. } => Code::DataLoss,
         VolumeError::Contended => Code::Aborted,

@@ -281,6 +281,9 @@ pub(super) enum VolumeCommand {
         /// Copies that must be in sync for a write to be answered [default: more than half of them, and one of two]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
         min_in_sync: Option<u32>,
+        /// A zone whose nodes may hold copies, as their label zone says; may be given several times [default: all nodes]
+        #[arg(long, value_name = "ZONE")]
+        zone: Vec<String>,
         /// Requests a second that clients may ask of it at most, 10 or more
         #[arg(long, value_name = "N")]
         iops: Option<u64>,
@@ -364,6 +367,17 @@ pub(super) struct SetArgs {
     /// Copies that must be in sync for a write to be answered, from now on
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)), group = "settings")]
     pub(super) min_in_sync: Option<u32>,
+    /// A zone whose nodes may hold copies, from now on; may be given several times. Copies that lie elsewhere move
+    #[arg(
+        long,
+        value_name = "ZONE",
+        group = "settings",
+        conflicts_with = "all_zones"
+    )]
+    pub(super) zone: Vec<String>,
+    /// All nodes may hold copies again, in whatever zone
+    #[arg(long, group = "settings")]
+    pub(super) all_zones: bool,
 }
 
 /// What a daemon does for its stores.

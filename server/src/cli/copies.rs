@@ -96,6 +96,9 @@ pub(super) fn fields(volume: &Volume) -> Vec<(&'static str, String)> {
         ("In sync", format!("{fewest} of {}", volume.replicas)),
         ("Answered write", answered),
     ];
+    if !volume.zones.is_empty() {
+        fields.push(("Zones", volume.zones.join(", ")));
+    }
     let replicas = volume.replica_sets.iter().flat_map(|set| &set.replicas);
     let not_yet = replicas.clone().filter(|r| r.state == "joining").count();
     let leaving = replicas.clone().filter(|r| r.leaving).count();

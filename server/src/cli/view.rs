@@ -45,6 +45,9 @@ pub(super) struct Volume {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) replica_sets: Vec<ReplicaSet>,
     pub(super) min_in_sync: u32,
+    /// Empty: its copies may lie on all nodes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) zones: Vec<String>,
     /// Empty when no node ever served it, or its copies are not recorded.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) head_node_id: String,
@@ -103,6 +106,7 @@ impl From<admin::Volume> for Volume {
                 .map(ReplicaSet::from)
                 .collect(),
             min_in_sync: volume.min_in_sync,
+            zones: volume.zones,
             head_node_id: volume.head_node_id,
             client_generation: volume.client_generation,
             ever_written: volume.ever_written,

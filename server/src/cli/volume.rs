@@ -7,7 +7,7 @@ use std::io;
 use ashlar_proto::admin::{
     CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, Listener,
     ListenerKind, OpenVolumeRequest, RenameVolumeRequest, ResizeVolumeRequest, SetVolumeRequest,
-    VolumeLimits,
+    VolumeLimits, Zones,
 };
 
 use answers::{Changed, Deleted, Resized, Shown, VolumeList};
@@ -38,6 +38,7 @@ pub(super) async fn run(
             read_only,
             replicas,
             min_in_sync,
+            zone,
             iops,
             bps,
         } => {
@@ -53,6 +54,7 @@ pub(super) async fn run(
                 write_through,
                 replicas: replicas.unwrap_or(0),
                 min_in_sync: min_in_sync.unwrap_or(0),
+                zones: zone,
                 ..CreateVolumeRequest::default()
             };
             let volume = required(
@@ -148,6 +150,8 @@ pub(super) async fn run(
             iops,
             bps,
             min_in_sync,
+            zone,
+            all_zones,
         }) => {
             let request = SetVolumeRequest {
                 volume,
@@ -156,6 +160,7 @@ pub(super) async fn run(
                 iops,
                 bytes_per_second: bps.map(|bytes| bytes.0),
                 min_in_sync,
+                zones: (all_zones || !zone.is_empty()).then_some(Zones { names: zone }),
             };
             let volume = required(daemon.client.set_volume(request).await?.into_inner().volume)?;
             output::print(

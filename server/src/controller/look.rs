@@ -6,7 +6,7 @@ use std::time::Duration;
 use ashlar_core::placement::ClusterStore;
 use ashlar_core::records::{
     LeaderRecord, LeftoverRecord, MemberRecord, MemberState, SetIndex, SpaceRecord, Versioned,
-    VolumeRecord, keys,
+    VolumeRecord, ZONE_LABEL, keys,
 };
 use ashlar_core::replication::controller::{
     ControllerParams, NodeView, StoreView, View, Wanted, wanted_changes,
@@ -135,7 +135,7 @@ impl Looks {
                     at: ClusterStore {
                         id: space.store,
                         node: space.node,
-                        zone: member.labels.get("zone").cloned(),
+                        zone: member.labels.get(ZONE_LABEL).cloned(),
                         free_blocks: space.free_blocks,
                     },
                     capacity_blocks: space.capacity_blocks,

@@ -379,9 +379,22 @@ fn moving(picture: &Picture, volumes: &[Versioned<VolumeRecord>]) -> Vec<String>
         ));
     }
     if !picture.stuck.is_empty() {
+        let confined: Vec<String> = volumes
+            .iter()
+            .map(|volume| &volume.record)
+            .filter(|record| !record.zones.are_all())
+            .filter(|record| picture.stuck.iter().any(|(id, _)| *id == record.id))
+            .map(|record| {
+                format!(
+                    "; those of {} may lie in {} only",
+                    record.name, record.zones
+                )
+            })
+            .collect();
         warnings.push(format!(
-            "{} copies are to be made anew or to move, and there is no other node with room for them: add a node, or room",
-            picture.stuck.len()
+            "{} copies are to be made anew or to move, and there is no other node with room for them: add a node, or room{}",
+            picture.stuck.len(),
+            confined.concat()
         ));
     }
     warnings

@@ -2,9 +2,9 @@
 
 use ashlar_core::records::{
     ClientNodeId, FilesystemType, LayerCounter, NewPublication, NewVolume, PublishError,
-    RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, begin_delete,
-    begin_format, claim, configure, create, end_format, keys, lose_answers, mark_written, publish,
-    rename, resize, set_limits, set_min_in_sync, unpublish,
+    RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord, Zones,
+    begin_delete, begin_format, claim, configure, create, end_format, keys, lose_answers,
+    mark_written, publish, rename, resize, set_limits, set_min_in_sync, set_zones, unpublish,
 };
 use ashlar_core::units::VolumeId;
 use uuid::Uuid;
@@ -43,6 +43,10 @@ pub(super) enum Change<'a> {
     RequireInSync {
         id: VolumeId,
         min_in_sync: u32,
+    },
+    Confine {
+        id: VolumeId,
+        zones: &'a Zones,
     },
     Publish {
         id: VolumeId,
@@ -142,6 +146,7 @@ impl Volumes {
             Change::RequireInSync { id, min_in_sync } => {
                 Ok(set_min_in_sync(&self.reread(id).await?, min_in_sync)?)
             }
+            Change::Confine { id, zones } => Ok(set_zones(&self.reread(id).await?, zones)?),
             Change::Publish { id, new } => {
                 let node = self.client_node(&new.node).await?;
                 let node = node.ok_or_else(|| PublishError::UnknownNode {

@@ -5,6 +5,7 @@ use ashlar_core::records::{
     AnnotationsError, AnnotationsMoved, COPIES_MAX, ClaimError, ClientNodeError, ClientNodeId,
     ConfigureError, CreateError, DeleteError, FilesystemTypeError, FormatError, LimitsError,
     NameError, PublishError, RenameError, ResizeError, ServedElsewhere, SizeError, UnpublishError,
+    Zones, ZonesError,
 };
 use ashlar_core::units::NodeId;
 use thiserror::Error;
@@ -119,6 +120,17 @@ pub enum VolumeError {
     /// Not enough nodes for the copies.
     #[error(transparent)]
     TooFewNodes(#[from] TooFewNodes),
+    /// The same of the zones that the volume is confined to.
+    #[error("{source}, in {zones}; `ashlar node list` shows which zone each is in")]
+    TooFewInZones {
+        /// The zones, by name.
+        zones: Zones,
+        /// How few.
+        source: TooFewNodes,
+    },
+    /// Zones that cannot be.
+    #[error(transparent)]
+    Zones(#[from] ZonesError),
     /// Another node's head has it.
     #[error(
         "volume {reference} is served by node {}; ask that node, or take the volume over with `ashlar volume open {reference}` first",

@@ -22,7 +22,7 @@ impl Volumes {
         settings: VolumeSettings,
     ) -> Result<VolumeView, VolumeError> {
         let id = VolumeId(Uuid::new_v4());
-        let (replicas, placement) = self.place(id, size.bytes, settings.replicas).await?;
+        let (replicas, placement) = self.place(id, size.bytes, &settings).await?;
         let first_annotations = first_annotations(id, &settings.annotations);
         let new = NewVolume {
             id,
@@ -33,6 +33,7 @@ impl Volumes {
             created_at_unix_ms: unix_ms(),
             replicas,
             min_in_sync: Some(settings.min_in_sync).filter(|wanted| *wanted != 0),
+            zones: settings.zones,
             placement,
             limits: settings.limits,
             annotations: settings.annotations,

@@ -32,7 +32,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ashlar_core::records::{
     Annotations, AnnotationsRecord, HeadClaim, NameRecord, Versioned, VolumeLimits, VolumeName,
-    VolumeRecord, keys, round_up_to_block,
+    VolumeRecord, Zones, keys, round_up_to_block,
 };
 use ashlar_core::units::{Epoch, LayerId, NodeId, StoreId, VolumeId};
 use uuid::Uuid;
@@ -68,6 +68,8 @@ pub struct VolumeSettings {
     pub replicas: u32,
     /// How many of them must be in sync for a write to be answered; 0: more than half of them, and one of two.
     pub min_in_sync: u32,
+    /// Where copies may lie.
+    pub zones: Zones,
 }
 
 /// A volume and what is going on with it.
@@ -254,6 +256,27 @@ impl Volumes {
             let change = Change::RequireInSync { id, min_in_sync };
             if let Some(changed) = service.change(&change).await? {
                 tracing::info!(volume = %changed.record.name, id = %id.0, min_in_sync, "copies that must be in sync");
+                service.record_seen(changed).await;
+            }
+            service.get(&id.0.to_string())
+        })
+        .await
+    }
+
+    /// Confines the copies of a volume to zones, from now on. Nobody has to disconnect; the controller moves what lies
+    /// elsewhere.
+    pub async fn confine(
+        self: &Arc<Self>,
+        reference: &str,
+        zones: Zones,
+    ) -> Result<VolumeView, VolumeError> {
+        let reference = reference.to_owned();
+        self.to_the_end(|service| async move {
+            let (before, _guard) = service.lock_volume(&reference).await?;
+            let id = before.record.id;
+            service.check_zones(&zones, before.record.replicas).await?;
+            if let Some(changed) = service.change(&Change::Confine { id, zones: &zones }).await? {
+                tracing::info!(volume = %changed.record.name, id = %id.0, %zones, "zones of its copies");
                 service.record_seen(changed).await;
             }
             service.get(&id.0.to_string())

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ashlar_core::placement::{ClusterStore, room_for, spread};
+use ashlar_core::placement::{ClusterStore, TooFewNodes, promised, room_for, spread};
 use ashlar_core::records::{
     COPIES_MAX, MemberRecord, MemberState, Placement, Replica, ReplicaSet, SpaceRecord,
-    VolumeRecord, VolumeState, keys,
+    VolumeRecord, VolumeState, ZONE_LABEL, Zones, ZonesError, keys,
 };
-use ashlar_core::units::{CHUNK_BYTES, NodeId, VolumeId};
+use ashlar_core::units::{CHUNK_BYTES, NodeId, StoreId, VolumeId};
 
-use super::{VolumeError, Volumes, lock, unix_ms};
+use super::{VolumeError, VolumeSettings, Volumes, lock, unix_ms};
 use crate::meta;
 
 /// Copies of a new volume, where there are as many nodes and nobody said otherwise.
@@ -26,7 +26,7 @@ pub struct ClusterRoom {
     pub free_blocks: u64,
     /// Blocks that new volumes of so many copies can take: no node takes two copies of a block.
     pub fitting_blocks: u64,
-    /// Bytes of all volumes, each counted as often as it has copies.
+    /// Bytes of all volumes, each counted as often as it has copies there.
     pub promised_bytes: u64,
 }
 
@@ -39,13 +39,17 @@ impl Volumes {
         &self,
         id: VolumeId,
         size_bytes: u64,
-        replicas: u32,
+        settings: &VolumeSettings,
     ) -> Result<(u32, Placement), VolumeError> {
+        let (replicas, zones) = (settings.replicas, &settings.zones);
         if self.is_shared {
-            return self.place_replicas(size_bytes, replicas).await;
+            return self.place_replicas(size_bytes, replicas, zones).await;
         }
         if replicas > 1 {
             return Err(VolumeError::NoCluster { replicas });
+        }
+        if !zones.are_all() {
+            return Err(ZonesError::NoCluster.into());
         }
         let groups = self.host.store_groups().await;
         let all = self.catalog().all();
@@ -59,19 +63,21 @@ impl Volumes {
         &self,
         size_bytes: u64,
         replicas: u32,
+        zones: &Zones,
     ) -> Result<(u32, Placement), VolumeError> {
-        let (zones, spaces) = self.usable_spaces().await?;
-        let stores = spaces.into_iter().map(|space| ClusterStore {
+        let stores = self.usable_stores(zones).await?;
+        let stores = stores.into_iter().map(|(space, zone)| ClusterStore {
             id: space.store,
             node: space.node,
-            zone: zones.get(&space.node).cloned(),
+            zone,
             free_blocks: space.free_blocks,
         });
         let stores: Vec<ClusterStore> = stores.collect();
         let chunks = size_bytes.div_ceil(CHUNK_BYTES);
         let nodes: BTreeSet<NodeId> = stores.iter().map(|store| store.node).collect();
         let replicas = copies(replicas, nodes.len())?;
-        let sets = spread(&stores, replicas as usize, chunks, self.head.node)?;
+        let sets = spread(&stores, replicas as usize, chunks, self.head.node)
+            .map_err(|few| too_few(few, zones))?;
         let replica = |at: &usize| Replica::in_sync(stores[*at].node, stores[*at].id);
         let sets = sets.iter().map(|set| ReplicaSet {
             replicas: set.iter().map(replica).collect(),
@@ -83,60 +89,89 @@ impl Volumes {
         Ok((replicas, placement))
     }
 
-    /// What the stores of all nodes can hold, for volumes with so many copies (0: as many as they get by default).
-    /// `None`: this daemon is on its own.
+    /// Whether a volume of so many copies can be confined to zones.
+    pub(super) async fn check_zones(
+        &self,
+        zones: &Zones,
+        replicas: u32,
+    ) -> Result<(), VolumeError> {
+        if zones.are_all() {
+            return Ok(());
+        }
+        if !self.is_shared {
+            return Err(ZonesError::NoCluster.into());
+        }
+        let stores = self.usable_stores(zones).await?;
+        let nodes: BTreeSet<NodeId> = stores.iter().map(|(space, _)| space.node).collect();
+        if nodes.len() < replicas as usize {
+            let few = TooFewNodes {
+                wanted: replicas as usize,
+                nodes: nodes.len(),
+            };
+            return Err(too_few(few, zones));
+        }
+        Ok(())
+    }
+
+    /// What the stores of the nodes of some zones can hold, for volumes with so many copies (0: as many as they get by
+    /// default). `None`: this daemon is on its own.
     pub(crate) async fn cluster_room(
         &self,
         replicas: u32,
+        zones: &Zones,
     ) -> Result<Option<ClusterRoom>, VolumeError> {
         if !self.is_shared {
             return Ok(None);
         }
-        let (_, spaces) = self.usable_spaces().await?;
+        let stores = self.usable_stores(zones).await?;
         let mut nodes: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for space in &spaces {
+        for (space, _) in &stores {
             *nodes.entry(space.node).or_default() += space.free_blocks;
         }
         let copies = copies(replicas, nodes.len())?;
         let free: Vec<u64> = nodes.into_values().collect();
         // Those of other nodes that have one copy are not in the catalog.
         let volumes = meta::list::<VolumeRecord>(&*self.store, keys::VOLUMES).await?;
+        let ids: BTreeSet<StoreId> = stores.iter().map(|(space, _)| space.store).collect();
+        let of = (!zones.are_all()).then_some(&ids);
         // What is being deleted is promised to nobody any more.
-        let promised = volumes
+        let promised_bytes = volumes
             .iter()
             .map(|volume| &volume.record)
             .filter(|record| record.state == VolumeState::Active)
-            .fold(0u64, |sum, record| {
-                let copies = u64::from(record.replicas.max(1));
-                sum.saturating_add(record.size_bytes.saturating_mul(copies))
-            });
+            .fold(0u64, |sum, record| sum.saturating_add(promised(record, of)));
+        let sum = |blocks: fn(&SpaceRecord) -> u64| stores.iter().map(|(s, _)| blocks(s)).sum();
         Ok(Some(ClusterRoom {
             copies,
-            capacity_blocks: spaces.iter().map(|space| space.capacity_blocks).sum(),
-            free_blocks: spaces.iter().map(|space| space.free_blocks).sum(),
+            capacity_blocks: sum(|space| space.capacity_blocks),
+            free_blocks: sum(|space| space.free_blocks),
             fitting_blocks: room_for(&free, copies),
-            promised_bytes: promised,
+            promised_bytes,
         }))
     }
 
-    /// The stores that new copies may go to, and the zones of nodes.
-    async fn usable_spaces(
+    /// The stores that new copies confined to some zones may go to, each with the zone of its node.
+    async fn usable_stores(
         &self,
-    ) -> Result<(BTreeMap<NodeId, String>, Vec<SpaceRecord>), VolumeError> {
+        allowed: &Zones,
+    ) -> Result<Vec<(SpaceRecord, Option<String>)>, VolumeError> {
         let now = unix_ms();
         let (zones, not_fit) = self.zones().await?;
         let heard = lock(&self.heard).clone();
         let spaces = meta::list::<SpaceRecord>(&*self.store, keys::SPACES).await?;
-        let spaces = spaces.into_iter().map(|space| space.record);
-        let usable = spaces.filter(|space| {
+        let spaces = spaces.into_iter().map(|space| {
+            let zone = zones.get(&space.record.node).cloned();
+            (space.record, zone)
+        });
+        let usable = spaces.filter(|(space, zone)| {
             // What was seen to change counts; clocks of nodes are compared only where nothing was seen yet.
             let is_alive = heard
                 .get(&space.node)
                 .copied()
                 .unwrap_or(space.at_unix_ms + SPACE_IS_FRESH_MS >= now);
-            is_alive && !not_fit.contains(&space.node)
+            is_alive && !not_fit.contains(&space.node) && allowed.allow(zone.as_deref())
         });
-        Ok((zones, usable.collect()))
+        Ok(usable.collect())
     }
 
     /// What fails together with each node, and which nodes get nothing new.
@@ -144,7 +179,7 @@ impl Volumes {
         let (mut zones, mut not_fit) = (BTreeMap::new(), Vec::new());
         for member in meta::list::<MemberRecord>(&*self.store, keys::MEMBERS).await? {
             let member = member.record;
-            if let Some(zone) = member.labels.get("zone") {
+            if let Some(zone) = member.labels.get(ZONE_LABEL) {
                 zones.insert(member.id, zone.clone());
             }
             if member.draining || member.state == MemberState::Removed {
@@ -157,6 +192,17 @@ impl Volumes {
     /// Which nodes are alive, as far as watching them shows.
     pub(crate) fn set_heard(&self, heard: BTreeMap<NodeId, bool>) {
         *lock(&self.heard) = heard;
+    }
+}
+
+/// Of all nodes, or of those of some zones.
+fn too_few(source: TooFewNodes, zones: &Zones) -> VolumeError {
+    if zones.are_all() {
+        return source.into();
+    }
+    VolumeError::TooFewInZones {
+        zones: zones.clone(),
+        source,
     }
 }
 

@@ -426,6 +426,7 @@ async fn a_volume_whose_store_is_missing_is_listed_with_the_reason() {
         write_through: false,
         created_at_unix_ms: 0,
         replicas: 1,
+        zones: Zones::default(),
         min_in_sync: None,
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(9))],

@@ -1,5 +1,31 @@
 //! How much volumes with copies can take.
 
+use std::collections::BTreeSet;
+
+use crate::records::VolumeRecord;
+use crate::units::StoreId;
+
+/// Bytes that the copies of a volume may come to take of some stores, or of all there are: its size for each copy that
+/// there should be.
+pub fn promised(record: &VolumeRecord, of: Option<&BTreeSet<StoreId>>) -> u64 {
+    let size = u128::from(record.size_bytes);
+    let placement = &record.placement;
+    let bytes = match of {
+        None => size * u128::from(record.replicas.max(1)),
+        Some(stores) => {
+            let entries = placement.stores.len().max(placement.sets.len()).max(1);
+            let sole = placement.stores.iter();
+            let copies = placement.sets.iter().flat_map(|set| &set.replicas);
+            let copies = copies.filter(|replica| !replica.leaving);
+            let there = sole
+                .chain(copies.map(|replica| &replica.store))
+                .filter(|store| stores.contains(store));
+            size * there.count() as u128 / entries as u128
+        }
+    };
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
 /// Blocks that volumes of `copies` copies can take together on nodes that have this much room each: no node takes two
 /// copies of a block.
 pub fn room_for(node_blocks: &[u64], copies: u32) -> u64 {
@@ -22,7 +48,43 @@ pub fn room_for(node_blocks: &[u64], copies: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::records::{Placement, Replica, ReplicaSet, VolumeName};
+    use crate::units::{LayerId, NodeId, VolumeId};
     use proptest::prelude::*;
+    use uuid::Uuid;
+
+    #[test]
+    fn what_is_promised_of_some_stores_is_the_copies_there() {
+        let store = |n: u128| StoreId(Uuid::from_u128(n));
+        let of = |stores: &[u128]| stores.iter().copied().map(store).collect::<BTreeSet<_>>();
+        let volume = |placement: Placement| {
+            let (id, name) = (VolumeId(Uuid::from_u128(1)), VolumeName::parse("v"));
+            VolumeRecord::new(id, name.expect("a name"), 1 << 20, LayerId(1), placement)
+        };
+        let set = |stores: [u128; 2]| ReplicaSet {
+            replicas: stores
+                .map(|n| Replica::in_sync(NodeId(Uuid::from_u128(n)), store(n)))
+                .to_vec(),
+        };
+        let mut two = volume(Placement {
+            stores: Vec::new(),
+            sets: vec![set([1, 2]), set([1, 3])],
+        });
+        assert_eq!(promised(&two, None), 2 << 20);
+        assert_eq!(promised(&two, Some(&of(&[1]))), 1 << 20);
+        assert_eq!(promised(&two, Some(&of(&[2]))), 1 << 19);
+        assert_eq!(promised(&two, Some(&of(&[1, 2, 3]))), 2 << 20);
+        assert_eq!(promised(&two, Some(&of(&[4]))), 0);
+        // What is on its way elsewhere is promised there.
+        two.placement.sets[0].replicas[1].leaving = true;
+        assert_eq!(promised(&two, Some(&of(&[2]))), 0);
+        let one = volume(Placement {
+            stores: vec![store(1), store(2), store(1), store(1)],
+            sets: Vec::new(),
+        });
+        assert_eq!(promised(&one, None), 1 << 20);
+        assert_eq!(promised(&one, Some(&of(&[1]))), 3 << 18);
+    }
 
     #[test]
     fn no_node_takes_two_copies() {

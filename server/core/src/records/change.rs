@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::{
     Annotations, ClientNodeId, Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement,
     Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
-    VolumeState, default_min_in_sync, first_annotations, keys,
+    VolumeState, Zones, ZonesError, default_min_in_sync, first_annotations, keys,
 };
 use crate::units::{Epoch, LayerId, NodeId, VolumeId};
 
@@ -29,6 +29,8 @@ pub struct NewVolume {
     pub replicas: u32,
     /// How many of them must be in sync for a write to be answered; `None`: as [`default_min_in_sync`] says.
     pub min_in_sync: Option<u32>,
+    /// Where copies may lie, now and later.
+    pub zones: Zones,
     /// Where its chunks will lie: with replica sets exactly when `replicas` is more than 1 or the daemon is in a cluster.
     pub placement: Placement,
     /// Bounds on what its clients may ask of it.
@@ -129,6 +131,7 @@ pub fn create(
             None => default_min_in_sync(new.replicas),
             Some(wanted) => MinInSyncError::check(wanted, new.replicas)?,
         },
+        zones: new.zones,
         read_only: new.read_only,
         write_through: new.write_through,
         created_at_unix_ms: new.created_at_unix_ms,
@@ -400,6 +403,9 @@ pub enum ConfigureError {
     /// See [`MinInSyncError`].
     #[error(transparent)]
     MinInSync(#[from] MinInSyncError),
+    /// See [`ZonesError`].
+    #[error(transparent)]
+    Zones(#[from] ZonesError),
 }
 
 /// Decides how many copies must be in sync from now on for a write to be answered. Clients may be connected: what was

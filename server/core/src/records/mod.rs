@@ -23,6 +23,7 @@ mod replica;
 mod sample;
 mod size;
 mod transaction;
+mod zones;
 
 pub use annotations::{
     ANNOTATIONS_MAX_BYTES, Annotations, AnnotationsError, AnnotationsMoved, AnnotationsRecord,
@@ -65,3 +66,4 @@ pub use replica::{
 };
 pub use size::{RoundedSize, SizeError, VOLUME_MAX_BYTES, round_up_to_block};
 pub use transaction::{Condition, Effect, Revision, Transaction, Versioned};
+pub use zones::{ZONE_LABEL, ZONES_MAX, Zones, ZonesError, set_zones};

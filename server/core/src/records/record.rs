@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::publication::{self, Publication};
 use super::{
-    Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName, default_min_in_sync,
+    Filesystem, Replica, ReplicaSet, SetIndex, VolumeLimits, VolumeName, Zones, default_min_in_sync,
 };
 use crate::placement::{StoreSpace, deal};
 use crate::units::{ChunkIndex, Epoch, LayerId, NodeId, StoreId, Version, VolumeId};
@@ -63,6 +63,9 @@ pub struct VolumeRecord {
     /// Absent in records of unreplicated volumes, where it is 1.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub min_in_sync: u32,
+    /// Where its copies may lie.
+    #[serde(default, skip_serializing_if = "Zones::are_all")]
+    pub zones: Zones,
     /// Raised whenever acknowledged writes may be gone because the store, or every copy, lost power: clients that were
     /// connected under a smaller number must not go on as if nothing had happened.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -138,6 +141,7 @@ impl VolumeRecord {
             layers: vec![layer],
             replicas,
             min_in_sync: default_min_in_sync(replicas),
+            zones: Zones::default(),
             client_generation: 0,
             settled: Version::NONE,
             read_only: false,
@@ -187,6 +191,9 @@ impl VolumeRecord {
         }
         if self.min_in_sync == 0 || self.min_in_sync > self.replicas {
             return Err("min_in_sync is not between one and the number of replicas");
+        }
+        if !self.zones.are_all() && !self.placement.is_replicated() {
+            return Err("confined to zones and without copies to place");
         }
         if self.state == VolumeState::Deleting && !self.publications.is_empty() {
             return Err("published and being deleted");

@@ -1,6 +1,7 @@
 //! What the controller of a cluster wants changed: replicas of nodes that stay away are replaced after a grace time,
-//! those of a node that is drained move, and load moves slowly to where there is room. A replica is never taken away
-//! before its replacement is in sync: the head sees to that, which alone takes out what is in sync.
+//! those of a node that is drained, or outside the zones of their volume, move, and load moves slowly to where there is
+//! room. A replica is never taken away before its replacement is in sync: the head sees to that, which alone takes out
+//! what is in sync.
 //!
 //! The controller looks at everything again each time, so it needs little memory of its own, and two of them for a
 //! moment only meet each other's conflicts.
@@ -227,6 +228,13 @@ impl<'a> Plan<'a> {
         nodes.any(|view| view.node == node && view.draining)
     }
 
+    /// It lies where the volume's copies may not: the volume was confined, or its node's label changed. What is not known
+    /// to be elsewhere stays.
+    fn is_astray(&self, volume: &VolumeRecord, replica: &Replica) -> bool {
+        let store = self.store(replica.store);
+        store.is_some_and(|store| !volume.zones.allow(store.at.zone.as_deref()))
+    }
+
     fn is_gone(&self, replica: &Replica) -> bool {
         !replica.is_in_sync() && self.silence_ms(replica.node) >= self.params.grace_ms
     }
@@ -301,7 +309,12 @@ impl<'a> Plan<'a> {
             .iter()
             .flat_map(|set| &set.replicas)
             .all(|replica| replica.node != at.node || replica.store == at.id);
-        has_room && is_clean && is_alone && !self.is_draining(at.node) && !self.is_silent(at.node)
+        volume.zones.allow(at.zone.as_deref())
+            && has_room
+            && is_clean
+            && is_alone
+            && !self.is_draining(at.node)
+            && !self.is_silent(at.node)
     }
 
     fn zone(&self, store: StoreId) -> Option<&str> {
@@ -344,6 +357,8 @@ impl<'a> Plan<'a> {
             leaving,
         };
         let remove = |store| Change::Remove { set: index, store };
+        let is_unwanted =
+            |plan: &Plan<'_>, r: &Replica| plan.is_draining(r.node) || plan.is_astray(volume, r);
         for replica in &set.replicas {
             let has_no_room = self
                 .store(replica.store)
@@ -351,21 +366,21 @@ impl<'a> Plan<'a> {
             if replica.state == ReplicaState::Joining && (self.is_gone(replica) || has_no_room) {
                 // It counts for nothing, and keeps others from being filled.
                 self.want(volume, remove(replica.store));
-            } else if self.is_draining(replica.node) && !replica.leaving {
+            } else if is_unwanted(self, replica) && !replica.leaving {
                 self.want(volume, leave(replica.store, true));
             }
         }
         let staying: Vec<&Replica> = set
             .replicas
             .iter()
-            .filter(|r| !r.leaving && !self.is_draining(r.node) && !self.is_gone(r))
+            .filter(|r| !r.leaving && !is_unwanted(self, r) && !self.is_gone(r))
             .collect();
         let replicas = volume.replicas as usize;
         let whole = staying.iter().filter(|r| r.is_in_sync()).count();
         if staying.len() < replicas {
             // One that is wished away for a reason that is gone stays after all.
             let may_stay =
-                |r: &&Replica| r.leaving && !self.is_draining(r.node) && !self.is_silent(r.node);
+                |r: &&Replica| r.leaving && !is_unwanted(self, r) && !self.is_silent(r.node);
             let back = set.replicas.iter().filter(may_stay);
             let back = back.max_by_key(|replica| replica.is_in_sync());
             if let Some(back) = back {

@@ -384,8 +384,40 @@ fn a_single_daemon_refuses_copies_with_the_reason() {
     let (code, why) = made.err().expect("refused");
     assert_eq!(code, Code::InvalidArgument, "{why}");
     assert!(why.contains("cluster init"), "{why}");
+    let confined = [("zones", "a")];
+    let made = Claim::of_class(&driver, "far", SMALL, capability.clone(), &confined);
+    let (code, why) = made.err().expect("refused");
+    assert_eq!(code, Code::InvalidArgument, "{why}");
+    assert!(
+        why.contains("zones") && why.contains("cluster init"),
+        "{why}"
+    );
+    let told = driver.space(&confined);
+    assert_eq!(told.expect_err("refused").0, Code::InvalidArgument);
     let one = Claim::of_class(&driver, "one", SMALL, capability, &[("replicas", "1")]);
     driver.delete(&one.expect("one copy").id).expect("deleted");
+}
+
+/// What three empty nodes have together for volumes of one copy, and what the largest has.
+fn rooms(trio: &Trio, controller: &Plugin) -> (u64, u64) {
+    // The room of daemons that have just joined is not told at once.
+    wait::until(LONG, "the room of three nodes", || {
+        let listed = trio.nodes[0].daemon.admin().json(["node", "list"]);
+        let nodes = listed["nodes"].as_array().expect("nodes").clone();
+        let rooms: Vec<u64> = nodes
+            .iter()
+            .filter_map(|node| node["capacity_bytes"].as_u64())
+            .filter(|room| *room > 0)
+            .collect();
+        let all = controller.space(&[("replicas", "1")]).expect("told") as u64;
+        let sum: u64 = rooms.iter().sum();
+        // Empty stores have used next to nothing.
+        if rooms.len() == 3 && all > sum / 10 * 9 {
+            Ok((all, *rooms.iter().max().expect("three")))
+        } else {
+            Err(format!("{rooms:?}, {all} can be provisioned"))
+        }
+    })
 }
 
 #[test]
@@ -395,24 +427,7 @@ fn a_cluster_takes_volumes_beyond_the_size_of_one_node() {
     let controller = &plugins[0];
     let one_copy = [("replicas", "1")];
     let three_copies = [("replicas", "3")];
-    // The room of daemons that have just joined is not told at once.
-    let (all, each) = wait::until(LONG, "the room of three nodes", || {
-        let listed = trio.nodes[0].daemon.admin().json(["node", "list"]);
-        let nodes = listed["nodes"].as_array().expect("nodes").clone();
-        let rooms: Vec<u64> = nodes
-            .iter()
-            .filter_map(|node| node["capacity_bytes"].as_u64())
-            .filter(|room| *room > 0)
-            .collect();
-        let all = controller.space(&one_copy).expect("told") as u64;
-        let sum: u64 = rooms.iter().sum();
-        // Empty stores have used next to nothing.
-        if rooms.len() == 3 && all > sum / 10 * 9 {
-            Ok((all, *rooms.iter().max().expect("three")))
-        } else {
-            Err(format!("{rooms:?}, {all} can be provisioned"))
-        }
-    });
+    let (all, each) = rooms(&trio, controller);
     let with_three = controller.space(&three_copies).expect("told") as u64;
     assert!(
         (each / 10 * 9..=each).contains(&with_three),
@@ -439,4 +454,67 @@ fn a_cluster_takes_volumes_beyond_the_size_of_one_node() {
         controller.delete(id).expect("deleted");
     }
     nothing_is_left(&plugins);
+}
+
+#[test]
+fn a_class_confines_its_volumes_to_zones_and_their_room() {
+    let trio = Trio::with("csi-zones", || Setup::default().store_size("1GiB"));
+    let plugins = plugins(&trio);
+    let controller = &plugins[0];
+    let (_, each) = rooms(&trio, controller);
+    let ids: Vec<String> = trio.nodes.iter().map(|node| node.id()).collect();
+    let admin = trio.nodes[0].daemon.admin();
+    for (id, zone) in ids.iter().zip(["zone=a", "zone=a", "zone=b"]) {
+        admin.run(["node", "label", id, zone]);
+    }
+    let space = |zones: &str, replicas: &str| {
+        let class = [("zones", zones), ("replicas", replicas)];
+        controller.space(&class).expect("told") as u64
+    };
+    let about = |told: u64, wanted: u64| (wanted / 10 * 9..=wanted).contains(&told);
+    assert!(about(space("a", "1"), 2 * each) && about(space("a", "2"), each));
+    assert!(about(space("b", "1"), each) && about(space("a, b", "3"), each));
+    assert_eq!(
+        [space("b", "2"), space("c", "1"), space("a", "3")],
+        [0, 0, 0]
+    );
+
+    let capability = mounted("ext4", Mode::SingleNodeWriter);
+    let make = |name: &str, class: &[(&str, &str)]| {
+        Claim::of_class(controller, name, SMALL, capability.clone(), class)
+    };
+    let two_in_a = [("zones", "a"), ("replicas", "2")];
+    let (left_a, left_b) = (space("a", "2"), space("b", "1"));
+    let made = make("near", &two_in_a).expect("there is room");
+    let volume = trio.volume(0, &made.id);
+    assert_eq!(volume.zones, ["a"]);
+    let copies = volume.replica_sets.iter().flat_map(|set| &set.replicas);
+    assert!(copies.clone().count() > 0);
+    assert!(
+        copies.clone().all(|copy| copy.node_id != ids[2]),
+        "{volume:?}"
+    );
+    // It takes its size of the room of its zone, and nothing of the other's.
+    assert!(space("a", "2") <= left_a - SMALL as u64);
+    assert_eq!(space("b", "1"), left_b);
+    // By default as many copies as the zone has nodes.
+    let far = make("far", &[("zones", "b")]).expect("there is room");
+    let volume = trio.volume(0, &far.id);
+    assert_eq!((volume.replicas, volume.zones), (1, vec!["b".to_owned()]));
+    let too_many = [("zones", "a"), ("replicas", "3")];
+    let (code, why) = make("more", &too_many).err().expect("refused");
+    assert_eq!(code, Code::ResourceExhausted);
+    assert!(why.contains("zone a"), "{why}");
+    let (code, why) = make("odd", &[("zones", "Eu West")]).err().expect("refused");
+    assert_eq!(code, Code::InvalidArgument);
+    assert!(why.contains("Eu West"), "{why}");
+    // Asked again it is the same one; of another zone it is not.
+    assert_eq!(make("near", &two_in_a).expect("found").id, made.id);
+    let (code, _) = make("near", &[("zones", "b"), ("replicas", "2")])
+        .err()
+        .expect("refused");
+    assert_eq!(code, Code::AlreadyExists);
+    for id in [&made.id, &far.id] {
+        controller.delete(id).expect("deleted");
+    }
 }

@@ -51,6 +51,10 @@ const WRONG: [(&str, &str); 25] = [
         "/storageClasses/0/parameters/minInSync",
     ),
     (
+        "storageClasses=[{\"name\":\"a\",\"parameters\":{\"zones\":\"a,,b\"}}]",
+        "/storageClasses/0/parameters/zones",
+    ),
+    (
         "volumeAttributesClasses=[{\"name\":\"a\",\"parameters\":{\"iops\":5}}]",
         "/volumeAttributesClasses/0/parameters/iops",
     ),

@@ -328,3 +328,77 @@ fn a_node_that_joins_gets_its_share_under_load() {
         verify_at(&trio, at, &known);
     }
 }
+
+/// By its id; the zone is the node's from now on.
+fn label(trio: &Trio, at: usize, zone: &str) {
+    let label = format!("zone={zone}");
+    let admin = trio.nodes[0].daemon.admin();
+    admin.run(["node", "label", &trio.nodes[at].id(), &label]);
+}
+
+#[test]
+fn a_volume_that_is_confined_to_a_zone_moves_there_under_load() {
+    network::demand();
+    let network = Network::new(4);
+    let mut trio = Trio::on_with("zones", &network, setup);
+    trio.expect_losses();
+    let known = filled(&trio);
+    let load = Load::start(&trio, 0, known);
+    for (at, zone) in [(0, "a"), (1, "a"), (2, "b")] {
+        label(&trio, at, zone);
+    }
+    let admin = trio.nodes[0].daemon.admin();
+    // Two nodes of that zone are too few for three copies.
+    let refusal = admin.refused(["volume", "set", "disk", "--zone", "a"]);
+    assert!(
+        refusal.contains("only 2 node(s)") && refusal.contains("in a"),
+        "{refusal}"
+    );
+    trio.join("zones", &network, setup());
+    label(&trio, 3, "a");
+    // The room of a node that has just joined is not told at once.
+    wait::until(LONG, "the zone is large enough", || {
+        let set = admin.try_run(["volume", "set", "disk", "--zone", "a"]);
+        if set.status.success() {
+            Ok(())
+        } else {
+            Err(set.stderr)
+        }
+    });
+    let going = trio.nodes[2].id();
+    wait_whole_without(&trio, &going);
+    wait::until(LONG, "the node elsewhere gives its blocks back", || {
+        let bytes = held(&trio, 2);
+        if bytes == 0.0 {
+            Ok(())
+        } else {
+            Err(format!("{bytes} bytes\n{}", logs(&trio)))
+        }
+    });
+    let shown = admin.run(["volume", "show", "disk"]);
+    assert!(
+        shown
+            .lines()
+            .any(|line| line.split_whitespace().eq(["Zones", "a"])),
+        "{shown}"
+    );
+    // A node that cannot be replaced within the zone keeps its copies, and the status says why.
+    let last = trio.nodes[3].id();
+    admin.run(["node", "drain", &last]);
+    wait::until(LONG, "that nobody takes them is told", || {
+        let status = admin.run(["status"]);
+        if status.contains("those of disk may lie in a only") {
+            Ok(())
+        } else {
+            Err(format!("{status}\n{}", logs(&trio)))
+        }
+    });
+    assert_eq!(copies(&trio).0[&last] as u64, CHUNKS);
+    // Set free, it goes where there is room.
+    admin.run(["volume", "set", "disk", "--all-zones"]);
+    wait_whole_without(&trio, &last);
+    let known = load.end("zones");
+    for at in [2, 1, 0] {
+        verify_at(&trio, at, &known);
+    }
+}

@@ -112,6 +112,7 @@ fn new_volume(number: u128, called: &str) -> NewVolume {
         created_at_unix_ms: 0,
         replicas: 1,
         min_in_sync: None,
+        zones: Zones::default(),
         placement: Placement {
             stores: vec![StoreId(Uuid::from_u128(1))],
             sets: Vec::new(),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::placement::spread;
-use crate::records::{HeadClaim, Placement, Revision, Versioned, VolumeName};
+use crate::records::{HeadClaim, Placement, Revision, Versioned, VolumeName, Zones};
 use crate::replication::membership::change;
 use crate::units::{CHUNK_BYTES, Epoch, LayerId, StoreId};
 use uuid::Uuid;
@@ -398,4 +398,61 @@ fn a_store_gets_no_set_of_which_it_has_yet_to_give_blocks_back() {
             .iter()
             .any(|change| matches!(change, Change::Add { .. }))
     );
+}
+
+/// Seconds until the controller wants nothing any more.
+fn settle(sim: &mut Sim) -> usize {
+    (1..2_000)
+        .find(|_| sim.second(None) == 0)
+        .expect("it comes to rest")
+}
+
+#[test]
+fn copies_keep_to_the_zones_of_their_volume() {
+    let mut sim = Sim::new(4, 3);
+    let zone = |sim: &mut Sim, at: usize, zone: &str| {
+        sim.stores[at].at.zone = Some(zone.to_owned());
+    };
+    (0..3).for_each(|at| zone(&mut sim, at, "a"));
+    zone(&mut sim, 3, "b");
+    let sets = sim.volume.placement.sets.len();
+    assert!(sim.on(id(4)) > 0);
+    // Confined: what lies elsewhere moves, and an empty store elsewhere tempts nobody.
+    sim.volume.zones = Zones::check(["a".to_owned()]).expect("a zone");
+    settle(&mut sim);
+    assert_eq!([1, 2, 3, 4].map(|n| sim.on(id(n))), [sets, sets, sets, 0]);
+    assert!(sim.wanted.stuck.is_empty());
+    // A node is in another zone now, and none is left that could take its copies: they stay, and it is said.
+    zone(&mut sim, 2, "b");
+    settle(&mut sim);
+    assert_eq!(sim.on(id(3)), sets);
+    assert_eq!(sim.wanted.stuck.len(), sets);
+    // It was a mistake: what was wished away stays after all.
+    zone(&mut sim, 2, "a");
+    settle(&mut sim);
+    assert_eq!(sim.on(id(3)), sets);
+    assert!(sim.wanted.stuck.is_empty());
+    let sets_now = &sim.volume.placement.sets;
+    assert!(
+        sets_now
+            .iter()
+            .flat_map(|set| &set.replicas)
+            .all(|r| !r.leaving)
+    );
+    // A second zone: one of them goes where there is room.
+    sim.volume.zones = Zones::check(["a".to_owned(), "b".to_owned()]).expect("zones");
+    settle(&mut sim);
+    assert!(sim.on(id(4)) > 0);
+}
+
+#[test]
+fn a_store_that_is_not_known_is_not_taken_for_one_elsewhere() {
+    let mut sim = Sim::new(3, 3);
+    for store in &mut sim.stores {
+        store.at.zone = Some("a".to_owned());
+    }
+    sim.volume.zones = Zones::check(["a".to_owned()]).expect("a zone");
+    sim.stores.pop();
+    assert_eq!(sim.second(None), 0);
+    assert!(sim.wanted.stuck.is_empty());
 }
