@@ -1,4 +1,5 @@
-//! The controller of the run: the real one decides, from what a daemon would see, while nodes are drained, come and go.
+//! The controller of the run: the real one decides, from what a daemon would see, while nodes are drained, change their
+//! zone, come and go.
 //! What is taken out of a set is given back by its store, which is the danger that is tried here.
 
 use std::collections::BTreeMap;
@@ -13,10 +14,14 @@ use ashlar_core::units::NodeId;
 
 use crate::world::{Ev, LEASE_US, World};
 
+/// The zone that the volume is confined to.
+pub(crate) const ZONE: &str = "home";
+
 /// What the controller and the stores remember.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Steering {
-    pub(crate) draining: Option<NodeId>,
+    /// Not to hold copies: its node is being drained or, of every other node, in another zone than the volume's.
+    pub(crate) unwanted: Option<NodeId>,
     seen_us: BTreeMap<NodeId, u64>,
     /// Since when a node has known what it is to give back, by key: the run of its process, and the time.
     known: BTreeMap<String, (u64, u64)>,
@@ -24,13 +29,29 @@ pub(crate) struct Steering {
 }
 
 impl World {
-    /// Somebody wants another node empty, or none any more.
+    /// Somebody wants another node empty or elsewhere, or none any more.
     pub(crate) fn drain_step(&mut self, node: usize) {
         let id = self.nodes[node].id;
-        self.steering.draining = match self.steering.draining {
+        self.steering.unwanted = match self.steering.unwanted {
             Some(_) => None,
             None => Some(id),
         };
+    }
+
+    /// Whether a node that is not wanted is in another zone, instead of being drained.
+    fn is_moved(&self, node: NodeId) -> bool {
+        self.nodes
+            .iter()
+            .position(|n| n.id == node)
+            .is_some_and(|at| at % 2 == 1)
+    }
+
+    fn zone(&self, node: NodeId) -> &'static str {
+        if self.steering.unwanted == Some(node) && self.is_moved(node) {
+            "elsewhere"
+        } else {
+            ZONE
+        }
     }
 
     pub(crate) fn steer_step(&mut self) {
@@ -42,7 +63,7 @@ impl World {
             }
         }
         if self.healing {
-            self.steering.draining = None;
+            self.steering.unwanted = None;
         }
         self.give_back();
         if self.meta.is_away {
@@ -58,7 +79,7 @@ impl World {
             .map(|n| NodeView {
                 node: n.id,
                 seen_at_ms: self.steering.seen_us.get(&n.id).copied().unwrap_or(0) / 1000,
-                draining: self.steering.draining == Some(n.id),
+                draining: self.steering.unwanted == Some(n.id) && !self.is_moved(n.id),
             })
             .collect();
         let stores: Vec<StoreView> = self
@@ -68,7 +89,7 @@ impl World {
                 at: ClusterStore {
                     id: n.store,
                     node: n.id,
-                    zone: None,
+                    zone: Some(self.zone(n.id).to_owned()),
                     free_blocks: 5_000,
                 },
                 capacity_blocks: 10_000,

@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use ashlar_core::records::{
-    HeadClaim, Placement, Replica, ReplicaSet, Revision, Versioned, VolumeName, VolumeRecord,
+    HeadClaim, Placement, Replica, ReplicaSet, Revision, Versioned, VolumeName, VolumeRecord, Zones,
 };
 use ashlar_core::replication::{
     Acceptor, BootId, Event as HeadEvent, Rules, Seal, StartedWith, SwapOutcome,
@@ -24,6 +24,7 @@ use crate::disk::Disk;
 use crate::driver::Driver;
 use crate::faults::Faults;
 use crate::rng::Rng;
+use crate::steering::ZONE;
 
 pub(crate) const LEASE_US: u64 = 200_000;
 pub(crate) const WRITE_TIMEOUT_US: u64 = 80_000;
@@ -139,6 +140,7 @@ impl World {
         };
         let mut record = VolumeRecord {
             never_written: false,
+            zones: Zones::check([ZONE.to_owned()]).expect("a zone"),
             ..VolumeRecord::new(
                 VolumeId(Uuid::from_u128(1)),
                 VolumeName::parse("sim").expect("a name"),
