@@ -15,7 +15,7 @@ use crate::daemon::{Daemon, Deletion, Space, Volume};
 use crate::operations::Operations;
 use crate::refusal::{Class, Refusal};
 
-pub use provision::{CreateRequest, Created, NAME_KEY, Place, context_of, is_within};
+pub use provision::{CreateRequest, Created, NAME_KEY, Place, context_of, is_within, parameter};
 
 /// The controller's operations; cheap to clone.
 #[derive(Clone)]

@@ -263,11 +263,12 @@ fn mismatch(volume: &Volume, request: &CreateRequest) -> Option<String> {
 pub fn context_of(volume: &Volume) -> BTreeMap<String, String> {
     [parameters::FILESYSTEM, parameters::MKFS_OPTIONS]
         .into_iter()
-        .filter_map(|key| {
-            let value = volume
-                .annotations
-                .get(&format!("{PARAMETER_PREFIX}{key}"))?;
-            Some((key.to_owned(), value.clone()))
-        })
+        .filter_map(|key| Some((key.to_owned(), parameter(volume, key)?.to_owned())))
         .collect()
+}
+
+/// A parameter that a volume was made with, as its class gave it.
+pub fn parameter<'a>(volume: &'a Volume, key: &str) -> Option<&'a str> {
+    let value = volume.annotations.get(&format!("{PARAMETER_PREFIX}{key}"));
+    value.map(String::as_str)
 }

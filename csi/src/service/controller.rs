@@ -8,10 +8,10 @@ use tonic::{Request, Response, Status};
 use super::convert::{self, bytes};
 use super::{Spec, carry_out, patience, status};
 use crate::capability::{Access, Capability, Filesystem};
-use crate::controller::parameters::{self, Mutable, Parameters};
+use crate::controller::parameters::{self, BYTES_PER_SECOND, IOPS, Mutable, Parameters};
 use crate::controller::sizing::{self, Range};
 use crate::controller::{
-    Controller as Operations, CreateRequest, context_of, is_within, unsupported,
+    Controller as Operations, CreateRequest, context_of, is_within, parameter, unsupported,
 };
 use crate::csi;
 use crate::csi::controller_service_capability::rpc::Type as Can;
@@ -524,7 +524,27 @@ fn judge(volume: &Volume, message: &csi::ValidateVolumeCapabilitiesRequest) -> R
     let parameters = convert::map("parameters", message.parameters.clone()).map_err(words)?;
     let mutable =
         convert::map("mutable_parameters", message.mutable_parameters.clone()).map_err(words)?;
-    Parameters::parse(&parameters, &mutable).map_err(words)?;
-    Mutable::parse(&mutable).map_err(words)?;
+    let parsed = Parameters::parse(&parameters, &mutable).map_err(words)?;
+    for (key, value) in &parameters {
+        if !parsed.metadata.contains_key(key) && parameter(volume, key) != Some(value) {
+            return Err(format!(
+                "parameters: the volume was not made with {key} = {value}"
+            ));
+        }
+    }
+    let wanted = Mutable::parse(&mutable).map_err(words)?;
+    let has = volume.limits;
+    for (key, wanted, has) in [
+        (IOPS, wanted.iops, has.iops),
+        (
+            BYTES_PER_SECOND,
+            wanted.bytes_per_second,
+            has.bytes_per_second,
+        ),
+    ] {
+        if wanted.is_some_and(|wanted| wanted != has) {
+            return Err(format!("mutable_parameters: {key} of the volume is {has}"));
+        }
+    }
     Ok(())
 }

@@ -142,6 +142,29 @@ impl Calls {
         Ok(answer.available_capacity)
     }
 
+    /// ValidateVolumeCapabilities: what is confirmed, or why nothing is.
+    pub fn validate(
+        &self,
+        id: &str,
+        capability: csi::VolumeCapability,
+        parameters: &[(&str, &str)],
+        mutable: &[(&str, &str)],
+    ) -> Answer<Result<csi::validate_volume_capabilities_response::Confirmed, String>> {
+        let request = csi::ValidateVolumeCapabilitiesRequest {
+            volume_id: id.to_owned(),
+            volume_capabilities: vec![capability],
+            parameters: strings(parameters),
+            mutable_parameters: strings(mutable),
+            ..Default::default()
+        };
+        let answer = self.call(|channel| async move {
+            ControllerClient::new(channel)
+                .validate_volume_capabilities(request)
+                .await
+        })?;
+        Ok(answer.confirmed.ok_or(answer.message))
+    }
+
     pub fn expand(&self, id: &str, size: i64) -> Answer<csi::ControllerExpandVolumeResponse> {
         let request = csi::ControllerExpandVolumeRequest {
             volume_id: id.to_owned(),

@@ -333,6 +333,52 @@ fn space_is_told_for_a_class_as_the_provisioner_hands_it_over() {
     assert!(why.contains("write_through"), "{why}");
 }
 
+#[test]
+fn what_is_confirmed_of_a_volume_is_what_it_is() {
+    let driver = Driver::start("csi-confirmed", Setup::default());
+    let capability = || mounted("xfs", Mode::SingleNodeWriter);
+    let class = [
+        ("filesystem", "xfs"),
+        ("writeThrough", "true"),
+        ("iops", "100"),
+    ];
+    let size = 320 << 20;
+    let claim = Claim::of_class(&driver, "confirmed", size, capability(), &class).expect("created");
+    let ask = |capability, parameters: &[(&str, &str)], mutable: &[(&str, &str)]| {
+        let answer = driver.validate(&claim.id, capability, parameters, mutable);
+        answer.expect("judged")
+    };
+    let confirmed = ask(capability(), &class, &[("iops", "100")]).expect("as it was made");
+    assert_eq!(confirmed.volume_capabilities, [capability()]);
+    assert_eq!(confirmed.parameters.len(), class.len());
+    ask(raw(Mode::SingleNodeWriter), &[], &[]).expect("nothing else was asked");
+    // A limit that was changed is what it is now; what the class said stays what it said.
+    driver
+        .modify(&claim.id, &[("iops", "50")])
+        .expect("modified");
+    ask(capability(), &class, &[("iops", "50")]).expect("as it is now");
+    for (parameters, mutable, word) in [
+        (&[("writeThrough", "false")][..], &[][..], "writeThrough"),
+        (&[("replicas", "3")], &[], "replicas"),
+        (&[("unheard-of", "1")], &[], "unheard-of"),
+        (&[], &[("iops", "100")], "iops"),
+        (&[], &[("replicas", "1")], "replicas"),
+    ] {
+        let why = ask(capability(), parameters, mutable).expect_err("not as asked");
+        assert!(why.contains(word), "{word}: {why}");
+    }
+    let several = mounted("xfs", Mode::MultiNodeMultiWriter);
+    assert!(!ask(several, &[], &[]).expect_err("no such mode").is_empty());
+    let unknown = driver.validate(
+        "00000000-0000-4000-8000-000000000000",
+        capability(),
+        &[],
+        &[],
+    );
+    assert_eq!(code(unknown), Code::NotFound);
+    driver.delete(&claim.id).expect("deleted");
+}
+
 /// A capability with options for mount(8).
 fn with_flags(fs_type: &str, flags: &[&str]) -> csi::VolumeCapability {
     let mut capability = mounted(fs_type, Mode::SingleNodeMultiWriter);

@@ -8,7 +8,7 @@ use super::programs::flags_of;
 use super::{assert_none, both, objects, read, template};
 
 /// Sets of values that must be refused, with a word of the reason.
-const WRONG: [(&str, &str); 25] = [
+const WRONG: [(&str, &str); 26] = [
     // One daemon is no cluster, and a cluster has one etcd.
     ("daemon.replicas=3", "/daemon/replicas"),
     ("daemon.replicas=0", "/daemon/replicas"),
