@@ -11,7 +11,8 @@ use std::collections::HashMap;
 use super::membership::Change;
 use crate::placement::ClusterStore;
 use crate::records::{
-    LeftoverRecord, Replica, ReplicaSet, ReplicaState, SetIndex, VolumeRecord, VolumeState,
+    LeftoverRecord, REPLICAS_MAX, Replica, ReplicaSet, ReplicaState, SetIndex, VolumeRecord,
+    VolumeState,
 };
 use crate::units::{BLOCK_BYTES, NodeId, StoreId, VolumeId};
 
@@ -235,6 +236,19 @@ impl<'a> Plan<'a> {
         store.is_some_and(|store| !volume.zones.allow(store.at.zone.as_deref()))
     }
 
+    /// It is being filled and shall not be: it counts for nothing, and keeps others from being filled.
+    fn is_futile(&self, volume: &VolumeRecord, replica: &Replica) -> bool {
+        let has_no_room = self
+            .store(replica.store)
+            .is_some_and(|store| store.at.free_blocks == 0);
+        replica.state == ReplicaState::Joining
+            && (self.is_gone(replica)
+                || has_no_room
+                || replica.leaving
+                || self.is_draining(replica.node)
+                || self.is_astray(volume, replica))
+    }
+
     fn is_gone(&self, replica: &Replica) -> bool {
         !replica.is_in_sync() && self.silence_ms(replica.node) >= self.params.grace_ms
     }
@@ -357,54 +371,36 @@ impl<'a> Plan<'a> {
             leaving,
         };
         let remove = |store| Change::Remove { set: index, store };
-        let is_unwanted =
-            |plan: &Plan<'_>, r: &Replica| plan.is_draining(r.node) || plan.is_astray(volume, r);
         for replica in &set.replicas {
-            let has_no_room = self
-                .store(replica.store)
-                .is_some_and(|store| store.at.free_blocks == 0);
-            if replica.state == ReplicaState::Joining && (self.is_gone(replica) || has_no_room) {
-                // It counts for nothing, and keeps others from being filled.
+            if self.is_futile(volume, replica) {
                 self.want(volume, remove(replica.store));
-            } else if is_unwanted(self, replica) && !replica.leaving {
+            } else if self.is_draining(replica.node) && !replica.leaving {
                 self.want(volume, leave(replica.store, true));
             }
         }
         let staying: Vec<&Replica> = set
             .replicas
             .iter()
-            .filter(|r| !r.leaving && !is_unwanted(self, r) && !self.is_gone(r))
+            .filter(|r| !r.leaving && !self.is_draining(r.node) && !self.is_gone(r))
+            .filter(|r| !self.is_futile(volume, r))
             .collect();
         let replicas = volume.replicas as usize;
         let whole = staying.iter().filter(|r| r.is_in_sync()).count();
         if staying.len() < replicas {
             // One that is wished away for a reason that is gone stays after all.
-            let may_stay =
-                |r: &&Replica| r.leaving && !is_unwanted(self, r) && !self.is_silent(r.node);
+            let may_stay = |r: &&Replica| {
+                r.leaving
+                    && !self.is_draining(r.node)
+                    && !self.is_silent(r.node)
+                    && !self.is_futile(volume, r)
+            };
             let back = set.replicas.iter().filter(may_stay);
             let back = back.max_by_key(|replica| replica.is_in_sync());
             if let Some(back) = back {
                 self.want(volume, leave(back.store, false));
                 return;
             }
-            let now = self.used.clone();
-            let blocks = self.estimate(&now, volume, set);
-            match self.place(volume, index, set, &staying, blocks) {
-                None => self.wanted.stuck.push((volume.id, index)),
-                // Nobody would fill it.
-                Some(_) if !self.is_led(volume) => {}
-                Some(_) if self.fills >= self.params.fills => {}
-                Some(to) => {
-                    self.fills += 1;
-                    *self.used.entry(to.at.id).or_default() += blocks;
-                    let add = Change::Add {
-                        set: index,
-                        node: to.at.node,
-                        store: to.at.id,
-                    };
-                    self.want(volume, add);
-                }
-            }
+            self.add(volume, index, set, &staying);
             return;
         }
         if whole < replicas {
@@ -418,19 +414,58 @@ impl<'a> Plan<'a> {
                 self.want(volume, remove(replica.store));
             }
         }
+        if set.replicas.iter().any(|replica| replica.leaving) {
+            return;
+        }
         // So is what is more than there should be: a node was replaced and came back. What is not whole yet goes first.
-        let is_leaving = set.replicas.iter().any(|replica| replica.leaving);
-        if staying.len() > replicas && !is_leaving {
-            let fullest = |r: &&&Replica| {
+        if staying.len() > replicas {
+            let dearest = |r: &&&Replica| {
                 let level = self.store(r.store).map(|store| self.level(store, 0));
-                (!r.is_in_sync(), level, r.store)
+                (!r.is_in_sync(), self.is_astray(volume, r), level, r.store)
             };
-            match staying.iter().max_by_key(fullest) {
+            match staying.iter().max_by_key(dearest) {
                 Some(extra) if extra.is_in_sync() => self.want(volume, leave(extra.store, true)),
                 Some(extra) => self.want(volume, remove(extra.store)),
                 None => {}
             }
+            return;
         }
+        // What lies outside the zones of the volume goes one by one, together with what takes its place: until there is
+        // a place it is a copy as good as any.
+        if let Some(astray) = staying.iter().find(|r| self.is_astray(volume, r)) {
+            let others = staying.iter().filter(|r| r.store != astray.store);
+            let others: Vec<&Replica> = others.copied().collect();
+            if self.add(volume, index, set, &others) {
+                self.want(volume, leave(astray.store, true));
+            }
+        }
+    }
+
+    /// Wants one more replica of a set, beside those that stay. False: there is no place for it, or it has to wait.
+    fn add(
+        &mut self,
+        volume: &VolumeRecord,
+        index: SetIndex,
+        set: &ReplicaSet,
+        staying: &[&Replica],
+    ) -> bool {
+        let now = self.used.clone();
+        let blocks = self.estimate(&now, volume, set);
+        let to = self.place(volume, index, set, staying, blocks);
+        let Some(to) = to.filter(|_| set.replicas.len() < REPLICAS_MAX) else {
+            self.wanted.stuck.push((volume.id, index));
+            return false;
+        };
+        // Nobody would fill it, or it would only wait for others.
+        if !self.is_led(volume) || self.fills >= self.params.fills {
+            return false;
+        }
+        self.fills += 1;
+        *self.used.entry(to.at.id).or_default() += blocks;
+        let (node, store) = (to.at.node, to.at.id);
+        let set = index;
+        self.want(volume, Change::Add { set, node, store });
+        true
     }
 
     /// Moves one replica from a full store to an emptier one, if they are far enough apart and that brings them nearer.

@@ -16,6 +16,8 @@ use crate::world::{Ev, LEASE_US, World};
 
 /// The zone that the volume is confined to.
 pub(crate) const ZONE: &str = "home";
+/// The node with which all are in another zone.
+const ALL_WITH: usize = 1;
 
 /// What the controller and the stores remember.
 #[derive(Clone, Debug, Default)]
@@ -38,19 +40,21 @@ impl World {
         };
     }
 
-    /// Whether a node that is not wanted is in another zone, instead of being drained.
-    fn is_moved(&self, node: NodeId) -> bool {
-        self.nodes
-            .iter()
-            .position(|n| n.id == node)
-            .is_some_and(|at| at % 2 == 1)
+    /// Of every other node that is not wanted: it is in another zone, instead of being drained.
+    fn is_elsewhere(at: usize) -> bool {
+        at % 2 == 1
     }
 
+    /// The zone of a node. With one of them all are elsewhere: no copy has a place then, and each is kept up to date.
     fn zone(&self, node: NodeId) -> &'static str {
-        if self.steering.unwanted == Some(node) && self.is_moved(node) {
-            "elsewhere"
-        } else {
-            ZONE
+        let at = |id: NodeId| self.nodes.iter().position(|n| n.id == id);
+        let unwanted = self
+            .steering
+            .unwanted
+            .filter(|id| at(*id).is_some_and(Self::is_elsewhere));
+        match unwanted {
+            Some(id) if id == node || at(id) == Some(ALL_WITH) => "elsewhere",
+            _ => ZONE,
         }
     }
 
@@ -73,13 +77,12 @@ impl World {
         if self.healing {
             self.tell_watchers();
         }
-        let nodes: Vec<NodeView> = self
-            .nodes
-            .iter()
-            .map(|n| NodeView {
+        let nodes: Vec<NodeView> = (0..)
+            .zip(&self.nodes)
+            .map(|(at, n)| NodeView {
                 node: n.id,
                 seen_at_ms: self.steering.seen_us.get(&n.id).copied().unwrap_or(0) / 1000,
-                draining: self.steering.unwanted == Some(n.id) && !self.is_moved(n.id),
+                draining: self.steering.unwanted == Some(n.id) && !Self::is_elsewhere(at),
             })
             .collect();
         let stores: Vec<StoreView> = self

@@ -9,7 +9,7 @@ use super::leaf::JobFor;
 use super::members::Purpose;
 use super::rows::{RowsOf, RowsWalk};
 use super::{Action, MemberId, News, Phase, ReplicatedHead};
-use crate::records::{ReplicaState, SetIndex};
+use crate::records::{Replica, ReplicaState, SetIndex};
 use crate::units::{BLOCK_BYTES, Version};
 
 /// So much of what fills may copy in a while they may copy at once: clocks and threads are late by some of it.
@@ -95,10 +95,8 @@ impl ReplicatedHead {
             let wanted = |head: &ReplicatedHead, set: SetIndex| {
                 let state = head.set(set);
                 let bit = state.bit_of(member);
-                let stays = head
-                    .recorded(set, member)
-                    .is_some_and(|replica| !replica.leaving);
-                bit != 0 && state.in_sync & bit == 0 && stays && state.readable() != 0
+                let is_out = bit != 0 && state.in_sync & bit == 0;
+                is_out && head.is_to_be_whole(set, member) && state.readable() != 0
             };
             let next = self
                 .set_indices()
@@ -107,6 +105,23 @@ impl ReplicatedHead {
             let Some(set) = next else { continue };
             self.start_resync(member, set, actions);
         }
+    }
+
+    /// Replicas of a set that are to be in sync: those that stay, and while these are too few, those that wait for
+    /// somebody to take their place, too.
+    fn to_be_whole(&self, set: SetIndex) -> impl Iterator<Item = &Replica> {
+        let record = &self.record.record;
+        let replicas = &record.placement.sets[usize::from(set.0)].replicas;
+        let staying = replicas.iter().filter(|replica| !replica.leaving).count();
+        let are_few = staying < record.replicas as usize;
+        replicas
+            .iter()
+            .filter(move |replica| are_few || !replica.leaving)
+    }
+
+    fn is_to_be_whole(&self, set: SetIndex, member: MemberId) -> bool {
+        let recorded = self.recorded(set, member);
+        recorded.is_some_and(|it| self.to_be_whole(set).any(|other| other.store == it.store))
     }
 
     fn start_resync(&mut self, member: MemberId, set: SetIndex, actions: &mut Vec<Action>) {
@@ -247,14 +262,10 @@ impl ReplicatedHead {
         self.set_indices().any(|index| {
             let set = self.set(index);
             let bit = set.bit_of(member);
-            let replicas = &self.record.record.placement.sets[usize::from(index.0)].replicas;
-            let wanted = replicas.iter().filter(|replica| !replica.leaving).count();
             bit != 0
                 && set.in_sync & bit == 0
-                && (set.readable().count_ones() as usize) < wanted
-                && self
-                    .recorded(index, member)
-                    .is_some_and(|replica| !replica.leaving)
+                && (set.readable().count_ones() as usize) < self.to_be_whole(index).count()
+                && self.is_to_be_whole(index, member)
         })
     }
 
@@ -379,6 +390,10 @@ impl ReplicatedHead {
         };
         let resync = self.resyncs.remove(at);
         self.drop_jobs(JobFor::Resync(member), actions);
+        // Others may have waited for this one, and what ended it need not be an event that lets them go on.
+        if self.phase == Phase::Serving {
+            self.fill_due_us = Some(self.now_us);
+        }
         actions.push(Action::News(News::ResyncFailed {
             set: resync.set,
             member,

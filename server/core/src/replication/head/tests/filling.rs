@@ -212,6 +212,7 @@ fn windows_in_a_second<const N: usize>(
             replica.leaving = leaving.is_some_and(|n| replica.store == store(n));
         }
     }
+    record.replicas -= u32::from(leaving.is_some());
     bench.now_us += 2 * CLIENTS_US;
     bench.conflict(record);
     for _ in 0..100 {
@@ -257,5 +258,27 @@ fn fills_take_turns_and_what_is_missing_comes_first() {
         // And while that one is slower than the pace.
         let [moved, missing] = windows_in_a_second(sets, [4, 5], Some(3), clients, true);
         assert_eq!((moved, missing), (0, 1));
+    }
+}
+
+#[test]
+fn a_copy_that_waits_for_somebody_to_take_its_place_is_kept_up_to_date() {
+    // Of four copies that there should be one leaves, and nobody takes its place; of three somebody has.
+    for (copies, is_filled) in [(4, true), (3, false)] {
+        let mut bench = Bench::new(&[&[1, 2, 3, 4]], &[]);
+        let third = bench.member(3);
+        bench.lose(3);
+        let mut record = bench.head.record().clone();
+        record.replicas = copies;
+        for replica in &mut record.placement.sets[0].replicas {
+            replica.leaving = replica.store == store(3);
+        }
+        bench.conflict(record);
+        bench.swapped();
+        bench.compared.clear();
+        bench.away.clear();
+        bench.event(Event::LinkUp { member: third });
+        bench.tick();
+        assert_eq!(bench.compared.contains(&third), is_filled, "of {copies}");
     }
 }
