@@ -371,6 +371,9 @@ impl Service {
         VolumeLimits::check(iops.unwrap_or(0), bytes_per_second.unwrap_or(0))?;
         let zones = asked.zones.clone().map(Zones::check).transpose()?;
         let mut view = volumes.find(&reference).await?;
+        if let Some(zones) = &zones {
+            volumes.check_zones(zones, &view.record).await?;
+        }
         if let Some(wanted) = asked.min_in_sync {
             MinInSyncError::check(wanted, view.record.replicas).map_err(ConfigureError::from)?;
         }

@@ -113,8 +113,9 @@ pub(super) fn of_join_error(error: &JoinError) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use ashlar_core::placement::TooFewNodes;
     use ashlar_core::records::{
-        DeleteError, MinInSyncError, NameError, ResizeError, SizeError, VolumeName,
+        DeleteError, MinInSyncError, NameError, ResizeError, SizeError, VolumeName, Zones,
     };
     use ashlar_core::units::VolumeId;
 
@@ -138,6 +139,22 @@ mod tests {
                 Code::NotFound,
             ),
             (NameError::Empty.into(), Code::InvalidArgument),
+            (ZonesError::TooMany(17).into(), Code::InvalidArgument),
+            (ZonesError::NoCluster.into(), Code::FailedPrecondition),
+            (
+                VolumeError::TooFewInZones {
+                    zones: Zones::default(),
+                    source: TooFewNodes {
+                        wanted: 2,
+                        nodes: 1,
+                    },
+                },
+                Code::ResourceExhausted,
+            ),
+            (
+                ConfigureError::OneCopy { name: name() }.into(),
+                Code::FailedPrecondition,
+            ),
             (SizeError::Zero.into(), Code::InvalidArgument),
             (
                 CreateError::NameTaken {

@@ -343,6 +343,9 @@ fn out_of_sync(views: &[VolumeView]) -> Vec<String> {
     warnings
 }
 
+/// Volumes whose zones are told where copies have no other node to go to.
+const CONFINED_TOLD: usize = 3;
+
 /// Nodes that are away or being emptied, and what cannot go on, one sentence each.
 fn moving(picture: &Picture, volumes: &[Versioned<VolumeRecord>]) -> Vec<String> {
     let sets = || {
@@ -379,23 +382,26 @@ fn moving(picture: &Picture, volumes: &[Versioned<VolumeRecord>]) -> Vec<String>
         ));
     }
     if !picture.stuck.is_empty() {
-        let confined: Vec<String> = volumes
+        let mut confined = volumes
             .iter()
             .map(|volume| &volume.record)
             .filter(|record| !record.zones.are_all())
-            .filter(|record| picture.stuck.iter().any(|(id, _)| *id == record.id))
-            .map(|record| {
-                format!(
-                    "; those of {} may lie in {} only",
-                    record.name, record.zones
-                )
-            })
-            .collect();
-        warnings.push(format!(
-            "{} copies are to be made anew or to move, and there is no other node with room for them: add a node, or room{}",
-            picture.stuck.len(),
-            confined.concat()
-        ));
+            .filter(|record| picture.stuck.iter().any(|(id, _)| *id == record.id));
+        let mut text = format!(
+            "{} copies are to be made anew or to move, and there is no other node with room for them: add a node, or room",
+            picture.stuck.len()
+        );
+        for record in confined.by_ref().take(CONFINED_TOLD) {
+            text.push_str(&format!(
+                "; those of {} may lie in {} only",
+                record.name, record.zones
+            ));
+        }
+        let more = confined.count();
+        if more > 0 {
+            text.push_str(&format!("; {more} more volumes are confined to zones"));
+        }
+        warnings.push(text);
     }
     warnings
 }

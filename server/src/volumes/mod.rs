@@ -274,7 +274,7 @@ impl Volumes {
         self.to_the_end(|service| async move {
             let (before, _guard) = service.lock_volume(&reference).await?;
             let id = before.record.id;
-            service.check_zones(&zones, before.record.replicas).await?;
+            service.check_zones(&zones, &before.record).await?;
             if let Some(changed) = service.change(&Change::Confine { id, zones: &zones }).await? {
                 tracing::info!(volume = %changed.record.name, id = %id.0, %zones, "zones of its copies");
                 service.record_seen(changed).await;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_core::placement::{ClusterStore, TooFewNodes, promised, room_for, spread};
 use ashlar_core::records::{
-    COPIES_MAX, MemberRecord, MemberState, Placement, Replica, ReplicaSet, SpaceRecord,
-    VolumeRecord, VolumeState, ZONE_LABEL, Zones, ZonesError, keys,
+    COPIES_MAX, ConfigureError, MemberRecord, MemberState, Placement, Replica, ReplicaSet,
+    SpaceRecord, VolumeRecord, VolumeState, ZONE_LABEL, Zones, ZonesError, keys,
 };
 use ashlar_core::units::{CHUNK_BYTES, NodeId, StoreId, VolumeId};
 
@@ -89,26 +89,28 @@ impl Volumes {
         Ok((replicas, placement))
     }
 
-    /// Whether a volume of so many copies can be confined to zones.
-    pub(super) async fn check_zones(
+    /// Whether a volume can be confined to zones: they have nodes enough, unless it may lie in all of them already.
+    pub(crate) async fn check_zones(
         &self,
         zones: &Zones,
-        replicas: u32,
+        record: &VolumeRecord,
     ) -> Result<(), VolumeError> {
-        if zones.are_all() {
+        if zones.include(&record.zones) {
             return Ok(());
         }
         if !self.is_shared {
             return Err(ZonesError::NoCluster.into());
         }
+        if !record.placement.is_replicated() {
+            let name = record.name.clone();
+            return Err(ConfigureError::OneCopy { name }.into());
+        }
         let stores = self.usable_stores(zones).await?;
-        let nodes: BTreeSet<NodeId> = stores.iter().map(|(space, _)| space.node).collect();
-        if nodes.len() < replicas as usize {
-            let few = TooFewNodes {
-                wanted: replicas as usize,
-                nodes: nodes.len(),
-            };
-            return Err(too_few(few, zones));
+        let with_room = stores.iter().filter(|(space, _)| space.free_blocks > 0);
+        let nodes: BTreeSet<NodeId> = with_room.map(|(space, _)| space.node).collect();
+        let (wanted, nodes) = (record.replicas as usize, nodes.len());
+        if nodes < wanted {
+            return Err(too_few(TooFewNodes { wanted, nodes }, zones));
         }
         Ok(())
     }
@@ -133,13 +135,14 @@ impl Volumes {
         // Those of other nodes that have one copy are not in the catalog.
         let volumes = meta::list::<VolumeRecord>(&*self.store, keys::VOLUMES).await?;
         let ids: BTreeSet<StoreId> = stores.iter().map(|(space, _)| space.store).collect();
-        let of = (!zones.are_all()).then_some(&ids);
         // What is being deleted is promised to nobody any more.
         let promised_bytes = volumes
             .iter()
             .map(|volume| &volume.record)
             .filter(|record| record.state == VolumeState::Active)
-            .fold(0u64, |sum, record| sum.saturating_add(promised(record, of)));
+            .fold(0u64, |sum, record| {
+                sum.saturating_add(promised(record, zones, &ids))
+            });
         let sum = |blocks: fn(&SpaceRecord) -> u64| stores.iter().map(|(s, _)| blocks(s)).sum();
         Ok(Some(ClusterRoom {
             copies,

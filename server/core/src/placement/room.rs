@@ -2,17 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use crate::records::VolumeRecord;
+use crate::records::{VolumeRecord, Zones};
 use crate::units::StoreId;
 
-/// Bytes that the copies of a volume may come to take of some stores, or of all there are: its size for each copy that
-/// there should be.
-pub fn promised(record: &VolumeRecord, of: Option<&BTreeSet<StoreId>>) -> u64 {
+/// Bytes that the copies of a volume may come to take of `stores`, those of some zones: its size for each copy that there
+/// should be, if all of them belong there, and else for those that lie there.
+pub fn promised(record: &VolumeRecord, zones: &Zones, stores: &BTreeSet<StoreId>) -> u64 {
     let size = u128::from(record.size_bytes);
     let placement = &record.placement;
-    let bytes = match of {
-        None => size * u128::from(record.replicas.max(1)),
-        Some(stores) => {
+    let bytes = match zones.include(&record.zones) {
+        true => size * u128::from(record.replicas.max(1)),
+        false => {
             let entries = placement.stores.len().max(placement.sets.len()).max(1);
             let sole = placement.stores.iter();
             let copies = placement.sets.iter().flat_map(|set| &set.replicas);
@@ -48,7 +48,7 @@ pub fn room_for(node_blocks: &[u64], copies: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::{Placement, Replica, ReplicaSet, VolumeName};
+    use crate::records::{Placement, Replica, ReplicaSet, VolumeName, Zones};
     use crate::units::{LayerId, NodeId, VolumeId};
     use proptest::prelude::*;
     use uuid::Uuid;
@@ -70,32 +70,27 @@ mod tests {
             stores: Vec::new(),
             sets: vec![set([1, 2]), set([1, 3])],
         });
-        assert_eq!(promised(&two, None), 2 << 20);
-        assert_eq!(promised(&two, Some(&of(&[1]))), 1 << 20);
-        assert_eq!(promised(&two, Some(&of(&[2]))), 1 << 19);
-        assert_eq!(promised(&two, Some(&of(&[1, 2, 3]))), 2 << 20);
-        assert_eq!(promised(&two, Some(&of(&[4]))), 0);
+        let zones = |names: &[&str]| {
+            Zones::check(names.iter().map(|name| (*name).to_owned())).expect("zones")
+        };
+        let (all, a) = (zones(&[]), zones(&["a"]));
+        assert_eq!(promised(&two, &all, &of(&[1, 2, 3])), 2 << 20);
+        assert_eq!(promised(&two, &a, &of(&[1])), 1 << 20);
+        assert_eq!(promised(&two, &a, &of(&[2])), 1 << 19);
+        assert_eq!(promised(&two, &a, &of(&[4])), 0);
         // What is on its way elsewhere is promised there.
         two.placement.sets[0].replicas[1].leaving = true;
-        assert_eq!(promised(&two, Some(&of(&[2]))), 0);
+        assert_eq!(promised(&two, &a, &of(&[2])), 0);
+        // One that belongs there has its copies there sooner or later, wherever they lie now.
+        two.zones = zones(&["a"]);
+        assert_eq!(promised(&two, &a, &of(&[2])), 2 << 20);
+        assert_eq!(promised(&two, &zones(&["b"]), &of(&[3])), 1 << 19);
         let one = volume(Placement {
             stores: vec![store(1), store(2), store(1), store(1)],
             sets: Vec::new(),
         });
-        assert_eq!(promised(&one, None), 1 << 20);
-        assert_eq!(promised(&one, Some(&of(&[1]))), 3 << 18);
-    }
-
-    #[test]
-    fn no_node_takes_two_copies() {
-        assert_eq!(room_for(&[10, 10, 10], 1), 30);
-        assert_eq!(room_for(&[10, 10, 10], 2), 15);
-        assert_eq!(room_for(&[10, 10, 10], 3), 10);
-        assert_eq!(room_for(&[10, 10, 10], 4), 0);
-        assert_eq!(room_for(&[100, 3, 4], 2), 7);
-        assert_eq!(room_for(&[100, 90, 4], 3), 4);
-        assert_eq!(room_for(&[], 1), 0);
-        assert_eq!(room_for(&[u64::MAX, u64::MAX], 1), u64::MAX);
+        assert_eq!(promised(&one, &all, &of(&[])), 1 << 20);
+        assert_eq!(promised(&one, &a, &of(&[1])), 3 << 18);
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::{
     Annotations, ClientNodeId, Condition, Effect, HeadClaim, LayerCounter, NameRecord, Placement,
     Record, RoundedSize, Transaction, Versioned, VolumeLimits, VolumeName, VolumeRecord,
-    VolumeState, Zones, ZonesError, default_min_in_sync, first_annotations, keys,
+    VolumeState, Zones, default_min_in_sync, first_annotations, keys,
 };
 use crate::units::{Epoch, LayerId, NodeId, VolumeId};
 
@@ -403,9 +403,14 @@ pub enum ConfigureError {
     /// See [`MinInSyncError`].
     #[error(transparent)]
     MinInSync(#[from] MinInSyncError),
-    /// See [`ZonesError`].
-    #[error(transparent)]
-    Zones(#[from] ZonesError),
+    /// It has no copies that could be elsewhere.
+    #[error(
+        "volume {name} is from before its node was one of a cluster; its one copy stays on that node"
+    )]
+    OneCopy {
+        /// Its name.
+        name: VolumeName,
+    },
 }
 
 /// Decides how many copies must be in sync from now on for a write to be answered. Clients may be connected: what was

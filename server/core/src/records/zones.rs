@@ -32,9 +32,9 @@ pub enum ZonesError {
     /// Too many of them.
     #[error("{0} zones were named, and a volume is confined to at most {ZONES_MAX}")]
     TooMany(usize),
-    /// A volume whose copies have no place of their own.
+    /// There are no nodes to choose from.
     #[error(
-        "zones are those of a cluster's nodes, and this volume's daemon is on its own; `ashlar cluster init` makes it the first of a cluster"
+        "zones are those of a cluster's nodes, and this daemon is on its own; `ashlar cluster init` makes it the first of a cluster"
     )]
     NoCluster,
 }
@@ -60,6 +60,11 @@ impl Zones {
     /// Whether a node of this zone, or of none, may hold copies.
     pub fn allow(&self, zone: Option<&str>) -> bool {
         self.are_all() || zone.is_some_and(|zone| self.0.contains(zone))
+    }
+
+    /// Whether every place that `others` allow is allowed here.
+    pub fn include(&self, others: &Zones) -> bool {
+        self.are_all() || (!others.are_all() && others.0.is_subset(&self.0))
     }
 
     /// Those that are named, in order.
@@ -91,7 +96,8 @@ pub fn set_zones(
         return Ok(None);
     }
     if !record.placement.is_replicated() {
-        return Err(ZonesError::NoCluster.into());
+        let name = record.name.clone();
+        return Err(ConfigureError::OneCopy { name });
     }
     let confined = VolumeRecord {
         zones: zones.clone(),
@@ -121,6 +127,8 @@ mod tests {
         assert!(two.allow(Some("a")) && two.allow(Some("b")));
         assert!(!two.allow(Some("c")) && !two.allow(None) && !two.are_all());
         assert_eq!(two.to_string(), "a, b");
+        assert!(two.include(&two) && two.include(&zones(&["a"])) && everywhere.include(&two));
+        assert!(!zones(&["a"]).include(&two) && !two.include(&everywhere));
         let wrong = |name: &str| Zones::check([name.to_owned()]);
         assert_eq!(wrong("A"), Err(ZonesError::Name("A".to_owned())));
         assert!(wrong("").is_err() && wrong("a,b").is_err());
@@ -145,7 +153,9 @@ mod tests {
         let single = at(alone.clone());
         assert_eq!(
             set_zones(&single, &zones(&["a"])),
-            Err(ZonesError::NoCluster.into())
+            Err(ConfigureError::OneCopy {
+                name: single.record.name.clone()
+            })
         );
         assert_eq!(set_zones(&single, &Zones::default()), Ok(None));
         let of_cluster = at(alone.into_sets(node));
