@@ -254,10 +254,13 @@ impl Controller {
                     memory.changes += changes.len() as u64;
                     for change in &changes {
                         self.log(&volume.record, change);
-                        if let Change::Move { set, .. } = change {
-                            memory.moved.push((volume.record.id, *set, Instant::now()));
-                        }
                     }
+                    let spread = wanted
+                        .spread
+                        .iter()
+                        .filter(|(id, _)| *id == volume.record.id);
+                    let spread = spread.map(|(id, set)| (*id, *set, Instant::now()));
+                    memory.moved.extend(spread);
                 }
                 Ok(Outcome::Conflict) => {}
                 Err(error) => {

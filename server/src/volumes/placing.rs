@@ -107,7 +107,14 @@ impl Volumes {
         }
         let stores = self.usable_stores(zones).await?;
         let with_room = stores.iter().filter(|(space, _)| space.free_blocks > 0);
-        let nodes: BTreeSet<NodeId> = with_room.map(|(space, _)| space.node).collect();
+        let mut nodes: BTreeSet<NodeId> = with_room.map(|(space, _)| space.node).collect();
+        // Those that have copies of it need no room, nor to be there at this moment.
+        let (labels, not_fit) = self.zones().await?;
+        let sets = record.placement.sets.iter().flat_map(|set| &set.replicas);
+        nodes.extend(sets.map(|replica| replica.node).filter(|node| {
+            let zone = labels.get(node).map(String::as_str);
+            zones.allow(zone) && !not_fit.contains(node)
+        }));
         let (wanted, nodes) = (record.replicas as usize, nodes.len());
         if nodes < wanted {
             return Err(too_few(TooFewNodes { wanted, nodes }, zones));

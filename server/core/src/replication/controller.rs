@@ -36,7 +36,7 @@ pub struct ControllerParams {
     pub silent_ms: u64,
     /// Replicas being filled at once, in the whole cluster.
     pub fills: usize,
-    /// Of those, the ones that are filled only to spread the load.
+    /// Of those, the ones that are filled only to spread the load, or to bring a copy into the zones of its volume.
     pub moves: usize,
     /// Load moves when the fullest store is fuller than the emptiest by so many hundredths of what they have on average.
     pub spread_percent: u64,
@@ -89,6 +89,8 @@ pub struct View<'a> {
 pub struct Wanted {
     /// Changes to be made now, the most pressing first. Carry each out with [`super::membership::change`].
     pub changes: Vec<(VolumeId, Change)>,
+    /// Sets of which a replica moves only to spread the load.
+    pub spread: Vec<(VolumeId, SetIndex)>,
     /// Sets that lack a replica, or cannot be rid of one, for want of a node that could take another.
     pub stuck: Vec<(VolumeId, SetIndex)>,
     /// Active volumes with replicas whose head is not there, and whose node has been away for longer than the grace
@@ -112,9 +114,12 @@ pub fn wanted_changes(params: &ControllerParams, view: &View<'_>) -> Wanted {
     for (_, volume, index, set) in &sets {
         plan.heal(volume, *index, set);
     }
+    let sets: Vec<_> = sets.iter().map(|(_, v, at, set)| (*v, *at, *set)).collect();
+    for (volume, index, set) in &sets {
+        plan.bring_home(volume, *index, set);
+    }
     // Load moves when nothing else is to be done.
     if plan.wanted.changes.is_empty() {
-        let sets: Vec<_> = sets.iter().map(|(_, v, at, set)| (*v, *at, *set)).collect();
         while plan.fills < plan.params.moves && plan.move_one(&sets) {}
     }
     let unserved = plan.active().filter(|volume| plan.is_abandoned(volume));
@@ -126,6 +131,12 @@ pub fn wanted_changes(params: &ControllerParams, view: &View<'_>) -> Wanted {
 fn weight(volume: &VolumeRecord) -> u64 {
     let entries = volume.placement.sets.len().max(1) as u64;
     (volume.size_bytes / BLOCK_BYTES as u64 / entries).max(1)
+}
+
+/// Nothing of a set is on its way, and nothing is missing.
+fn is_at_rest(volume: &VolumeRecord, set: &ReplicaSet) -> bool {
+    set.replicas.len() as u32 == volume.replicas
+        && set.replicas.iter().all(|r| r.is_in_sync() && !r.leaving)
 }
 
 struct Plan<'a> {
@@ -236,17 +247,17 @@ impl<'a> Plan<'a> {
         store.is_some_and(|store| !volume.zones.allow(store.at.zone.as_deref()))
     }
 
-    /// It is being filled and shall not be: it counts for nothing, and keeps others from being filled.
-    fn is_futile(&self, volume: &VolumeRecord, replica: &Replica) -> bool {
-        let has_no_room = self
-            .store(replica.store)
-            .is_some_and(|store| store.at.free_blocks == 0);
-        replica.state == ReplicaState::Joining
-            && (self.is_gone(replica)
-                || has_no_room
-                || replica.leaving
-                || self.is_draining(replica.node)
-                || self.is_astray(volume, replica))
+    /// It is being filled and never will be: it counts for nothing, and keeps others from being filled.
+    fn is_futile(&self, replica: &Replica) -> bool {
+        let store = self.store(replica.store);
+        let has_no_room = store.is_some_and(|store| store.at.free_blocks == 0);
+        replica.state == ReplicaState::Joining && (self.is_gone(replica) || has_no_room)
+    }
+
+    /// Its node is to hold no copy of this volume: somebody wants it empty, or it is elsewhere and holds none yet.
+    fn is_unwanted(&self, volume: &VolumeRecord, replica: &Replica) -> bool {
+        let is_joining = replica.state == ReplicaState::Joining;
+        self.is_draining(replica.node) || (is_joining && self.is_astray(volume, replica))
     }
 
     fn is_gone(&self, replica: &Replica) -> bool {
@@ -371,54 +382,53 @@ impl<'a> Plan<'a> {
             leaving,
         };
         let remove = |store| Change::Remove { set: index, store };
-        for replica in &set.replicas {
-            if self.is_futile(volume, replica) {
+        let is_joining = |r: &&Replica| r.state == ReplicaState::Joining;
+        let futile = set.replicas.iter().filter(|r| self.is_futile(r));
+        let futile: Vec<&Replica> = futile.collect();
+        for replica in &futile {
+            self.want(volume, remove(replica.store));
+        }
+        let others = || {
+            let all = set.replicas.iter();
+            all.filter(|r| futile.iter().all(|other| other.store != r.store))
+        };
+        let staying: Vec<&Replica> = others()
+            .filter(|r| !r.leaving && !self.is_unwanted(volume, r) && !self.is_gone(r))
+            .collect();
+        let replicas = volume.replicas as usize;
+        let mut is_replaced = staying.len() >= replicas;
+        if !is_replaced {
+            // One that is wished away for a reason that is gone stays after all.
+            let may_stay =
+                |r: &&Replica| r.leaving && !self.is_unwanted(volume, r) && !self.is_silent(r.node);
+            let back = others().filter(may_stay);
+            match back.max_by_key(|replica| replica.is_in_sync()) {
+                Some(back) => self.want(volume, leave(back.store, false)),
+                None => is_replaced = self.add(volume, index, set, &staying),
+            }
+        }
+        // What is only being filled is given up when another one is; until then it may be done before that.
+        for replica in others() {
+            let goes = replica.leaving || self.is_unwanted(volume, replica);
+            if goes && is_replaced && is_joining(&replica) {
                 self.want(volume, remove(replica.store));
-            } else if self.is_draining(replica.node) && !replica.leaving {
+            } else if goes && !replica.leaving {
                 self.want(volume, leave(replica.store, true));
             }
         }
-        let staying: Vec<&Replica> = set
-            .replicas
-            .iter()
-            .filter(|r| !r.leaving && !self.is_draining(r.node) && !self.is_gone(r))
-            .filter(|r| !self.is_futile(volume, r))
-            .collect();
-        let replicas = volume.replicas as usize;
         let whole = staying.iter().filter(|r| r.is_in_sync()).count();
-        if staying.len() < replicas {
-            // One that is wished away for a reason that is gone stays after all.
-            let may_stay = |r: &&Replica| {
-                r.leaving
-                    && !self.is_draining(r.node)
-                    && !self.is_silent(r.node)
-                    && !self.is_futile(volume, r)
-            };
-            let back = set.replicas.iter().filter(may_stay);
-            let back = back.max_by_key(|replica| replica.is_in_sync());
-            if let Some(back) = back {
-                self.want(volume, leave(back.store, false));
-                return;
-            }
-            self.add(volume, index, set, &staying);
-            return;
-        }
         if whole < replicas {
             return;
         }
         // Enough are whole: what has been gone for long, or is wanted away and out of sync, is forgotten.
-        for replica in &set.replicas {
-            let is_joining = replica.state == ReplicaState::Joining;
-            if (self.is_gone(replica) && !is_joining) || (replica.leaving && !replica.is_in_sync())
-            {
+        for replica in others().filter(|r| !is_joining(r)) {
+            if self.is_gone(replica) || (replica.leaving && !replica.is_in_sync()) {
                 self.want(volume, remove(replica.store));
             }
         }
-        if set.replicas.iter().any(|replica| replica.leaving) {
-            return;
-        }
         // So is what is more than there should be: a node was replaced and came back. What is not whole yet goes first.
-        if staying.len() > replicas {
+        let is_leaving = set.replicas.iter().any(|replica| replica.leaving);
+        if staying.len() > replicas && !is_leaving {
             let dearest = |r: &&&Replica| {
                 let level = self.store(r.store).map(|store| self.level(store, 0));
                 (!r.is_in_sync(), self.is_astray(volume, r), level, r.store)
@@ -428,16 +438,38 @@ impl<'a> Plan<'a> {
                 Some(extra) => self.want(volume, remove(extra.store)),
                 None => {}
             }
+        }
+    }
+
+    /// Of a set at rest, one replica that lies outside the zones of the volume moves into them. Until there is a place for
+    /// it there it is a copy as good as any.
+    fn bring_home(&mut self, volume: &VolumeRecord, index: SetIndex, set: &ReplicaSet) {
+        let is_kept = |r: &Replica| !self.is_draining(r.node);
+        let mut astray = set.replicas.iter().filter(|r| self.is_astray(volume, r));
+        let Some(astray) = astray.next() else { return };
+        if !is_at_rest(volume, set) || !set.replicas.iter().all(is_kept) {
             return;
         }
-        // What lies outside the zones of the volume goes one by one, together with what takes its place: until there is
-        // a place it is a copy as good as any.
-        if let Some(astray) = staying.iter().find(|r| self.is_astray(volume, r)) {
-            let others = staying.iter().filter(|r| r.store != astray.store);
-            let others: Vec<&Replica> = others.copied().collect();
-            if self.add(volume, index, set, &others) {
-                self.want(volume, leave(astray.store, true));
-            }
+        let others = set.replicas.iter().filter(|r| r.store != astray.store);
+        let others: Vec<&Replica> = others.collect();
+        let now = self.used.clone();
+        let blocks = self.share(&now, astray.store, volume);
+        let Some(to) = self.place(volume, index, set, &others, blocks) else {
+            self.wanted.stuck.push((volume.id, index));
+            return;
+        };
+        if self.is_led(volume) && self.fills < self.params.moves {
+            self.fills += 1;
+            *self.used.entry(to.at.id).or_default() += blocks;
+            let from = self.used.entry(astray.store).or_default();
+            *from = from.saturating_sub(blocks);
+            let change = Change::Move {
+                set: index,
+                from: astray.store,
+                node: to.at.node,
+                store: to.at.id,
+            };
+            self.want(volume, change);
         }
     }
 
@@ -520,6 +552,7 @@ impl<'a> Plan<'a> {
                         store: emptiest.at.id,
                     };
                     self.want(volume, change);
+                    self.wanted.spread.push((volume.id, index));
                     return true;
                 }
             }
@@ -541,14 +574,12 @@ impl<'a> Plan<'a> {
             self.wanted.changes.iter().any(
                 |(id, change)| matches!(change, Change::Move { set, .. } if (*id, *set) == this),
             );
-        let is_at_rest = set.replicas.len() as u32 == volume.replicas
-            && set.replicas.iter().all(|r| r.is_in_sync() && !r.leaving);
         let others = || set.replicas.iter().filter(|r| r.store != from.at.id);
         // Two that may fail together are no better than before.
         let keeps_zones = to.at.zone.is_none()
             || to.at.zone == from.at.zone
             || others().all(|r| self.zone(r.store) != to.at.zone.as_deref());
-        is_at_rest
+        is_at_rest(volume, set)
             && !is_planned
             && !self.view.moved.contains(&this)
             && self.is_led(volume)

@@ -53,7 +53,7 @@ impl Faults {
             rot: some(10),
             failing_reads: some(5),
             distrust: some(10),
-            drain: some(60),
+            drain: some(90),
             unknown_swaps: some(50),
             straggler: some(30),
             every_us: 0,

@@ -9,7 +9,7 @@ use ashlar_core::records::{SetIndex, keys};
 use ashlar_core::replication::controller::{
     ControllerParams, NodeView, StoreView, View, wanted_changes,
 };
-use ashlar_core::replication::membership::change;
+use ashlar_core::replication::membership::{Change, change_all};
 use ashlar_core::units::NodeId;
 
 use crate::world::{Ev, LEASE_US, World};
@@ -114,16 +114,20 @@ impl World {
             moved: &[],
         };
         let wanted = wanted_changes(&params, &view);
-        for (_, wanted) in wanted.changes {
-            // Decided from what was read a moment ago, and refused if that has changed.
-            let Ok((_, transaction)) = change(&self.meta.record, wanted) else {
-                continue;
-            };
-            if self.meta.commit(&transaction).is_some() {
-                self.steering.changes += 1;
-                self.say(|| format!("the controller: {wanted:?}"));
-                self.tell_watchers();
-            }
+        let changes: Vec<Change> = wanted
+            .changes
+            .into_iter()
+            .map(|(_, change)| change)
+            .collect();
+        if changes.is_empty() {
+            return;
+        }
+        let (_, transaction) =
+            change_all(&self.meta.record, &changes).expect("changes that fit what was read");
+        if self.meta.commit(&transaction).is_some() {
+            self.steering.changes += changes.len() as u64;
+            self.say(|| format!("the controller: {changes:?}"));
+            self.tell_watchers();
         }
     }
 

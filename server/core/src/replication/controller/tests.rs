@@ -3,7 +3,7 @@
 use super::*;
 use crate::placement::spread;
 use crate::records::{HeadClaim, Placement, Revision, Versioned, VolumeName, Zones};
-use crate::replication::membership::change;
+use crate::replication::membership::change_all;
 use crate::units::{CHUNK_BYTES, Epoch, LayerId, StoreId};
 use uuid::Uuid;
 
@@ -123,15 +123,13 @@ impl Sim {
         }
         let wanted = self.look();
         let count = wanted.len();
-        for wanted in wanted {
-            if let Change::Move { set, .. } = wanted {
-                self.moved.push((self.volume.id, set));
-            }
+        if count > 0 {
+            self.moved.extend(&self.wanted.spread);
             let current = Versioned {
                 record: self.volume.clone(),
                 changed_at: Revision(1),
             };
-            let (record, _) = change(&current, wanted).expect("a change that can be made");
+            let (record, _) = change_all(&current, &wanted).expect("changes that can be made");
             assert_eq!(record.check_invariants(), Ok(()));
             self.volume = record;
         }
@@ -455,4 +453,89 @@ fn a_store_that_is_not_known_is_not_taken_for_one_elsewhere() {
     sim.stores.pop();
     assert_eq!(sim.second(None), 0);
     assert!(sim.wanted.stuck.is_empty());
+}
+
+/// Of one set: a replica of each of these nodes, in the order they are named.
+fn set_of(sim: &mut Sim, replicas: &[(u128, ReplicaState)]) {
+    let replica = |(n, state): &(u128, ReplicaState)| {
+        let mut replica = Replica::in_sync(id(*n), StoreId(Uuid::from_u128(100 + n)));
+        replica.state = *state;
+        replica
+    };
+    sim.volume.placement.sets = vec![ReplicaSet {
+        replicas: replicas.iter().map(replica).collect(),
+    }];
+    sim.count_room();
+}
+
+#[test]
+fn a_copy_that_is_nearly_made_is_given_up_only_for_another() {
+    let mut sim = Sim::new(5, 3);
+    use ReplicaState::{InSync, Joining};
+    set_of(&mut sim, &[(1, InSync), (2, InSync), (4, Joining)]);
+    sim.volume.head = Some(HeadClaim {
+        node: id(1),
+        incarnation: Uuid::from_u128(5),
+    });
+    let set = SetIndex(0);
+    let store = |n: u128| StoreId(Uuid::from_u128(100 + n));
+    sim.nodes.retain(|view| view.node != id(3));
+    let fifth = sim.nodes.pop().expect("a node");
+    sim.nodes[2].draining = true;
+    assert_eq!(
+        sim.look(),
+        [Change::Leave {
+            set,
+            store: store(4),
+            leaving: true
+        }]
+    );
+    assert_eq!(sim.wanted.stuck, [(sim.volume.id, set)]);
+    sim.nodes.push(fifth);
+    assert_eq!(
+        sim.look(),
+        [
+            Change::Add {
+                set,
+                node: id(5),
+                store: store(5)
+            },
+            Change::Remove {
+                set,
+                store: store(4)
+            }
+        ]
+    );
+}
+
+#[test]
+fn what_is_missing_comes_before_what_is_astray() {
+    let mut sim = Sim::new(5, 1);
+    let set = |n: u128| ReplicaSet {
+        replicas: vec![Replica::in_sync(id(n), StoreId(Uuid::from_u128(100 + n)))],
+    };
+    // Many copies are in the wrong zone, and each of them has a place in the right one.
+    for store in &mut sim.stores {
+        let zone = if store.at.node == id(5) { "a" } else { "b" };
+        store.at.zone = Some(zone.to_owned());
+    }
+    sim.volume.placement.sets = (0..8).map(|at| set(1 + at % 4)).collect();
+    sim.volume.zones = Zones::check(["a".to_owned()]).expect("a zone");
+    sim.count_room();
+    let moves = ControllerParams::default().moves;
+    assert_eq!(sim.look().len(), moves);
+    assert!(sim.wanted.spread.is_empty(), "not to spread the load");
+    // Those of a node that is drained have no copy that stays: they are served first.
+    sim.nodes[3].draining = true;
+    let wanted = sim.look();
+    let added = wanted
+        .iter()
+        .filter(|what| matches!(what, Change::Add { .. }));
+    assert_eq!(added.count(), moves, "{wanted:?}");
+    assert!(
+        !wanted
+            .iter()
+            .any(|what| matches!(what, Change::Move { .. })),
+        "{wanted:?}"
+    );
 }

@@ -126,17 +126,19 @@ impl ReplicatedHead {
         self.propose_leaving(SwapFor::Drop, record, &leftovers, actions);
     }
 
+    /// Replicas of a set that are in sync and stay so, as far as is known.
+    pub(super) fn staying_in_sync(&self, set: crate::records::SetIndex) -> u32 {
+        let recorded = &self.record.record.placement.sets[usize::from(set.0)];
+        let staying = recorded.in_sync().filter(|replica| !replica.leaving);
+        (staying.count() as u32).saturating_sub(self.set(set).failed.count_ones())
+    }
+
     /// Replicas that are wanted away from sets which have as many others in sync as they should.
     fn leaving_replicas(&self) -> Vec<(crate::records::SetIndex, MemberId)> {
         let mut leaving = Vec::new();
         for set in self.set_indices() {
             let recorded = &self.record.record.placement.sets[usize::from(set.0)];
-            let mut staying = recorded
-                .in_sync()
-                .filter(|replica| !replica.leaving)
-                .count() as u32;
-            staying = staying.saturating_sub(self.set(set).failed.count_ones());
-            if staying < self.record.record.replicas {
+            if self.staying_in_sync(set) < self.record.record.replicas {
                 continue;
             }
             for replica in recorded.replicas.iter().filter(|replica| replica.leaving) {

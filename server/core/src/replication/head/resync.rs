@@ -107,13 +107,11 @@ impl ReplicatedHead {
         }
     }
 
-    /// Replicas of a set that are to be in sync: those that stay, and while these are too few, those that wait for
-    /// somebody to take their place, too.
+    /// Replicas of a set that are to be in sync: those that stay and, until enough of these are, those that leave then, too.
     fn to_be_whole(&self, set: SetIndex) -> impl Iterator<Item = &Replica> {
         let record = &self.record.record;
         let replicas = &record.placement.sets[usize::from(set.0)].replicas;
-        let staying = replicas.iter().filter(|replica| !replica.leaving).count();
-        let are_few = staying < record.replicas as usize;
+        let are_few = self.staying_in_sync(set) < record.replicas;
         replicas
             .iter()
             .filter(move |replica| are_few || !replica.leaving)
@@ -264,6 +262,7 @@ impl ReplicatedHead {
             let bit = set.bit_of(member);
             bit != 0
                 && set.in_sync & bit == 0
+                && set.readable().count_ones() < self.record.record.replicas
                 && (set.readable().count_ones() as usize) < self.to_be_whole(index).count()
                 && self.is_to_be_whole(index, member)
         })
@@ -390,10 +389,6 @@ impl ReplicatedHead {
         };
         let resync = self.resyncs.remove(at);
         self.drop_jobs(JobFor::Resync(member), actions);
-        // Others may have waited for this one, and what ended it need not be an event that lets them go on.
-        if self.phase == Phase::Serving {
-            self.fill_due_us = Some(self.now_us);
-        }
         actions.push(Action::News(News::ResyncFailed {
             set: resync.set,
             member,

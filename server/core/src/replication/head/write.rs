@@ -176,8 +176,10 @@ impl ReplicatedHead {
             // `lose` settled it, if it can be.
             return Outcome::Pending;
         }
+        // Whoever refused what another one has is lost by that.
+        let refused = self.ops.get(at).is_some_and(|op| op.refused != 0);
         let outcome = self.conclude(at, serial, actions);
-        if status != Status::Ok {
+        if refused {
             self.advance(actions);
         }
         outcome

@@ -263,8 +263,12 @@ fn fills_take_turns_and_what_is_missing_comes_first() {
 
 #[test]
 fn a_copy_that_waits_for_somebody_to_take_its_place_is_kept_up_to_date() {
-    // Of four copies that there should be one leaves, and nobody takes its place; of three somebody has.
-    for (copies, is_filled) in [(4, true), (3, false)] {
+    // The third of these is out and leaves. Nobody takes its place, or the fourth will but is being filled, or has.
+    for (copies, fourth, is_filled) in [
+        (4, ReplicaState::InSync, true),
+        (3, ReplicaState::Joining, true),
+        (3, ReplicaState::InSync, false),
+    ] {
         let mut bench = Bench::new(&[&[1, 2, 3, 4]], &[]);
         let third = bench.member(3);
         bench.lose(3);
@@ -272,6 +276,9 @@ fn a_copy_that_waits_for_somebody_to_take_its_place_is_kept_up_to_date() {
         record.replicas = copies;
         for replica in &mut record.placement.sets[0].replicas {
             replica.leaving = replica.store == store(3);
+            if replica.store == store(4) && fourth == ReplicaState::Joining {
+                *replica = Replica::joining(node(4), store(4), Revision(7));
+            }
         }
         bench.conflict(record);
         bench.swapped();
@@ -279,6 +286,7 @@ fn a_copy_that_waits_for_somebody_to_take_its_place_is_kept_up_to_date() {
         bench.away.clear();
         bench.event(Event::LinkUp { member: third });
         bench.tick();
-        assert_eq!(bench.compared.contains(&third), is_filled, "of {copies}");
+        let is_compared = bench.compared.contains(&third);
+        assert_eq!(is_compared, is_filled, "of {copies}, the fourth {fourth:?}");
     }
 }
