@@ -98,7 +98,8 @@ spec:
   containers:
     - name: flex
       image: docker.io/library/busybox:1.37
-      command: [sh, -c, "date >>/data/starts && sync && sleep infinity"]
+      command: [sh, -c, "date >>/data/starts && sync && touch /tmp/written && sleep infinity"]
+      readinessProbe: {exec: {command: [test, -e, /tmp/written]}, periodSeconds: 1}
       volumeMounts:
         - {name: data, mountPath: /data}
   volumes:
@@ -114,7 +115,8 @@ flex_pod node-1
 kubectl exec flex -- grep -q '^/dev/nbd.* /data ext4 .*noatime' /proc/mounts || fail "a mounted device of FlexVolume"
 kubectl delete pod flex
 flex_pod node-2
-[ "$(kubectl exec flex -- sh -c 'wc -l </data/starts')" = 2 ] || fail "the data of FlexVolume on another node"
+starts=$(kubectl exec flex -- cat /data/starts)
+[ "$(wc -l <<<"$starts")" = 2 ] || fail "the data of FlexVolume on another node: $starts"
 kubectl delete pod flex
 wait_for 120 "the end of the volume of FlexVolume" ashlar volume delete flex --yes
 helm upgrade ashlar deploy/charts/ashlar --namespace ashlar --reset-then-reuse-values --set flexVolume.enabled=false >/dev/null
@@ -160,7 +162,8 @@ spec:
       containers:
         - name: diary
           image: docker.io/library/busybox:1.37
-          command: [sh, -c, "date >>/data/starts && sync && sleep infinity"]
+          command: [sh, -c, "date >>/data/starts && sync && touch /tmp/written && sleep infinity"]
+          readinessProbe: {exec: {command: [test, -e, /tmp/written]}, periodSeconds: 1}
           volumeMounts:
             - {name: data, mountPath: /data}
       volumes:
@@ -179,7 +182,8 @@ grep -qF '`node.kubernetes.io/out-of-service`' docs/kubernetes.md || fail "the d
 kubectl taint node "$lost" node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 elsewhere() { [ "$(node_of get pod diary-0)" != "$lost" ] && kubectl wait --for=condition=Ready pod/diary-0 --timeout=10s; }
 wait_for 900 "the pod of the lost node on another" elsewhere
-[ "$(kubectl exec diary-0 -- sh -c 'wc -l </data/starts')" = 2 ] || fail "the data of the lost node's pod"
+starts=$(kubectl exec diary-0 -- cat /data/starts)
+[ "$(wc -l <<<"$starts")" = 2 ] || fail "the data of the lost node's pod: $starts"
 
 # Another machine in its place, and a member of etcd there.
 start_nodes node-5
