@@ -48,7 +48,7 @@ pub fn room_for(node_blocks: &[u64], copies: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::{Placement, Replica, ReplicaSet, VolumeName, Zones};
+    use crate::records::{Placement, Replica, ReplicaSet, VolumeName};
     use crate::units::{LayerId, NodeId, VolumeId};
     use proptest::prelude::*;
     use uuid::Uuid;
@@ -91,6 +91,18 @@ mod tests {
         });
         assert_eq!(promised(&one, &all, &of(&[])), 1 << 20);
         assert_eq!(promised(&one, &a, &of(&[1])), 3 << 18);
+    }
+
+    #[test]
+    fn no_node_takes_two_copies() {
+        assert_eq!(room_for(&[10, 10, 10], 1), 30);
+        assert_eq!(room_for(&[10, 10, 10], 2), 15);
+        assert_eq!(room_for(&[10, 10, 10], 3), 10);
+        assert_eq!(room_for(&[10, 10, 10], 4), 0);
+        assert_eq!(room_for(&[100, 3, 4], 2), 7);
+        assert_eq!(room_for(&[100, 90, 4], 3), 4);
+        assert_eq!(room_for(&[], 1), 0);
+        assert_eq!(room_for(&[u64::MAX, u64::MAX], 1), u64::MAX);
     }
 
     proptest! {
