@@ -263,8 +263,8 @@ impl Volumes {
         .await
     }
 
-    /// Confines the copies of a volume to zones, from now on. Nobody has to disconnect; the controller moves what lies
-    /// elsewhere.
+    /// Confines the copies of a volume to zones that [`Volumes::check_zones`] found large enough, from now on. Nobody has to
+    /// disconnect; the controller moves what lies elsewhere.
     pub async fn confine(
         self: &Arc<Self>,
         reference: &str,
@@ -274,7 +274,6 @@ impl Volumes {
         self.to_the_end(|service| async move {
             let (before, _guard) = service.lock_volume(&reference).await?;
             let id = before.record.id;
-            service.check_zones(&zones, &before.record).await?;
             if let Some(changed) = service.change(&Change::Confine { id, zones: &zones }).await? {
                 tracing::info!(volume = %changed.record.name, id = %id.0, %zones, "zones of its copies");
                 service.record_seen(changed).await;

@@ -87,7 +87,8 @@ pub struct View<'a> {
 /// What is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// Changes to be made now, the most pressing first. Carry each out with [`super::membership::change`].
+    /// Changes to be made now, the most pressing first. Carry those of a volume out with
+    /// [`super::membership::change_all`].
     pub changes: Vec<(VolumeId, Change)>,
     /// Sets of which a replica moves only to spread the load.
     pub spread: Vec<(VolumeId, SetIndex)>,
@@ -452,8 +453,7 @@ impl<'a> Plan<'a> {
         }
         let others = set.replicas.iter().filter(|r| r.store != astray.store);
         let others: Vec<&Replica> = others.collect();
-        let now = self.used.clone();
-        let blocks = self.share(&now, astray.store, volume);
+        let blocks = self.share(&self.used, astray.store, volume);
         let Some(to) = self.place(volume, index, set, &others, blocks) else {
             self.wanted.stuck.push((volume.id, index));
             return;
@@ -481,8 +481,7 @@ impl<'a> Plan<'a> {
         set: &ReplicaSet,
         staying: &[&Replica],
     ) -> bool {
-        let now = self.used.clone();
-        let blocks = self.estimate(&now, volume, set);
+        let blocks = self.estimate(&self.used, volume, set);
         let to = self.place(volume, index, set, staying, blocks);
         let Some(to) = to.filter(|_| set.replicas.len() < REPLICAS_MAX) else {
             self.wanted.stuck.push((volume.id, index));

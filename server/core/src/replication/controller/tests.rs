@@ -425,7 +425,7 @@ fn copies_keep_to_the_zones_of_their_volume() {
     settle(&mut sim);
     assert_eq!(sim.on(id(3)), sets);
     assert_eq!(sim.wanted.stuck.len(), sets);
-    // It was a mistake: what was wished away stays after all.
+    // It was a mistake, and nothing came of it.
     zone(&mut sim, 2, "a");
     settle(&mut sim);
     assert_eq!(sim.on(id(3)), sets);

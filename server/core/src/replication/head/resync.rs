@@ -9,7 +9,7 @@ use super::leaf::JobFor;
 use super::members::Purpose;
 use super::rows::{RowsOf, RowsWalk};
 use super::{Action, MemberId, News, Phase, ReplicatedHead};
-use crate::records::{Replica, ReplicaState, SetIndex};
+use crate::records::{ReplicaState, SetIndex};
 use crate::units::{BLOCK_BYTES, Version};
 
 /// So much of what fills may copy in a while they may copy at once: clocks and threads are late by some of it.
@@ -107,19 +107,11 @@ impl ReplicatedHead {
         }
     }
 
-    /// Replicas of a set that are to be in sync: those that stay and, until enough of these are, those that leave then, too.
-    fn to_be_whole(&self, set: SetIndex) -> impl Iterator<Item = &Replica> {
-        let record = &self.record.record;
-        let replicas = &record.placement.sets[usize::from(set.0)].replicas;
-        let are_few = self.staying_in_sync(set) < record.replicas;
-        replicas
-            .iter()
-            .filter(move |replica| are_few || !replica.leaving)
-    }
-
+    /// Whether a replica of a set is to be in sync: one that stays is and, until enough of these are, one that leaves then.
     fn is_to_be_whole(&self, set: SetIndex, member: MemberId) -> bool {
+        let are_few = self.staying_in_sync(set) < self.record.record.replicas;
         let recorded = self.recorded(set, member);
-        recorded.is_some_and(|it| self.to_be_whole(set).any(|other| other.store == it.store))
+        recorded.is_some_and(|replica| are_few || !replica.leaving)
     }
 
     fn start_resync(&mut self, member: MemberId, set: SetIndex, actions: &mut Vec<Action>) {
@@ -263,7 +255,6 @@ impl ReplicatedHead {
             bit != 0
                 && set.in_sync & bit == 0
                 && set.readable().count_ones() < self.record.record.replicas
-                && (set.readable().count_ones() as usize) < self.to_be_whole(index).count()
                 && self.is_to_be_whole(index, member)
         })
     }

@@ -157,6 +157,7 @@ impl ReplicatedHead {
         };
         self.now_us = self.now_us.max(now_us);
         let set = known.set;
+        let mut refused = known.refused != 0;
         if status == Status::Ok {
             known.waiting &= !bit;
             known.applied |= bit;
@@ -169,6 +170,7 @@ impl ReplicatedHead {
         } else if status == Status::NoSpace {
             known.waiting &= !bit;
             known.refused |= bit;
+            refused = true;
         } else {
             let member = self.replica(set, place);
             self.lose(member, Some(status), actions);
@@ -176,9 +178,8 @@ impl ReplicatedHead {
             // `lose` settled it, if it can be.
             return Outcome::Pending;
         }
-        // Whoever refused what another one has is lost by that.
-        let refused = self.ops.get(at).is_some_and(|op| op.refused != 0);
         let outcome = self.conclude(at, serial, actions);
+        // Whoever refused what another one has is lost by that.
         if refused {
             self.advance(actions);
         }
