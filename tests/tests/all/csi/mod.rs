@@ -1,6 +1,7 @@
 //! The CSI driver over the real daemon, with nbdfuse and loop devices: what an orchestrator does, what goes wrong, and
 //! that nothing is lost or left behind.
 
+mod classes;
 mod crowd;
 mod docker;
 mod flexvolume;

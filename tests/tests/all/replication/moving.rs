@@ -174,6 +174,17 @@ fn held(trio: &Trio, at: usize) -> f64 {
         .expect("a store")
 }
 
+fn wait_given_back(trio: &Trio, at: usize) {
+    wait::until(LONG, "the node gives its blocks back", || {
+        let bytes = held(trio, at);
+        if bytes == 0.0 {
+            Ok(())
+        } else {
+            Err(format!("{bytes} bytes\n{}", logs(trio)))
+        }
+    });
+}
+
 fn logs(trio: &Trio) -> String {
     let all = trio.nodes.iter().enumerate();
     all.map(|(at, node)| format!("node {at}:\n{}\n", node.daemon.log.tail()))
@@ -213,14 +224,7 @@ fn a_node_is_drained_under_load_and_removed() {
     let (on, is_whole) = copies(&trio);
     assert!(!on.contains_key(&going) && is_whole, "{on:?}");
     // What it had is given back.
-    wait::until(LONG, "the drained node gives its blocks back", || {
-        let bytes = held(&trio, 2);
-        if bytes == 0.0 {
-            Ok(())
-        } else {
-            Err(format!("{bytes} bytes\n{}", logs(&trio)))
-        }
-    });
+    wait_given_back(&trio, 2);
     let known = load.end("drain");
     admin.run(["node", "remove", &going]);
     trio.nodes[2].daemon.kill();
@@ -367,14 +371,7 @@ fn a_volume_that_is_confined_to_a_zone_moves_there_under_load() {
     });
     let going = trio.nodes[2].id();
     wait_whole_without(&trio, &going);
-    wait::until(LONG, "the node elsewhere gives its blocks back", || {
-        let bytes = held(&trio, 2);
-        if bytes == 0.0 {
-            Ok(())
-        } else {
-            Err(format!("{bytes} bytes\n{}", logs(&trio)))
-        }
-    });
+    wait_given_back(&trio, 2);
     let shown = admin.run(["volume", "show", "disk"]);
     assert!(
         shown
