@@ -511,12 +511,13 @@ async fn scrub_store(
     rate_bytes_per_second: u64,
     sender: &mpsc::Sender<Result<admin::ScrubProgress, Status>>,
 ) -> Result<(), Status> {
+    // A small store is through before the answer is here.
+    let mut seen = services.plane.metrics().damage_count(store);
     services
         .plane
         .start_scrub(store, rate_bytes_per_second)
         .await
         .map_err(host_refused)?;
-    let mut seen = services.plane.metrics().damage_count(store);
     loop {
         let views = services.plane.store_views().await;
         let Some(view) = views.into_iter().find(|view| view.id == store) else {
@@ -533,6 +534,7 @@ async fn scrub_store(
                 .iter()
                 .map(|damage| convert::damage(damage, services.volumes.owner_of(damage.layer)))
                 .collect(),
+            damaged_blocks: view.status.scrub_damaged,
             finished,
         };
         if sender.send(Ok(progress)).await.is_err() {

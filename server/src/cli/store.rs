@@ -109,6 +109,7 @@ async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Re
                 path: path.to_owned(),
                 verified_bytes: 0,
                 complete: false,
+                damaged_blocks: 0,
                 damages: Vec::new(),
             });
         }
@@ -117,6 +118,7 @@ async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Re
         };
         store.verified_bytes = step.done_bytes;
         store.complete = step.finished;
+        store.damaged_blocks = step.damaged_blocks;
         for damage in step.damages {
             let damage = Damage::from(damage);
             if let Some(bar) = &bar {
@@ -133,7 +135,7 @@ async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Re
         }
     }
     output::print(format, &report)?;
-    if report.stores.iter().any(|store| !store.damages.is_empty()) {
+    if report.stores.iter().any(|store| store.damaged() > 0) {
         return Err(CliError::reported(Exit::Damaged));
     }
     if report.stores.iter().any(|store| !store.complete) {
@@ -246,7 +248,17 @@ struct ScrubbedStore {
     verified_bytes: u64,
     /// False when the scrub ended early.
     complete: bool,
+    /// That the scrub could not verify.
+    damaged_blocks: u64,
+    /// The places met meanwhile, those of clients' reads included.
     damages: Vec<Damage>,
+}
+
+impl ScrubbedStore {
+    /// Blocks known to be damaged.
+    fn damaged(&self) -> u64 {
+        self.damaged_blocks.max(self.damages.len() as u64)
+    }
 }
 
 #[derive(Serialize)]
@@ -291,7 +303,7 @@ impl Answer for ScrubReport {
     fn write_table(&self, out: &mut dyn Write) -> io::Result<()> {
         for store in &self.stores {
             let verified = human(store.verified_bytes);
-            match store.damages.len() {
+            match store.damaged() {
                 0 if store.complete => {
                     writeln!(out, "{}: {verified} verified, no damage", store.path)?
                 }
@@ -302,7 +314,7 @@ impl Answer for ScrubReport {
                 )?,
                 damaged => writeln!(
                     out,
-                    "{}: {verified} verified, damage in {damaged} place(s)",
+                    "{}: {verified} verified, damaged blocks: {damaged}",
                     store.path
                 )?,
             }
