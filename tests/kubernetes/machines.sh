@@ -45,7 +45,7 @@ start_machine() { # NAME
     cluster)
         start "$1" env TMPDIR=/dev/shm LD_PRELOAD="$work/whole-registers.so" linux.uml mem=2560M "ubd0=$work/$1.disk,$work/run.img" \
             root=/dev/ubda rw quiet con=null con0=null,fd:1 ssl=null "vec0:transport=tap,ifname=$1,depth=128,mac=$mac" \
-            "systemd.hostname=$1"
+            "systemd.hostname=$1" "uml_dir=$logs/uml"
         ;;
     esac
 }
