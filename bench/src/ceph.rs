@@ -20,8 +20,7 @@ const OSDS: u32 = 3;
 const POOL: &str = "bench";
 /// Placement groups of the pool, for three OSDs: about a hundred copies on each, as Ceph's documentation has it.
 const PLACEMENT_GROUPS: &str = "64";
-/// Memory that an OSD aims at: above the least that Ceph takes, 896 MiB, and several times what each OSD is first to be
-/// asked for at the default size, so that reads find it in its cache.
+/// Memory that an OSD aims at: above the least that Ceph takes, 896 MiB. What it knows of its objects has room there.
 const OSD_MEMORY_BYTES: u64 = 1 << 30;
 /// The smallest block file; BlueStore keeps its own database in it too.
 const LEAST_BLOCK_FILE_BYTES: u64 = 4 << 30;
@@ -282,6 +281,8 @@ fn configuration(
          [osd]\n\
          osd_data = {here}/osd-$id\n\
          osd_memory_target = {OSD_MEMORY_BYTES}\n\
+         # Reads are to miss caches; what is read here would be read again from memory.\n\
+         bluestore_default_buffered_read = false\n\
          bluestore_block_create = true\n\
          bluestore_block_size = {block_file}\n\
          # A file does not say that it lies on flash, and Ceph would tune itself for a turning disk.\n\

@@ -26,8 +26,6 @@ pub(crate) struct Started {
     pub(crate) running: Running,
     pub(crate) metered: Metered,
     pub(crate) cluster: Cluster,
-    /// Its time is not counted: it takes no part in reads and writes.
-    pub(crate) etcd: ServerProcess,
 }
 
 /// The nodes, and what another one is started with.
@@ -39,6 +37,8 @@ pub(crate) struct Cluster {
     sockets: PathBuf,
     flags: Vec<String>,
     metadata: String,
+    /// Its time is not counted: it takes no part in reads and writes.
+    _etcd: ServerProcess,
 }
 
 impl Cluster {
@@ -100,6 +100,7 @@ pub(crate) fn start(
         sockets: sockets.to_owned(),
         flags: flags.to_vec(),
         metadata,
+        _etcd: etcd,
     };
     let servers = (0..NODES).map(|_| cluster.add());
     let servers: Vec<ServerProcess> = servers.collect::<Result<_>>()?;
@@ -130,7 +131,6 @@ pub(crate) fn start(
             head: Some(first.clone()),
         },
         cluster,
-        etcd,
     })
 }
 

@@ -115,7 +115,6 @@ impl Entry<'_> {
         field.running.insert(Contender::Cluster, started.running);
         field.ours.insert(Contender::Cluster, started.metered);
         field.cluster = Some(started.cluster);
-        field.beside.push(started.etcd);
         Ok(())
     }
 

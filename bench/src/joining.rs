@@ -60,7 +60,7 @@ impl Joining {
     }
 }
 
-/// Has a fourth node join the cluster of `field`, which it keeps from then on.
+/// Has a fourth node join the cluster of `field`, which it keeps from then on. Everyone else ends before.
 pub(crate) fn measure(
     field: &mut Field,
     medium: Medium,
@@ -68,6 +68,7 @@ pub(crate) fn measure(
     calm: Duration,
     scratch: &Path,
 ) -> Result<Joining> {
+    field.leave_only(Contender::Cluster);
     let cluster = field.cluster.as_mut().context("no cluster runs")?;
     let running = field.running.get_mut(&Contender::Cluster);
     let running = running.context("no cluster runs")?;

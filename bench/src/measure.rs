@@ -95,11 +95,18 @@ pub(crate) struct Field {
     pub(crate) ours: BTreeMap<Contender, Metered>,
     /// The nodes of [`Contender::Cluster`], where it runs.
     pub(crate) cluster: Option<Cluster>,
-    /// Servers of several contenders, and what none is measured by: etcd, Ceph's monitor and manager.
+    /// Servers of several contenders, and what none is measured by: Ceph's OSDs, monitor and manager.
     pub(crate) beside: Vec<ServerProcess>,
 }
 
 impl Field {
+    /// Ends everyone but one.
+    pub(crate) fn leave_only(&mut self, contender: Contender) {
+        self.running.retain(|other, _| *other == contender);
+        self.ours.retain(|other, _| *other == contender);
+        self.beside.clear();
+    }
+
     /// Runs one cell once.
     fn sample(
         &mut self,
