@@ -73,12 +73,12 @@ pub trait Plane: VolumeHost {
     /// The connections of one volume; none when it is not open.
     async fn connections(&self, volume: VolumeId) -> Vec<ConnectionView>;
 
-    /// Begins to verify everything a store holds, from the start, at this many bytes a second. How far it is and what
-    /// it found stand in the store's status.
-    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<(), HostError>;
+    /// Begins to verify everything a store holds, from the start, at this many bytes a second, in place of a scrub that
+    /// runs. Returns its number. How far it is and what it found stand in the store's status.
+    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<u64, HostError>;
 
-    /// Ends the scrub of a store, if one runs.
-    async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError>;
+    /// Ends the scrub of this number, if it runs.
+    async fn stop_scrub(&self, store: StoreId, pass: u64) -> Result<(), HostError>;
 
     /// The next scrub that comes to its end, whoever began it. Waits until there is one. `None`: there will be none any
     /// more. May be given up at any time without losing one.

@@ -157,7 +157,7 @@ impl Scrubs {
             // Somebody asked for it: its end counts as well.
             Some(true) => Some(store),
             Some(false) => match self.plane.start_scrub(store, self.bytes_per_second).await {
-                Ok(()) => {
+                Ok(_) => {
                     tracing::info!(store = %store.0, "a scrub begins, as every so often");
                     Some(store)
                 }

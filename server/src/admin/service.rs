@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ashlar_core::store::StoreError;
 use ashlar_core::units::{BLOCK_BYTES, StoreId, VolumeId};
 use ashlar_proto::{admin, request};
 use tokio::sync::mpsc;
@@ -513,7 +514,7 @@ async fn scrub_store(
 ) -> Result<(), Status> {
     // A small store is through before the answer is here.
     let mut seen = services.plane.metrics().damage_count(store);
-    services
+    let pass = services
         .plane
         .start_scrub(store, rate_bytes_per_second)
         .await
@@ -521,24 +522,37 @@ async fn scrub_store(
     loop {
         let views = services.plane.store_views().await;
         let Some(view) = views.into_iter().find(|view| view.id == store) else {
-            return Ok(());
+            return Err(Status::unavailable("the daemon is shutting down"));
+        };
+        let status = &view.status;
+        let finished = status.scrub_ended.pass == pass;
+        let (blocks, damaged_blocks) = if finished {
+            (status.scrub_ended.blocks, status.scrub_ended.damaged)
+        } else if status.scrubbing && status.scrub_pass == pass {
+            (status.scrub_blocks, status.scrub_damaged)
+        } else if let Some(error) = status.poisoned {
+            let reason = StoreError::Poisoned(error).to_string();
+            return Err(host_refused(HostError::Store { reason }));
+        } else {
+            return Err(Status::aborted(
+                "the scrub was ended before it was complete: another one of the same store was begun, or the daemon is shutting down",
+            ));
         };
         let block_bytes = BLOCK_BYTES as u64;
-        let finished = !view.status.scrubbing;
         let new = services.plane.metrics().damages_after(store, &mut seen);
         let progress = admin::ScrubProgress {
             store_id: store.0.to_string(),
-            done_bytes: view.status.scrub_blocks * block_bytes,
-            total_bytes: view.status.mapped_blocks.max(view.status.scrub_blocks) * block_bytes,
+            done_bytes: blocks * block_bytes,
+            total_bytes: status.mapped_blocks.max(blocks) * block_bytes,
             damages: new
                 .iter()
                 .map(|damage| convert::damage(damage, services.volumes.owner_of(damage.layer)))
                 .collect(),
-            damaged_blocks: view.status.scrub_damaged,
+            damaged_blocks,
             finished,
         };
         if sender.send(Ok(progress)).await.is_err() {
-            let _ = services.plane.stop_scrub(store).await;
+            let _ = services.plane.stop_scrub(store, pass).await;
             return Ok(());
         }
         if finished {
@@ -548,7 +562,7 @@ async fn scrub_store(
             () = tokio::time::sleep(SCRUB_PROGRESS) => {}
             () = sender.closed() => {}
             () = state.draining() => {
-                let _ = services.plane.stop_scrub(store).await;
+                let _ = services.plane.stop_scrub(store, pass).await;
                 return Err(Status::unavailable("the daemon is shutting down"));
             }
         }

@@ -247,7 +247,7 @@ impl Plane for Host {
         runtime.connections.into_iter().map(view).collect()
     }
 
-    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<(), HostError> {
+    async fn start_scrub(&self, store: StoreId, bytes_per_second: u64) -> Result<u64, HostError> {
         let blocks_per_second = (bytes_per_second / BLOCK_BYTES as u64).max(1);
         self.plane
             .start_scrub(store, blocks_per_second)
@@ -255,8 +255,8 @@ impl Plane for Host {
             .map_err(refusal)
     }
 
-    async fn stop_scrub(&self, store: StoreId) -> Result<(), HostError> {
-        self.plane.stop_scrub(store).await.map_err(refusal)
+    async fn stop_scrub(&self, store: StoreId, pass: u64) -> Result<(), HostError> {
+        self.plane.stop_scrub(store, pass).await.map_err(refusal)
     }
 
     async fn scrub_ended(&self) -> Option<data::ScrubEnd> {

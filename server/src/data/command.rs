@@ -89,10 +89,16 @@ pub(super) enum Command {
     },
     Layers(Answer<Vec<StoreLayers>>),
     StoreStatuses(Answer<Vec<StoreReport>>),
-    /// Begins a scrub at this rate, or ends the one that runs.
-    Scrub {
+    /// Begins a scrub at this rate; answers its number.
+    StartScrub {
         store: StoreId,
-        blocks_per_s: Option<u64>,
+        blocks_per_s: u64,
+        answer: Answer<Result<u64, DataError>>,
+    },
+    /// Ends the scrub of this number, if it runs.
+    StopScrub {
+        store: StoreId,
+        pass: u64,
         answer: Answer<Result<(), DataError>>,
     },
     /// Of one store of the thread, or of all.
@@ -194,12 +200,24 @@ impl DataThread {
             Command::StoreStatuses(answer) => {
                 let _ = answer.send(self.store_statuses());
             }
-            Command::Scrub {
+            Command::StartScrub {
                 store,
                 blocks_per_s,
                 answer,
             } => {
-                let _ = answer.send(self.scrub(store, blocks_per_s));
+                let _ = answer.send(self.start_scrub(store, blocks_per_s));
+            }
+            Command::StopScrub {
+                store,
+                pass,
+                answer,
+            } => {
+                let stopped = self.driver_of(store).map(|driver| {
+                    if driver.store.running_scrub() == Some(pass) {
+                        driver.store.stop_scrub();
+                    }
+                });
+                let _ = answer.send(stopped);
             }
             Command::Checkpoint { store, answer } => {
                 let answers = (0..self.stores.len())
@@ -498,17 +516,18 @@ impl DataThread {
         self.stores.iter().map(report).collect()
     }
 
-    fn scrub(&mut self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
+    fn driver_of(&mut self, store: StoreId) -> Result<&mut super::thread::StoreDriver, DataError> {
         let driver = self.stores.iter_mut().find(|driver| driver.id == store);
-        let store = &mut driver.ok_or(DataError::NoSuchStore(store))?.store;
-        match blocks_per_s {
-            Some(rate) => {
-                store.set_scrub_rate(rate);
-                store.start_scrub();
-            }
-            None => store.stop_scrub(),
+        driver.ok_or(DataError::NoSuchStore(store))
+    }
+
+    fn start_scrub(&mut self, store: StoreId, blocks_per_s: u64) -> Result<u64, DataError> {
+        let store = &mut self.driver_of(store)?.store;
+        if let Some(error) = store.status().poisoned {
+            return Err(StoreError::Poisoned(error).into());
         }
-        Ok(())
+        store.set_scrub_rate(blocks_per_s);
+        Ok(store.start_scrub())
     }
 
     /// Starts something in a store that ends with a `Done`.

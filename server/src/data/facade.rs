@@ -363,28 +363,30 @@ impl DataPlane {
         reports
     }
 
-    /// Begins to verify a store from its start, at this rate; progress is in its status.
-    pub async fn start_scrub(&self, store: StoreId, blocks_per_s: u64) -> Result<(), DataError> {
-        self.scrub(store, Some(blocks_per_s)).await
-    }
-
-    /// Ends the scrub of a store, if one runs.
-    pub async fn stop_scrub(&self, store: StoreId) -> Result<(), DataError> {
-        self.scrub(store, None).await
-    }
-
-    /// The next scrub that comes to its end. `None`: the threads have ended.
-    pub async fn scrub_ended(&self) -> Option<ScrubEnd> {
-        self.0.scrubs_ended.lock().await.recv().await
-    }
-
-    async fn scrub(&self, store: StoreId, blocks_per_s: Option<u64>) -> Result<(), DataError> {
-        let command = |answer| Command::Scrub {
+    /// Begins to verify a store from its start, at this rate, in place of a scrub that runs. Returns its number; progress
+    /// is in the store's status.
+    pub async fn start_scrub(&self, store: StoreId, blocks_per_s: u64) -> Result<u64, DataError> {
+        let command = |answer| Command::StartScrub {
             store,
             blocks_per_s,
             answer,
         };
         self.thread_of_store(store)?.ask(command).await?
+    }
+
+    /// Ends the scrub of this number, if it runs.
+    pub async fn stop_scrub(&self, store: StoreId, pass: u64) -> Result<(), DataError> {
+        let command = |answer| Command::StopScrub {
+            store,
+            pass,
+            answer,
+        };
+        self.thread_of_store(store)?.ask(command).await?
+    }
+
+    /// The next scrub that comes to its end. `None`: the threads have ended.
+    pub async fn scrub_ended(&self) -> Option<ScrubEnd> {
+        self.0.scrubs_ended.lock().await.recv().await
     }
 
     /// Takes a checkpoint of a store.

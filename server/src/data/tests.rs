@@ -9,7 +9,7 @@ use ashlar_core::nbd::request::{RawRequest, encode};
 use ashlar_core::nbd::session::{Admitted, ReplyStyle, Session};
 use ashlar_core::nbd::wire::{command, command_flag};
 use ashlar_core::records::{Placement, VolumeLimits};
-use ashlar_core::store::OpenError;
+use ashlar_core::store::{OpenError, StoreError};
 use ashlar_core::units::{Epoch, ExportToken, LayerId, NodeId, VolumeId};
 use uuid::Uuid;
 
@@ -429,6 +429,12 @@ fn a_failed_write_poisons_the_store_and_says_so() {
             .status
             .poisoned
             .is_some()
+    );
+    // It would never come to its end.
+    let scrub = runtime.block_on(plane.start_scrub(plane.stores()[0].id, 1000));
+    assert!(
+        matches!(scrub, Err(DataError::Store(StoreError::Poisoned(_)))),
+        "{scrub:?}"
     );
     runtime.block_on(plane.drain());
     // Nothing that was answered is lost: the tail has it.

@@ -274,6 +274,7 @@ impl Store {
             });
         }
         self.fail_waiting_reads(&failed);
+        self.stop_scrub();
         self.want_ready = true;
     }
 

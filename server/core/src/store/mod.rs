@@ -377,10 +377,25 @@ pub struct StoreStatus {
     pub scrub_damaged: u64,
     /// Whether a scrub runs.
     pub scrubbing: bool,
+    /// Number of the scrub that runs or ran last, counted from the opening of the store.
+    pub scrub_pass: u64,
+    /// The last that came to its end; of number 0 before any did.
+    pub scrub_ended: ScrubOutcome,
     /// Layers whose blocks are being given back.
     pub dropping_layers: usize,
     /// Set when the store stopped after an I/O error.
     pub poisoned: Option<Errno>,
+}
+
+/// What a scrub that came to its end had done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubOutcome {
+    /// As [`StoreStatus::scrub_pass`].
+    pub pass: u64,
+    /// Blocks verified.
+    pub blocks: u64,
+    /// Of these, how many were damaged.
+    pub damaged: u64,
 }
 
 impl StoreStatus {

@@ -2,7 +2,7 @@
 
 use super::format::{ExtentKey, LEAF_DISK_BLOCKS};
 use super::read::Reader;
-use super::{AlignedBuf, Event, Store};
+use super::{AlignedBuf, Event, ScrubOutcome, Store};
 use crate::units::{BLOCK_BYTES, CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId};
 
 #[derive(Default)]
@@ -28,8 +28,9 @@ impl Scrub {
 }
 
 impl Store {
-    /// Begins to verify everything, from the start; [`Event::ScrubFinished`] ends it. A scrub that runs starts over.
-    pub fn start_scrub(&mut self) {
+    /// Begins to verify everything, from the start; [`Event::ScrubFinished`] ends it, if the store does not stop before.
+    /// One that runs is ended without an event. Returns the new one's number.
+    pub fn start_scrub(&mut self) -> u64 {
         let first = ExtentKey {
             layer: LayerId(0),
             chunk: ChunkIndex(0),
@@ -38,11 +39,18 @@ impl Store {
         self.scrub.next_ms = self.now_ms;
         self.counters.scrub_blocks = 0;
         self.counters.scrub_damaged = 0;
+        self.counters.scrub_pass += 1;
+        self.counters.scrub_pass
     }
 
     /// Ends the scrub, if one runs, without an event.
     pub fn stop_scrub(&mut self) {
         self.scrub.at = None;
+    }
+
+    /// Number of the scrub that runs, if one does.
+    pub fn running_scrub(&self) -> Option<u64> {
+        self.scrub.running().then_some(self.counters.scrub_pass)
     }
 
     /// Blocks a scrub reads a second, from its next read on.
@@ -63,6 +71,11 @@ impl Store {
                 self.scrub.at = None;
                 self.scrub.buf = None;
                 let (blocks, damaged) = (self.counters.scrub_blocks, self.counters.scrub_damaged);
+                self.counters.scrub_ended = ScrubOutcome {
+                    pass: self.counters.scrub_pass,
+                    blocks,
+                    damaged,
+                };
                 self.event(Event::ScrubFinished { blocks, damaged });
                 return;
             };
