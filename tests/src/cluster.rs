@@ -123,7 +123,7 @@ impl Node {
 const LONG: Duration = Duration::from_secs(90);
 
 /// What daemons say when a node is away, as tests make it be.
-const OF_LOST_NODES: [&str; 12] = [
+const OF_LOST_NODES: [&str; 13] = [
     "a replica failed",
     "a replica does not answer",
     "a replica is out of sync",
@@ -135,6 +135,7 @@ const OF_LOST_NODES: [&str; 12] = [
     "stopped without finishing the drain",
     "stopping with requests that are not answered",
     "has been away for long",
+    "with replicas on other nodes are still being opened",
     "is not heard of in the metadata store, but answers",
 ];
 

@@ -289,10 +289,15 @@ fn a_volume_follows_its_publication_and_classes_are_kept() {
     let lenient = [("replicas", "3"), ("minInSync", "1")];
     let made = Claim::of_class(controller, "lenient", SMALL, capability.clone(), &lenient);
     let made = made.expect("created");
-    let shown = trio.nodes[0].daemon.admin().json(["volume", "list"]);
-    let mut volumes = shown.as_array().expect("a list").iter();
-    let found = volumes.find(|volume| volume["id"] == made.id.as_str());
-    assert_eq!(found.expect("listed")["min_in_sync"], 1, "{shown}");
+    // A node is told of changes of records a moment after whoever asked for them.
+    wait::until(LONG, "the volume is listed", || {
+        let shown = trio.nodes[0].daemon.admin().json(["volume", "list"]);
+        let mut volumes = shown.as_array().expect("a list").iter();
+        let found = volumes.find(|volume| volume["id"] == made.id.as_str());
+        let found = found.ok_or_else(|| shown.to_string())?;
+        assert_eq!(found["min_in_sync"], 1, "{shown}");
+        Ok::<(), String>(())
+    });
     controller.delete(&made.id).expect("deleted");
     let readers = mounted("ext4", Mode::MultiNodeReaderOnly);
     let refused = with_copies(controller, "readers", &readers).err();

@@ -219,10 +219,11 @@ fn a_node_is_drained_under_load_and_removed() {
 
     trio.join("drain", &network, setup());
     let start = Instant::now();
-    let said = admin.run(["node", "drain", &going, "--wait"]);
+    let drain = admin.tool(["node", "drain", &going, "--wait"]);
+    let said = drain.limit(LONG).succeed();
     println!("drained in {:?}: {said}", start.elapsed());
-    let (on, is_whole) = copies(&trio);
-    assert!(!on.contains_key(&going) && is_whole, "{on:?}");
+    // A node is told of changes of records a moment after whoever asked for them.
+    wait_whole_without(&trio, &going);
     // What it had is given back.
     wait_given_back(&trio, 2);
     let known = load.end("drain");
@@ -323,10 +324,14 @@ fn a_node_that_joins_gets_its_share_under_load() {
         }
     });
     println!("even after {:?}: {last:?}", start.elapsed());
-    // And there it rests.
+    // And there it rests. A copy that is out for a moment comes back where it was.
     let (before, _) = copies(&trio);
     wait::pass(Duration::from_secs(20));
-    assert_eq!(copies(&trio), (before, true));
+    wait::until(LONG, "all copies are in sync", || {
+        let (after, is_whole) = copies(&trio);
+        assert_eq!(after, before);
+        if is_whole { Ok(()) } else { Err(logs(&trio)) }
+    });
     let known = load.end("spread");
     for at in [3, 1, 0] {
         verify_at(&trio, at, &known);

@@ -105,6 +105,7 @@ fn what_a_scrub_finds_is_written_again_from_a_good_copy() {
     trio.wait_in_sync(0, "disk", 3);
     // What is in the tail is read from there.
     trio.nodes[2].daemon.stop();
+    trio.wait_in_sync(0, "disk", 2);
     rot(&trio);
     trio.nodes[2].daemon.start();
     trio.wait_in_sync(0, "disk", 3);
@@ -112,6 +113,7 @@ fn what_a_scrub_finds_is_written_again_from_a_good_copy() {
 
     // The same where the head is beside the damaged copy.
     trio.nodes[2].daemon.stop();
+    trio.wait_in_sync(0, "disk", 2);
     rot(&trio);
     trio.nodes[2].daemon.start();
     trio.wait_in_sync(0, "disk", 3);
@@ -144,6 +146,7 @@ fn a_lost_leaf_is_made_again_from_a_good_copy_holes_and_all() {
     client.flush().expect("flushed");
     trio.wait_in_sync(0, "disk", 3);
     trio.nodes[2].daemon.stop();
+    trio.wait_in_sync(0, "disk", 2);
     rot_leaf(&trio, written);
     trio.nodes[2].daemon.start();
     trio.wait_in_sync(0, "disk", 3);
