@@ -339,16 +339,17 @@ impl Store {
             return;
         }
         let read = self.take_read(id);
-        let result = match read.error {
-            Some(e) => Err(e),
-            None => Ok(read.info),
-        };
         match read.reader {
-            Reader::Client(op) => self.actions.push(Action::Done { op, result }),
+            Reader::Client(op) => {
+                let result = match read.error {
+                    Some(e) => Err(e),
+                    None => Ok(read.info),
+                };
+                self.actions.push(Action::Done { op, result });
+            }
             Reader::Scrub => {
                 // Blocks that are not mapped were not read.
-                let holes = |info: &ReadInfo| info.holes.iter().map(|hole| hole.1).sum();
-                let holes: u32 = result.as_ref().map_or(0, holes);
+                let holes: u32 = read.info.holes.iter().map(|hole| hole.1).sum();
                 let extent = self.index.row(read.row).key;
                 self.on_scrub_read(extent, read.count - holes);
             }

@@ -10,7 +10,8 @@ pub(super) struct Scrub {
     /// The next leaf to read: its chunk and its number there.
     at: Option<(ExtentKey, u32)>,
     buf: Option<AlignedBuf>,
-    reading: bool,
+    /// Number of the scrub whose read is under way: it may have been ended or replaced meanwhile.
+    reading: Option<u64>,
     /// Of the leaf being read: blocks that cannot be read, the first in its chunk and how many.
     damaged: Vec<(u32, u32)>,
     /// Not before then: the rate.
@@ -59,12 +60,12 @@ impl Store {
     }
 
     pub(super) fn scrub_deadline(&self) -> Option<u64> {
-        (self.scrub.running() && !self.scrub.reading).then_some(self.scrub.next_ms)
+        (self.scrub.running() && self.scrub.reading.is_none()).then_some(self.scrub.next_ms)
     }
 
     pub(super) fn advance_scrub(&mut self) {
         while let Some((key, leaf)) = self.scrub.at {
-            if self.scrub.reading || self.now_ms < self.scrub.next_ms {
+            if self.scrub.reading.is_some() || self.now_ms < self.scrub.next_ms {
                 return;
             }
             let Some(row) = self.index.next_row(key) else {
@@ -104,7 +105,7 @@ impl Store {
                 .unwrap_or_else(|| AlignedBuf::zeroed(LEAF_BLOCKS as usize * BLOCK_BYTES));
             let ptr = buf.as_mut_ptr();
             self.scrub.buf = Some(buf);
-            self.scrub.reading = true;
+            self.scrub.reading = Some(self.counters.scrub_pass);
             let id = self.start_read(Reader::Scrub, row, leaf * LEAF_BLOCKS, LEAF_BLOCKS, ptr);
             self.end_read_if_done(id);
         }
@@ -112,10 +113,14 @@ impl Store {
 
     /// One leaf's blocks were read and compared.
     pub(super) fn on_scrub_read(&mut self, extent: ExtentKey, blocks: u32) {
-        self.scrub.reading = false;
+        let read_by = self.scrub.reading.take();
         let mut damaged = std::mem::take(&mut self.scrub.damaged);
         if !self.scrub.running() {
             self.scrub.buf = None;
+            return;
+        }
+        // The one that runs reads it again.
+        if read_by != Some(self.counters.scrub_pass) {
             return;
         }
         self.counters.scrub_blocks += u64::from(blocks);

@@ -10,6 +10,7 @@ mod power_cut;
 mod ram;
 mod restart;
 mod rng;
+mod scrub;
 mod unread;
 mod versions;
 mod world;
