@@ -93,7 +93,12 @@ async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Re
     let mut stream = daemon.client.scrub(request).await?.into_inner();
     let mut report = ScrubReport { stores: Vec::new() };
     let mut bar = None;
-    while let Some(step) = stream.message().await? {
+    let broken_off = loop {
+        let step = match stream.message().await {
+            Ok(Some(step)) => step,
+            Ok(None) => break None,
+            Err(status) => break Some(CliError::from(status)),
+        };
         if report
             .stores
             .last()
@@ -133,8 +138,12 @@ async fn scrub(daemon: &mut Daemon, format: Format, request: ScrubRequest) -> Re
                 bar.finish_and_clear();
             }
         }
-    }
+    };
+    // What was found until then counts, whatever ended it.
     output::print(format, &report)?;
+    if let Some(error) = broken_off {
+        return Err(error);
+    }
     if report.stores.iter().any(|store| store.damaged() > 0) {
         return Err(CliError::reported(Exit::Damaged));
     }

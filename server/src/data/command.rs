@@ -212,12 +212,7 @@ impl DataThread {
                 pass,
                 answer,
             } => {
-                let stopped = self.driver_of(store).map(|driver| {
-                    if driver.store.running_scrub() == Some(pass) {
-                        driver.store.stop_scrub();
-                    }
-                });
-                let _ = answer.send(stopped);
+                let _ = answer.send(self.stop_scrub(store, pass));
             }
             Command::Checkpoint { store, answer } => {
                 let answers = (0..self.stores.len())
@@ -269,12 +264,7 @@ impl DataThread {
         }
         let mut stores = Vec::with_capacity(spec.placement.stores.len());
         for id in &spec.placement.stores {
-            stores.push(
-                self.stores
-                    .iter()
-                    .position(|driver| driver.id == *id)
-                    .ok_or(DataError::NoSuchStore(*id))?,
-            );
+            stores.push(self.index_of(*id)?);
         }
         let head = Head::new(HeadSpec {
             volume: spec.id,
@@ -516,18 +506,26 @@ impl DataThread {
         self.stores.iter().map(report).collect()
     }
 
-    fn driver_of(&mut self, store: StoreId) -> Result<&mut super::thread::StoreDriver, DataError> {
-        let driver = self.stores.iter_mut().find(|driver| driver.id == store);
-        driver.ok_or(DataError::NoSuchStore(store))
+    /// Where the thread has a store.
+    pub(super) fn index_of(&self, store: StoreId) -> Result<usize, DataError> {
+        let found = self.stores.iter().position(|driver| driver.id == store);
+        found.ok_or(DataError::NoSuchStore(store))
     }
 
     fn start_scrub(&mut self, store: StoreId, blocks_per_s: u64) -> Result<u64, DataError> {
-        let store = &mut self.driver_of(store)?.store;
-        if let Some(error) = store.status().poisoned {
-            return Err(StoreError::Poisoned(error).into());
-        }
+        let at = self.index_of(store)?;
+        let store = &mut self.stores[at].store;
         store.set_scrub_rate(blocks_per_s);
-        Ok(store.start_scrub())
+        Ok(store.start_scrub()?)
+    }
+
+    fn stop_scrub(&mut self, store: StoreId, pass: u64) -> Result<(), DataError> {
+        let at = self.index_of(store)?;
+        let store = &mut self.stores[at].store;
+        if store.running_scrub() == Some(pass) {
+            store.stop_scrub();
+        }
+        Ok(())
     }
 
     /// Starts something in a store that ends with a `Done`.

@@ -75,7 +75,7 @@ impl DataThread {
                 from,
                 answer,
             } => {
-                let rows = self.survey_store(store).map(|at| {
+                let rows = self.index_of(store).map(|at| {
                     let rows = &self.stores[at].store;
                     rows.row_versions(layer, from, |_| true, Version::NONE, ROWS_AT_ONCE)
                 });
@@ -86,7 +86,7 @@ impl DataThread {
                 extent,
                 mut leaves,
                 answer,
-            } => match self.survey_store(store) {
+            } => match self.index_of(store) {
                 Err(error) => drop(answer.send(Err(error))),
                 Ok(store) => {
                     leaves.truncate(SURVEY_LEAVES_MAX);
@@ -105,9 +105,7 @@ impl DataThread {
                 layer,
                 answer,
             } => {
-                let dropping = self
-                    .survey_store(store)
-                    .map(|at| self.drop_layer(at, layer));
+                let dropping = self.index_of(store).map(|at| self.drop_layer(at, layer));
                 let _ = answer.send(dropping);
             }
             SurveyCommand::Distrust {
@@ -133,11 +131,6 @@ impl DataThread {
                 let _ = answer.send(replicas.chain(untouched).collect());
             }
         }
-    }
-
-    fn survey_store(&self, store: StoreId) -> Result<usize, DataError> {
-        let found = self.stores.iter().position(|driver| driver.id == store);
-        found.ok_or(DataError::NoSuchStore(store))
     }
 
     /// Sums up leaves until one has to be read first; the store says when it is there.

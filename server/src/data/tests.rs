@@ -430,7 +430,6 @@ fn a_failed_write_poisons_the_store_and_says_so() {
             .poisoned
             .is_some()
     );
-    // It would never come to its end.
     let scrub = runtime.block_on(plane.start_scrub(plane.stores()[0].id, 1000));
     assert!(
         matches!(scrub, Err(DataError::Store(StoreError::Poisoned(_)))),

@@ -8,6 +8,7 @@ use ashlar_tests::admin::{Admin, offline};
 use ashlar_tests::daemon::{Daemon, Setup, binary};
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::tool::{Finished, Tool};
+use ashlar_tests::wait;
 use serde_json::Value;
 
 fn start(test: &str) -> (Daemon, Admin) {
@@ -273,6 +274,31 @@ fn completions_are_written_for_every_shell() {
             "{shell}"
         );
     }
+}
+
+#[test]
+fn a_scrub_that_is_broken_off_is_no_success() {
+    let (daemon, admin) = start("cli-scrub");
+    admin.run(["volume", "create", "data", "--size", "16MiB"]);
+    let mut client = daemon.open("data", Wishes::SIMPLE);
+    // Of two leaves: the second waits for the rate.
+    for block in 400..600_u64 {
+        client.write(block * 4096, &[7; 4096]).expect("writes");
+    }
+    let slow = admin.tool(["store", "scrub", "--rate", "64KiB"]).start();
+    wait::until(
+        Duration::from_secs(20),
+        "a scrub that runs",
+        || match daemon.metrics().sum("ashlar_store_scrubbing", &[]) {
+            Some(1.0) => Ok(()),
+            other => Err(format!("{other:?}")),
+        },
+    );
+    let whole = admin.run(["store", "scrub", "--rate", "1GiB"]);
+    assert!(whole.ends_with("verified, no damage\n"), "{whole}");
+    let said = slow.finish().failure();
+    assert!(said.contains("another one of the same store"), "{said}");
+    assert!(!said.contains("no damage\n"), "{said}");
 }
 
 #[test]

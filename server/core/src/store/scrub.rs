@@ -2,7 +2,7 @@
 
 use super::format::{ExtentKey, LEAF_DISK_BLOCKS};
 use super::read::Reader;
-use super::{AlignedBuf, Event, ScrubOutcome, Store};
+use super::{AlignedBuf, Event, ScrubOutcome, Store, StoreError};
 use crate::units::{BLOCK_BYTES, CHUNK_LEAVES, ChunkIndex, LEAF_BLOCKS, LayerId};
 
 #[derive(Default)]
@@ -31,7 +31,8 @@ impl Scrub {
 impl Store {
     /// Begins to verify everything, from the start; [`Event::ScrubFinished`] ends it, if the store does not stop before.
     /// One that runs is ended without an event. Returns the new one's number.
-    pub fn start_scrub(&mut self) -> u64 {
+    pub fn start_scrub(&mut self) -> Result<u64, StoreError> {
+        self.healthy()?;
         let first = ExtentKey {
             layer: LayerId(0),
             chunk: ChunkIndex(0),
@@ -41,7 +42,7 @@ impl Store {
         self.counters.scrub_blocks = 0;
         self.counters.scrub_damaged = 0;
         self.counters.scrub_pass += 1;
-        self.counters.scrub_pass
+        Ok(self.counters.scrub_pass)
     }
 
     /// Ends the scrub, if one runs, without an event.

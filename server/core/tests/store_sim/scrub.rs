@@ -62,13 +62,13 @@ fn ended(ram: &Ram) -> Vec<(u64, u64)> {
 fn what_was_read_for_an_earlier_scrub_does_not_count() {
     for is_ended_first in [false, true] {
         let mut ram = damaged();
-        assert_eq!(ram.store().start_scrub(), 1);
+        assert_eq!(ram.store().start_scrub(), Ok(1));
         begin_reading(&mut ram);
         if is_ended_first {
             ram.store().stop_scrub();
             assert_eq!(ram.store().running_scrub(), None);
         }
-        assert_eq!(ram.store().start_scrub(), 2);
+        assert_eq!(ram.store().start_scrub(), Ok(2));
         assert_eq!(ram.store().running_scrub(), Some(2));
         rest(&mut ram);
         assert_eq!(ended(&ram), [(u64::from(2 * EACH), 1)]);
@@ -85,7 +85,7 @@ fn what_was_read_for_an_earlier_scrub_does_not_count() {
 #[test]
 fn a_scrub_that_is_ended_tells_nothing() {
     let mut ram = damaged();
-    ram.store().start_scrub();
+    ram.store().start_scrub().expect("a healthy store");
     begin_reading(&mut ram);
     ram.store().stop_scrub();
     rest(&mut ram);
@@ -96,7 +96,7 @@ fn a_scrub_that_is_ended_tells_nothing() {
 #[test]
 fn a_store_that_stops_has_no_scrub_any_more() {
     let mut ram = damaged();
-    ram.store().start_scrub();
+    ram.store().start_scrub().expect("a healthy store");
     ram.run();
     assert_eq!(ram.store().running_scrub(), Some(1), "the rate");
     ram.write(0, 0, &[9; BLOCK_BYTES]).expect("room");
@@ -105,4 +105,7 @@ fn a_store_that_stops_has_no_scrub_any_more() {
     let status = ram.store().status();
     assert_eq!((status.scrubbing, ended(&ram)), (false, vec![]));
     assert_eq!(status.scrub_ended, ScrubOutcome::default());
+    // It would never come to its end.
+    let refused = Err(StoreError::Poisoned(Errno::EIO));
+    assert_eq!(ram.store().start_scrub(), refused);
 }

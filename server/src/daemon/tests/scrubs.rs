@@ -2,6 +2,16 @@
 
 use super::*;
 
+/// Makes a volume of 8 MiB and writes these blocks of it.
+async fn write_blocks(dir: &Path, admin: &mut AdminClient<Channel>, blocks: std::ops::Range<u64>) {
+    let made = admin.create_volume(create("a", 8 << 20)).await;
+    made.expect("create");
+    let mut stream = connect_nbd(&dir.join("d/nbd.sock"), "a");
+    for block in blocks {
+        assert_eq!(write_block(&mut stream, block, 7), 0);
+    }
+}
+
 /// The verification of the one store, as soon as it is `wanted`.
 async fn scrub_when(
     admin: &mut AdminClient<Channel>,
@@ -29,13 +39,7 @@ async fn stores_are_verified_by_themselves_and_a_restart_remembers() {
     let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=1s"]).await;
     let fresh = scrub_when(&mut admin, |_| true).await;
     assert!(fresh.next_at_unix_ms > 0, "{fresh:?}");
-    let made = admin.create_volume(create("a", 1 << 20)).await;
-    made.expect("create");
-    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
-    for block in 0..64 {
-        assert_eq!(write_block(&mut stream, block, 7), 0);
-    }
-    drop(stream);
+    write_blocks(dir.path(), &mut admin, 0..64).await;
     let first = scrub_when(&mut admin, |scrub| scrub.last_verified_bytes >= 64 * 4096).await;
     assert_eq!(first.last_damaged_blocks, 0);
     let second = scrub_when(&mut admin, |scrub| {
@@ -81,13 +85,7 @@ async fn a_scrub_that_is_interrupted_is_begun_again() {
     // Some 20 seconds for what is written below.
     let slow = ["--scrub-every=1s", "--scrub-rate=64KiB"];
     let (daemon, mut admin, _) = start_with(dir.path(), &slow).await;
-    let made = admin.create_volume(create("a", 8 << 20)).await;
-    made.expect("create");
-    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
-    for block in 0..320 {
-        assert_eq!(write_block(&mut stream, block, 7), 0);
-    }
-    drop(stream);
+    write_blocks(dir.path(), &mut admin, 0..320).await;
     scrub_when(&mut admin, |scrub| scrub.running && scrub.done_bytes > 0).await;
     let begun = std::time::Instant::now();
     stop(daemon).await;
@@ -121,14 +119,8 @@ async fn end_of(mut scrub: tonic::Streaming<ScrubProgress>) -> Result<ScrubProgr
 async fn a_scrub_that_another_one_replaces_is_not_told_as_complete() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let (daemon, mut admin, _) = start_with(dir.path(), &["--scrub-every=off"]).await;
-    let made = admin.create_volume(create("a", 8 << 20)).await;
-    made.expect("create");
-    let mut stream = connect_nbd(&dir.path().join("d/nbd.sock"), "a");
     // Of two leaves: the second waits for the rate.
-    for block in 400..600 {
-        assert_eq!(write_block(&mut stream, block, 7), 0);
-    }
-    drop(stream);
+    write_blocks(dir.path(), &mut admin, 400..600).await;
     let asked = |rate_bytes_per_second| ScrubRequest {
         store_id: String::new(),
         rate_bytes_per_second,
