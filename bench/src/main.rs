@@ -10,6 +10,7 @@ mod entry;
 mod fio;
 mod http;
 mod joining;
+mod least;
 mod measure;
 mod procfs;
 mod reference;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 
+use crate::least::LeastServer;
 use crate::measure::Effort;
 use crate::procfs::Machine;
 use crate::report::{Report, RowReport};
@@ -39,7 +41,7 @@ use crate::scratch::Scratch;
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
-    cluster: Option<Subject>,
+    subject: Option<Subject>,
     #[command(flatten)]
     choices: Choices,
 }
@@ -54,6 +56,9 @@ enum Subject {
         #[command(flatten)]
         choices: Choices,
     },
+    /// What the comparison starts as a yardstick: an NBD server that keeps nothing.
+    #[command(hide = true)]
+    LeastServer(LeastServer),
 }
 
 #[derive(Debug, Args)]
@@ -155,9 +160,10 @@ impl Choices {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let compared = match &arguments.cluster {
+    let compared = match &arguments.subject {
         None => compare(&arguments.choices, Comparison::Servers, &[Medium::Disk]),
         Some(Subject::Cluster { media, choices }) => compare(choices, Comparison::Cluster, media),
+        Some(Subject::LeastServer(server)) => server.run().map(|()| ExitCode::SUCCESS),
     };
     match compared {
         Ok(code) => code,
@@ -265,7 +271,11 @@ fn versions(contenders: &[Contender]) -> BTreeMap<String, String> {
             Contender::CephNbd => {
                 wanted.extend([("ceph-osd", "--version"), ("qemu-nbd", "--version")])
             }
-            Contender::Ashlar | Contender::Single | Contender::Bare => {}
+            Contender::Ashlar
+            | Contender::Single
+            | Contender::Bare
+            | Contender::Least
+            | Contender::LeastLooking => {}
         }
     }
     let mut versions = BTreeMap::new();

@@ -45,6 +45,8 @@ pub(crate) struct RowReport {
     pub(crate) medians: BTreeMap<Contender, Figures>,
     /// Against other NBD servers.
     pub(crate) standing: Option<Standing>,
+    /// How the least servers would stand in its place.
+    pub(crate) least: Vec<(Contender, Standing)>,
     /// Against Ceph and what was read elsewhere.
     pub(crate) cluster: Option<ClusterStanding>,
     pub(crate) samples: Vec<Sample>,
@@ -58,8 +60,19 @@ impl RowReport {
         samples: Vec<Sample>,
     ) -> RowReport {
         let medians = summarise(&samples);
+        let least = match comparison {
+            Comparison::Servers => [Contender::Least, Contender::LeastLooking]
+                .into_iter()
+                .filter_map(|who| Some((who, standing(who, row, &medians)?)))
+                .collect(),
+            Comparison::Cluster => Vec::new(),
+        };
         let (title, standing, cluster) = match comparison {
-            Comparison::Servers => (row.title.to_owned(), standing(row, &medians), None),
+            Comparison::Servers => (
+                row.title.to_owned(),
+                standing(Contender::Ashlar, row, &medians),
+                None,
+            ),
             Comparison::Cluster => (
                 format!("{}, {}", row.title, medium.title()),
                 None,
@@ -73,6 +86,7 @@ impl RowReport {
             must_beat_bare: row.must_beat_bare,
             medians,
             standing,
+            least,
             cluster,
             samples,
         }

@@ -22,6 +22,8 @@ pub(crate) const EXPORT: &str = "bench";
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How long the least server that looks does so: longer than a client on the same machine takes to come back.
+const LOOK_US: u64 = 100;
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
 /// A running server process. Dropping it ends the process.
@@ -216,6 +218,8 @@ pub(crate) fn start_peer(contender: Contender, file: &Path, places: Places<'_>) 
                 .arg(file);
             command
         }
+        Contender::Least => least_server(0, &socket, file, places)?,
+        Contender::LeastLooking => least_server(LOOK_US, &socket, file, places)?,
         Contender::NbdServer => return start_nbd_server(&socket, file, places),
         _ => bail!("{} is no server over a file", contender.title()),
     };
@@ -262,6 +266,18 @@ fn qemu_nbd(modes: &[&str], socket: &Path, file: &Path) -> Command {
         .arg(format!("--socket={}", socket.display()))
         .arg(file);
     command
+}
+
+/// This program as a server. See [`crate::least`].
+fn least_server(look_us: u64, socket: &Path, file: &Path, places: Places<'_>) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("least-server");
+    command.arg("--socket").arg(socket);
+    command.arg("--file").arg(file);
+    let log = places.data.join(format!("least-{look_us}.log-data"));
+    command.arg("--log").arg(log);
+    command.arg(format!("--look-us={look_us}"));
+    Ok(command)
 }
 
 pub(crate) fn await_socket(
@@ -348,7 +364,7 @@ fn prove_mode(contender: Contender, file: &Path, socket: &Path, pid: u32) -> Res
         "{title} opened its data file for synchronous writes"
     );
     match contender {
-        Contender::QemuNone => {
+        Contender::QemuNone | Contender::Least | Contender::LeastLooking => {
             ensure!(direct, "{title} did not open its data file with O_DIRECT");
             ensure!(has_ring, "{title} has no io_uring");
         }

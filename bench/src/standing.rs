@@ -8,15 +8,15 @@ use crate::measure::Figures;
 use crate::reference::{CRUCIBLE, System, VITASTOR};
 use crate::rows::{Contender, Row};
 
-/// How Ashlar stands in one row.
+/// How a server, Ashlar as a rule, stands in one row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Standing {
     pub(crate) best_peer: Contender,
-    /// Ashlar's operations a second over the best peer's.
+    /// Its operations a second over the best peer's.
     pub(crate) ratio: f64,
     /// Over the bare file's.
     pub(crate) bare_ratio: Option<f64>,
-    /// Ashlar's processor time an operation over that of the peer which spends least.
+    /// Its processor time an operation over that of the peer which spends least.
     pub(crate) cpu_ratio: Option<f64>,
     pub(crate) meets_speed: bool,
     pub(crate) meets_cpu: bool,
@@ -29,13 +29,17 @@ const BARE_RATIO_WANTED: f64 = 0.9;
 /// ...with at most this part of the processor time of the peer that spends least.
 const CPU_RATIO_WANTED: f64 = 0.8;
 
-/// Compares Ashlar with the peers of a row; None when either side is missing.
-pub(crate) fn standing(row: &Row, figures: &BTreeMap<Contender, Figures>) -> Option<Standing> {
-    let ashlar = figures.get(&Contender::Ashlar)?;
+/// Compares Ashlar, or a yardstick in its place, with the peers of a row; None when either side is missing.
+pub(crate) fn standing(
+    who: Contender,
+    row: &Row,
+    figures: &BTreeMap<Contender, Figures>,
+) -> Option<Standing> {
+    let subject = figures.get(&who)?;
     let peers = || {
         figures
             .iter()
-            .filter(|(contender, _)| !matches!(contender, Contender::Ashlar | Contender::Bare))
+            .filter(|(contender, _)| !contender.is_ours() && !contender.is_yardstick())
     };
     let speed = |figures: &Figures| figures.operations_per_second;
     let (&best_peer, best) =
@@ -43,11 +47,11 @@ pub(crate) fn standing(row: &Row, figures: &BTreeMap<Contender, Figures>) -> Opt
     let least_cpu = peers()
         .filter_map(|(_, figures)| figures.server_cpu_us)
         .min_by(f64::total_cmp);
-    let ratio = speed(ashlar) / speed(best);
+    let ratio = speed(subject) / speed(best);
     let bare_ratio = figures
         .get(&Contender::Bare)
-        .map(|bare| speed(ashlar) / speed(bare));
-    let cpu_ratio = ashlar
+        .map(|bare| speed(subject) / speed(bare));
+    let cpu_ratio = subject
         .server_cpu_us
         .zip(least_cpu)
         .map(|(ours, theirs)| ours / theirs);
@@ -170,7 +174,7 @@ mod tests {
             (Contender::Nbdkit, at(100.0, Some(10.0))),
             (Contender::NbdServer, at(50.0, Some(5.0))),
         ]);
-        let standing = standing(&ROWS[4], &figures).unwrap();
+        let standing = standing(Contender::Ashlar, &ROWS[4], &figures).unwrap();
         assert_eq!(standing.best_peer, Contender::Nbdkit);
         assert_eq!(standing.ratio, 1.3);
         assert_eq!(standing.cpu_ratio, Some(0.8));
@@ -184,8 +188,17 @@ mod tests {
             (Contender::QemuNone, at(94.0, Some(10.0))),
             (Contender::Bare, at(100.0, None)),
         ]);
-        assert!(standing(&ROWS[0], &figures).unwrap().meets_speed);
-        assert!(ROWS[6].must_beat_bare && !standing(&ROWS[6], &figures).unwrap().meets_speed);
+        assert!(
+            standing(Contender::Ashlar, &ROWS[0], &figures)
+                .unwrap()
+                .meets_speed
+        );
+        assert!(
+            ROWS[6].must_beat_bare
+                && !standing(Contender::Ashlar, &ROWS[6], &figures)
+                    .unwrap()
+                    .meets_speed
+        );
     }
 
     #[test]

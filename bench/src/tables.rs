@@ -42,7 +42,10 @@ impl Report {
             }
             text += &format!("\n{}\n{table}\n", row.title);
             if let Some(standing) = &row.standing {
-                text += &format!("{}\n", verdict(row, standing));
+                text += &format!("{}\n", verdict(row, Contender::Ashlar, standing));
+            }
+            for (who, standing) in &row.least {
+                text += &format!("{}\n", verdict(row, *who, standing));
             }
             if let Some(standing) = &row.cluster {
                 text += &format!("{}\n", cluster_verdict(standing));
@@ -103,21 +106,28 @@ impl Report {
     }
 
     fn standings(&self) -> String {
-        let mut text = "| row | best peer | × best peer | × bare file | CPU × leanest peer | speed | CPU |\n|---|---|--:|--:|--:|---|---|\n".to_owned();
+        let columns = "best peer | × best peer | × bare file | CPU × leanest peer | speed | CPU |";
+        let lines = "---|--:|--:|--:|---|---|\n";
+        let mut text = format!("| row | {columns}\n|---|{lines}");
         for row in &self.rows {
-            let Some(standing) = &row.standing else {
-                continue;
-            };
-            text += &format!(
-                "| {} | {} | {:.2} | {} | {} | {} | {} |\n",
-                row.title,
-                standing.best_peer.title(),
-                standing.ratio,
-                optional(standing.bare_ratio, 2),
-                optional(standing.cpu_ratio, 2),
-                met(standing.meets_speed),
-                met(standing.meets_cpu),
-            );
+            if let Some(standing) = &row.standing {
+                text += &format!("| {} | {}\n", row.title, standing_cells(standing));
+            }
+        }
+        if self.rows.iter().all(|row| row.least.is_empty()) {
+            return text;
+        }
+        text += &format!("\n## {LEAST}\n\n{LEAST_NOTE}\n\n");
+        text += &format!("| row | server | {columns}\n|---|---|{lines}");
+        for row in &self.rows {
+            for (who, standing) in &row.least {
+                text += &format!(
+                    "| {} | {} | {}\n",
+                    row.title,
+                    who.title(),
+                    standing_cells(standing)
+                );
+            }
         }
         text
     }
@@ -181,6 +191,24 @@ impl Report {
     }
 }
 
+/// What a server that keeps nothing would be told.
+const LEAST: &str = "A server that keeps nothing, against the same targets";
+const LEAST_NOTE: &str = "It checks nothing, finds nothing again and keeps nothing that was written, except that a flush appends it to a file. What it \
+     misses cannot be had here by doing less, over NBD and with this client; only, perhaps, by doing things in another order. It sleeps when there is \
+     nothing to do, or looks for requests for 100 µs before: mostly faster, and dearer.";
+
+fn standing_cells(standing: &Standing) -> String {
+    format!(
+        "{} | {:.2} | {} | {} | {} | {} |",
+        standing.best_peer.title(),
+        standing.ratio,
+        optional(standing.bare_ratio, 2),
+        optional(standing.cpu_ratio, 2),
+        met(standing.meets_speed),
+        met(standing.meets_cpu),
+    )
+}
+
 /// What the cluster ends with.
 pub(crate) const JOINING: &str = "A fourth node joins, 4 KiB random writes, depth 8";
 
@@ -231,9 +259,10 @@ fn cells(contender: Contender, figures: &Figures) -> Vec<String> {
     ]
 }
 
-fn verdict(row: &RowReport, standing: &Standing) -> String {
+fn verdict(row: &RowReport, who: Contender, standing: &Standing) -> String {
     let mut text = format!(
-        "ashlar: {:.2} × {}",
+        "{}: {:.2} × {}",
+        who.title(),
         standing.ratio,
         standing.best_peer.title()
     );
