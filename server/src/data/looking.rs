@@ -100,7 +100,9 @@ impl DataThread {
             self.sent = Sent::FromDisk;
         }
         let now = Instant::now();
-        self.look = self.spin().look_until(now).map(|until| Look {
+        let requests = self.metrics.requests.get();
+        let until = self.spins.look_until(self.sent, now, requests);
+        self.look = until.map(|until| Look {
             begun: now,
             until,
             others: Duration::ZERO,

@@ -12,6 +12,7 @@ mod cluster;
 mod command;
 mod config;
 mod connection;
+mod contest;
 mod execute;
 mod facade;
 mod fence;

@@ -4,10 +4,12 @@
 //! costs more processor time than looking again for that long, and the client waits for the waking. A client that
 //! thinks longer, or a reply that a disk must give first, makes looking a waste. So the thread learns: it looks again
 //! as long as that pays more often than not, and otherwise only now and then, to see whether it has begun to pay.
-//! What was sent tells much about what comes back, so that each kind has a habit of its own.
+//! What was sent tells much about what comes back, so that each kind has a habit of its own. That a look finds something
+//! does not say that the client is better served by it: see [`super::contest`].
 
 use std::time::{Duration, Instant};
 
+use super::contest::Contest;
 use super::habit::Habit;
 
 /// Who gave way to others and is back sooner found nobody.
@@ -64,32 +66,64 @@ impl Sent {
         matches!(self, Sent::OnLinks | Sent::PartOfLinks | Sent::ThroughLinks)
     }
 
+    /// Whether a client has what it waited for, and the thread waits for nothing but its next request.
+    fn is_to_client(self) -> bool {
+        matches!(self, Sent::FromDisk | Sent::Alone | Sent::Several)
+    }
+
     /// Whether the look is there to drive the client off this processor: then it has not failed as long as it is there.
     pub(super) fn drives_off(self) -> bool {
         self == Sent::DiskBatch
     }
 }
 
-/// The habits of one thread.
+/// What one thread has learnt.
 #[derive(Debug)]
-pub(super) struct Spins([Spin; Sent::ALL.len()]);
+pub(super) struct Spins {
+    habits: [Spin; Sent::ALL.len()],
+    /// Whether a look that finds something is better than sleep.
+    contests: [Contest; Sent::ALL.len()],
+}
 
 impl Spins {
     /// `wake_up`: what going to sleep and being woken costs; zero turns all of this off.
     pub(super) fn new(wake_up: Duration) -> Spins {
-        Spins(Sent::ALL.map(|sent| {
+        let now = Instant::now();
+        let contests = Sent::ALL.map(|_| Contest::new(now));
+        let habits = Sent::ALL.map(|sent| {
             let window = wake_up * sent.patience();
             if sent.drives_off() {
                 return Spin::new(window, window, Habit::trying_again(BATCHES_PASSED_OVER));
             }
             // Beyond half the window a look has cost as much as it saves.
             Spin::new(window, window / 2, Habit::default())
-        }))
+        });
+        Spins { habits, contests }
     }
 
     #[inline]
     pub(super) fn after(&mut self, sent: Sent) -> &mut Spin {
-        &mut self.0[sent as usize]
+        &mut self.habits[sent as usize]
+    }
+
+    /// Until when to look after this was sent. `requests`: all that ever came.
+    #[inline]
+    pub(super) fn look_until(
+        &mut self,
+        sent: Sent,
+        now: Instant,
+        requests: u64,
+    ) -> Option<Instant> {
+        let until = self.after(sent).look_until(now)?;
+        if !sent.is_to_client() {
+            return Some(until);
+        }
+        let at = sent as usize;
+        let mut others = self.contests.iter().enumerate();
+        let may_try = !others.any(|(other, contest)| other != at && contest.is_tried(now));
+        self.contests[at]
+            .looks(now, requests, may_try)
+            .then_some(until)
     }
 }
 

@@ -394,6 +394,10 @@ impl DataThread {
             rounds -= u32::from(ended);
             self.run_stores();
         }
+        // Somebody waits for a message that is alone, and for nothing else; where there are more, the disk is what they wait for.
+        if self.links_have_one_message() {
+            self.send_links();
+        }
         self.engine.begin_queued();
         self.send_links();
         self.send_dirty();

@@ -11,12 +11,16 @@ use smallvec::SmallVec;
 
 use super::FileId;
 
-/// Weight of one measurement: an average over about the last eight.
+/// Weight of one measurement: an average over about the last eight...
 const AVERAGE_SHIFT: u32 = 3;
+/// ...or four, when it is the better one: what is in a disk's way only ever makes it slower.
+const BETTER_SHIFT: u32 = 2;
 /// One write in so many goes the other way, to see whether it has become the faster one.
 const TRY_OTHER: u32 = 64;
 /// The same while the other way takes more than twice as long.
 const TRY_MUCH_SLOWER: u32 = 512;
+/// A measurement counts as at most so many times the average: one stall of a disk says little about a way, many do.
+const STALL: u64 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
@@ -28,7 +32,8 @@ pub(super) enum Way {
     Here,
 }
 
-/// A disk on which a write by the data thread itself takes longer is not waited for.
+/// A disk on which a write by the data thread itself takes longer is not waited for, but for one write in
+/// [`TRY_MUCH_SLOWER`]: it may only have been slow for a time.
 const HERE_NS: u64 = 500_000;
 
 /// See the module text.
@@ -43,6 +48,8 @@ struct OfFile {
     since_other: u32,
     /// Writes that went another way, to give each its turn.
     others: u32,
+    /// Writes that the thread itself might have done if the disk were not too slow for that.
+    too_slow: u32,
     /// The kernel or the file system does not take the flag.
     only_linked: bool,
 }
@@ -83,6 +90,12 @@ impl OfFile {
         let mut ways: SmallVec<[Way; 3]> = SmallVec::from_slice(&[Way::Flagged, Way::Linked]);
         if alone && took(&Way::Here) < HERE_NS {
             ways.push(Way::Here);
+        } else if alone {
+            self.too_slow += 1;
+            if self.too_slow == TRY_MUCH_SLOWER {
+                self.too_slow = 0;
+                return Way::Here;
+            }
         }
         // A way not measured yet counts as the best.
         ways.sort_by_key(took);
@@ -107,7 +120,15 @@ impl OfFile {
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
         *average = match *average {
             0 => took,
-            old => old - (old >> AVERAGE_SHIFT) + (took >> AVERAGE_SHIFT),
+            old => {
+                let took = took.min(old.saturating_mul(STALL));
+                let shift = if took < old {
+                    BETTER_SHIFT
+                } else {
+                    AVERAGE_SHIFT
+                };
+                old - (old >> shift) + (took >> shift)
+            }
         };
     }
 }
@@ -170,6 +191,28 @@ mod tests {
         assert_eq!(run(&mut Durable::default(), false, 100), 0);
         assert!(run(&mut Durable::default(), true, 100) > 1900);
         assert!(run(&mut Durable::default(), true, 1000) < 10);
+    }
+
+    #[test]
+    fn a_disk_that_was_slow_for_a_time_is_waited_for_again() {
+        let mut durable = Durable::default();
+        let mut run = |writes: usize, here_us: u64| {
+            (0..writes)
+                .filter(|_| {
+                    let way = durable.choose(FILE, true);
+                    let took_us = if way == Way::Here { here_us } else { 200 };
+                    durable.learn(FILE, way, Duration::from_micros(took_us));
+                    way == Way::Here
+                })
+                .count()
+        };
+        // The very first write of a file may be its slowest.
+        assert!(run(1000, 5000) < 10);
+        run(10_000, 100);
+        assert!(run(1000, 100) > 950);
+        // One stall changes nothing.
+        assert_eq!(run(1, 50_000), 1);
+        assert!(run(1000, 100) > 950);
     }
 
     #[test]

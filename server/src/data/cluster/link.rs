@@ -21,6 +21,8 @@ const GRANT_BYTES: u64 = 512 << 10;
 const RECEIVE_BYTES: usize = 256 << 10;
 /// An empty outbox larger than this gives its memory back.
 const KEEP_BYTES: usize = 1 << 20;
+/// A message that costs about one system call: the change of a block or two, or an answer.
+const SHORT_BYTES: usize = 16 << 10;
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +54,8 @@ pub(super) struct Wire {
     outbox: Vec<u8>,
     /// Bytes of the outbox that are sent.
     sent: usize,
+    /// Messages that came into the outbox since it was empty.
+    messages: u32,
     /// Messages that wait for credit, with the credit each takes, and everything behind them.
     held: VecDeque<(u64, Vec<u8>)>,
     credit: u64,
@@ -74,6 +78,7 @@ impl Wire {
             end: leftover.len(),
             outbox: Vec::new(),
             sent: 0,
+            messages: 0,
             held: VecDeque::new(),
             credit: CREDIT_BYTES,
             owed: 0,
@@ -108,6 +113,7 @@ impl Wire {
             return;
         }
         self.credit -= takes;
+        self.messages += 1;
         self.outbox.extend_from_slice(&header.encode());
         for part in parts {
             self.outbox.extend_from_slice(part);
@@ -123,6 +129,7 @@ impl Wire {
             }
             if let Some((takes, message)) = self.held.pop_front() {
                 self.credit -= takes;
+                self.messages += 1;
                 self.outbox.extend_from_slice(&message);
             }
         }
@@ -141,6 +148,11 @@ impl Wire {
     /// Whether there is something to send and the socket may take it.
     pub(super) fn wants_to_send(&self) -> bool {
         !self.is_blocked && (self.sent < self.outbox.len() || self.stream.has_unsent())
+    }
+
+    /// Whether what is to be sent is soon sent: no more than one message, and no long one.
+    pub(super) fn is_soon_sent(&self) -> bool {
+        self.messages <= 1 && self.outbox.len() <= SHORT_BYTES
     }
 
     /// Sends as much as the socket takes. True: it is full.
@@ -162,6 +174,7 @@ impl Wire {
         if self.sent == self.outbox.len() {
             self.outbox.clear();
             self.sent = 0;
+            self.messages = 0;
             if self.outbox.capacity() > KEEP_BYTES {
                 self.outbox = Vec::new();
             }

@@ -210,6 +210,15 @@ impl DataThread {
         }
     }
 
+    /// Whether no link has more to send than one short message.
+    pub(in super::super) fn links_have_one_message(&self) -> bool {
+        let mut busy = self.cluster.busy_links.iter();
+        busy.all(|&key| {
+            let link = self.cluster.links.get(key);
+            link.is_none_or(|link| link.wire.is_soon_sent())
+        })
+    }
+
     /// Sends what is to be sent. Links that still have something to take stay in the list.
     pub(in super::super) fn send_links(&mut self) {
         for key in std::mem::take(&mut self.cluster.busy_links) {
