@@ -364,9 +364,12 @@ fn prove_mode(contender: Contender, file: &Path, socket: &Path, pid: u32) -> Res
         "{title} opened its data file for synchronous writes"
     );
     match contender {
-        Contender::QemuNone | Contender::Least | Contender::LeastLooking => {
+        Contender::QemuNone => {
             ensure!(direct, "{title} did not open its data file with O_DIRECT");
             ensure!(has_ring, "{title} has no io_uring");
+        }
+        Contender::Least | Contender::LeastLooking => {
+            ensure!(direct, "{title} did not open its data file with O_DIRECT");
         }
         Contender::QemuWriteback | Contender::Nbdkit | Contender::NbdServer => {
             ensure!(!direct, "{title} opened its data file with O_DIRECT");
