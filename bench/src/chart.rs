@@ -145,10 +145,10 @@ fn draw_row(svg: &mut String, row: &RowReport, top: f64) {
 }
 
 fn bar(svg: &mut String, x: f64, y: f64, length: f64, contender: Contender) {
-    // Ours stands out, the device's own is an outline, the peers are one grey: their names are beside them.
+    // Ours stands out, the yardsticks are outlines, the peers are one grey: their names are beside them.
     let paint = match contender {
         _ if contender.is_ours() => "fill=\"#0f766e\"",
-        Contender::Bare => "fill=\"#f1f3f5\" stroke=\"#9aa5b1\"",
+        _ if contender.is_yardstick() => "fill=\"#f1f3f5\" stroke=\"#9aa5b1\"",
         _ => "fill=\"#b8c2cc\"",
     };
     let _ = writeln!(

@@ -16,12 +16,12 @@ const MEASURED: u32 = 64;
 const OFTEN: u32 = 32 * (LEAD_IN + MEASURED);
 /// ...and while one is clearly better.
 const SELDOM: u32 = 8 * OFTEN;
-/// Looking costs processor time: it has to take at most this part of the time that sleeping takes.
+/// Looking keeps others from a processor: it has to take at most this part of the time that sleeping takes.
 const LOOKING_GAINS: f64 = 0.95;
-/// What one trial may tell: a client that paused meanwhile makes any ratio.
+/// What one trial may tell.
 const MOST: f64 = 2.0;
-/// A trial that has not ended after this time was left by its client, and others need not wait for it.
-const LEFT_AFTER: Duration = Duration::from_secs(1);
+/// Between two turns so far apart the client paused: the trial would measure that.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A part of a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,8 @@ pub(super) struct Contest {
     turns: u32,
     /// When the measured part of the block began, and the requests that had come by then.
     mark: (Instant, u64),
-    began: Instant,
+    /// When the last turn of a trial was.
+    last: Instant,
     /// Seconds that a request took before, and with the other way.
     took: [f64; 2],
 }
@@ -60,14 +61,14 @@ impl Contest {
             block: Block::Between(MEASURED),
             turns: 0,
             mark: (now, 0),
-            began: now,
+            last: now,
             took: [0.0; 2],
         }
     }
 
     /// Whether a trial is under way that others have to wait for.
     pub(super) fn is_tried(&self, now: Instant) -> bool {
-        !matches!(self.block, Block::Between(_)) && now.duration_since(self.began) < LEFT_AFTER
+        !matches!(self.block, Block::Between(_)) && now.duration_since(self.last) < PAUSE
     }
 
     /// A turn ends in which looking is worth a thought: whether to. `requests`: all that ever came. `may_try`: no other
@@ -77,15 +78,19 @@ impl Contest {
         match &mut self.block {
             Block::Between(0) if may_try => {
                 self.block = Block::Before;
-                self.began = now;
                 self.turns = 0;
             }
             Block::Between(left) => {
                 *left = left.saturating_sub(1);
                 return self.looks;
             }
+            _ if now.duration_since(self.last) >= PAUSE => {
+                self.block = Block::Between(OFTEN);
+                return self.looks;
+            }
             _ => {}
         }
+        self.last = now;
         self.turns += 1;
         if self.turns == LEAD_IN {
             self.mark = (now, requests);
@@ -133,47 +138,67 @@ impl Contest {
 mod tests {
     use super::*;
 
-    /// Turns of one request each; a request takes so long with either way. The turns that looked.
-    fn run(contest: &mut Contest, now: &mut Instant, turns: u64, looking: u64, asleep: u64) -> u64 {
-        let mut looked = 0;
-        for request in 0..turns {
-            let looks = contest.looks(*now, request, true);
-            looked += u64::from(looks);
-            *now += Duration::from_micros(if looks { looking } else { asleep });
+    /// A contest, its time, and the requests that came.
+    struct Run {
+        contest: Contest,
+        now: Instant,
+        requests: u64,
+    }
+
+    impl Run {
+        fn new() -> Run {
+            let now = Instant::now();
+            Run {
+                contest: Contest::new(now),
+                now,
+                requests: 0,
+            }
         }
-        looked
+
+        /// Turns of one request each, which takes so many microseconds with either way. The turns that looked.
+        fn turns(&mut self, turns: u64, looking: u64, asleep: u64) -> u64 {
+            let mut looked = 0;
+            for _ in 0..turns {
+                let looks = self.contest.looks(self.now, self.requests, true);
+                looked += u64::from(looks);
+                self.requests += 1;
+                self.now += Duration::from_micros(if looks { looking } else { asleep });
+            }
+            looked
+        }
     }
 
     #[test]
     fn the_sooner_way_is_taken_and_a_change_is_noticed() {
-        let mut now = Instant::now();
-        let mut contest = Contest::new(now);
-        run(&mut contest, &mut now, 1000, 90, 75);
-        assert!(run(&mut contest, &mut now, 10_000, 90, 75) < 500);
+        let mut run = Run::new();
+        run.turns(1000, 90, 75);
+        assert!(run.turns(10_000, 90, 75) < 500);
         // The client is another one.
-        run(&mut contest, &mut now, 10_000, 25, 50);
-        assert!(run(&mut contest, &mut now, 100_000, 25, 50) > 98_000);
+        run.turns(10_000, 25, 50);
+        assert!(run.turns(100_000, 25, 50) > 98_000);
     }
 
     #[test]
-    fn what_gains_nothing_is_not_worth_processor_time() {
-        let mut now = Instant::now();
-        let mut contest = Contest::new(now);
-        run(&mut contest, &mut now, 10_000, 100, 100);
-        assert!(run(&mut contest, &mut now, 10_000, 100, 100) < 500);
+    fn what_gains_nothing_does_not_keep_others_from_the_processor() {
+        let mut run = Run::new();
+        run.turns(10_000, 100, 100);
+        assert!(run.turns(10_000, 100, 100) < 500);
     }
 
     #[test]
-    fn a_pause_of_the_client_decides_nothing_for_long() {
-        let mut now = Instant::now();
-        let mut contest = Contest::new(now);
-        run(&mut contest, &mut now, 50_000, 25, 50);
-        for _ in 0..4 {
-            run(&mut contest, &mut now, 500, 25, 50);
-            now += Duration::from_secs(1);
+    fn a_pause_of_the_client_decides_nothing() {
+        for block in [Block::Before, Block::Other, Block::After] {
+            let mut run = Run::new();
+            run.turns(50_000, 25, 50);
+            for _ in 0..4 {
+                while run.contest.block != block || run.contest.turns < 2 * LEAD_IN {
+                    run.turns(1, 25, 50);
+                }
+                run.now += PAUSE;
+                run.turns(1, 25, 50);
+                assert!(run.contest.looks && run.contest.ratio < 0.6, "{block:?}");
+            }
         }
-        run(&mut contest, &mut now, 10_000, 25, 50);
-        assert!(run(&mut contest, &mut now, 10_000, 25, 50) > 9000);
     }
 
     #[test]
@@ -186,7 +211,7 @@ mod tests {
         assert!(!contest.is_tried(now));
         contest.looks(now, 1000, true);
         assert!(contest.is_tried(now));
-        now += LEFT_AFTER;
+        now += PAUSE;
         assert!(!contest.is_tried(now));
     }
 }

@@ -31,11 +31,16 @@ impl Habit {
         }
     }
 
-    /// Whether to try this time: as long as it pays more often than not, and otherwise only now and then, to see
-    /// whether it has begun to.
+    /// Whether it pays more often than not.
+    #[inline]
+    pub(super) fn pays(&self) -> bool {
+        self.pays >= ONE / 2
+    }
+
+    /// Whether to try this time: as long as it pays, and otherwise only now and then, to see whether it has begun to.
     #[inline]
     pub(super) fn tries(&mut self) -> bool {
-        if self.pays < ONE / 2 {
+        if !self.pays() {
             self.passed_over += 1;
             if self.passed_over < self.try_again {
                 return false;

@@ -66,8 +66,9 @@ impl Sent {
         matches!(self, Sent::OnLinks | Sent::PartOfLinks | Sent::ThroughLinks)
     }
 
-    /// Whether a client has what it waited for, and the thread waits for nothing but its next request.
-    fn is_to_client(self) -> bool {
+    /// Whether sleep may be better though a look finds something. Not where others have the processor between two looks, nor
+    /// where the look is there for what it does to the client.
+    fn is_contested(self) -> bool {
         matches!(self, Sent::FromDisk | Sent::Alone | Sent::Several)
     }
 
@@ -114,8 +115,11 @@ impl Spins {
         now: Instant,
         requests: u64,
     ) -> Option<Instant> {
-        let until = self.after(sent).look_until(now)?;
-        if !sent.is_to_client() {
+        let spin = self.after(sent);
+        let pays = spin.habit.pays();
+        let until = spin.look_until(now)?;
+        // What does not find anything is no rival of sleep; now and then it is to be seen whether it does again.
+        if !pays || !sent.is_contested() {
             return Some(until);
         }
         let at = sent as usize;
@@ -253,6 +257,33 @@ mod tests {
         }
         let looks = Sent::ALL.map(|sent| spins.after(sent).look_until(now).is_some());
         assert_eq!(looks, [false, true, false, false, false, false, false]);
+    }
+
+    #[test]
+    fn where_sleep_is_better_a_look_is_still_tried_once_it_had_stopped_paying() {
+        let mut now = Instant::now();
+        let mut spins = Spins::new(Duration::from_micros(20));
+        // The looks in a thousand turns of one request each, which takes longer when it was looked for.
+        let mut looks = |spins: &mut Spins, turns: u64, finds: bool, looking: u64, asleep: u64| {
+            let mut looked = 0;
+            for request in 0..turns {
+                let looks = spins.look_until(Sent::FromDisk, now, request).is_some();
+                if looks {
+                    looked += 1;
+                    let found = finds.then_some(Duration::from_micros(5));
+                    spins.after(Sent::FromDisk).learn(found);
+                }
+                now += Duration::from_micros(if looks { looking } else { asleep });
+            }
+            looked
+        };
+        looks(&mut spins, 1000, true, 90, 75);
+        assert!(looks(&mut spins, 2000, true, 90, 75) < 200);
+        // A client that thinks for long, and then one that does not, for which looking is better.
+        looks(&mut spins, 50_000, false, 90, 90);
+        assert!(looks(&mut spins, 6400, false, 90, 90) >= 100);
+        looks(&mut spins, 30_000, true, 25, 50);
+        assert!(looks(&mut spins, 1000, true, 25, 50) > 700);
     }
 
     #[test]

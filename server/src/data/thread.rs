@@ -394,8 +394,9 @@ impl DataThread {
             rounds -= u32::from(ended);
             self.run_stores();
         }
-        // Somebody waits for a message that is alone, and for nothing else; where there are more, the disk is what they wait for.
-        if self.links_have_one_message() {
+        // One operation waits for its messages first, and for the disk, if at all, behind them. Where there are more, a disk that
+        // begins later costs all of them.
+        if self.links_have_little() {
             self.send_links();
         }
         self.engine.begin_queued();

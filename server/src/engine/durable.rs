@@ -11,15 +11,14 @@ use smallvec::SmallVec;
 
 use super::FileId;
 
-/// Weight of one measurement: an average over about the last eight...
+/// Weight of one measurement: an average over about the last eight.
 const AVERAGE_SHIFT: u32 = 3;
-/// ...or four, when it is the better one: what is in a disk's way only ever makes it slower.
-const BETTER_SHIFT: u32 = 2;
 /// One write in so many goes the other way, to see whether it has become the faster one.
 const TRY_OTHER: u32 = 64;
 /// The same while the other way takes more than twice as long.
 const TRY_MUCH_SLOWER: u32 = 512;
-/// A measurement counts as at most so many times the average: one stall of a disk says little about a way, many do.
+/// A measurement counts as at most so many times the average: one stall of a disk says little about a way, many do. One so
+/// many times better shows that the average was one of stalls, and takes its place.
 const STALL: u64 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,12 +121,11 @@ impl OfFile {
             0 => took,
             old => {
                 let took = took.min(old.saturating_mul(STALL));
-                let shift = if took < old {
-                    BETTER_SHIFT
+                if took < old / STALL {
+                    took
                 } else {
-                    AVERAGE_SHIFT
-                };
-                old - (old >> shift) + (took >> shift)
+                    old - (old >> AVERAGE_SHIFT) + (took >> AVERAGE_SHIFT)
+                }
             }
         };
     }

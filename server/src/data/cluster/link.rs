@@ -1,7 +1,7 @@
 //! One connection to a peer: the messages on it, in both directions, and how many bytes may be under way.
 //!
 //! A link has a direction: one end has heads that open sessions on it, the other a store with replicas. Messages of
-//! either end are encoded into one run of bytes and leave by one send a turn; what comes is decoded where it was
+//! either end are encoded into one run of bytes and leave by one send a turn as a rule; what comes is decoded where it was
 //! received.
 
 use std::collections::VecDeque;
@@ -21,8 +21,6 @@ const GRANT_BYTES: u64 = 512 << 10;
 const RECEIVE_BYTES: usize = 256 << 10;
 /// An empty outbox larger than this gives its memory back.
 const KEEP_BYTES: usize = 1 << 20;
-/// A message that costs about one system call: the change of a block or two, or an answer.
-const SHORT_BYTES: usize = 16 << 10;
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +111,7 @@ impl Wire {
             return;
         }
         self.credit -= takes;
-        self.messages += 1;
+        self.messages = self.messages.saturating_add(1);
         self.outbox.extend_from_slice(&header.encode());
         for part in parts {
             self.outbox.extend_from_slice(part);
@@ -129,7 +127,7 @@ impl Wire {
             }
             if let Some((takes, message)) = self.held.pop_front() {
                 self.credit -= takes;
-                self.messages += 1;
+                self.messages = self.messages.saturating_add(1);
                 self.outbox.extend_from_slice(&message);
             }
         }
@@ -150,9 +148,9 @@ impl Wire {
         !self.is_blocked && (self.sent < self.outbox.len() || self.stream.has_unsent())
     }
 
-    /// Whether what is to be sent is soon sent: no more than one message, and no long one.
-    pub(super) fn is_soon_sent(&self) -> bool {
-        self.messages <= 1 && self.outbox.len() <= SHORT_BYTES
+    /// Messages that are to be sent, and their bytes.
+    pub(super) fn to_send(&self) -> (u32, usize) {
+        (self.messages, self.outbox.len())
     }
 
     /// Sends as much as the socket takes. True: it is full.

@@ -13,6 +13,10 @@ use crate::engine::WatchId;
 
 /// Messages taken from one link in a turn before the others have theirs.
 const TURN_MESSAGES: usize = 256;
+/// One change of a volume with three copies, to those that are elsewhere...
+const LITTLE_MESSAGES: u32 = 2;
+/// ...of a block each.
+const LITTLE_BYTES: usize = 16 << 10;
 /// Body of `Write` and `Data`: a checksum for each block stands before the blocks.
 pub(super) const CRC_BYTES: usize = 4;
 
@@ -210,13 +214,17 @@ impl DataThread {
         }
     }
 
-    /// Whether no link has more to send than one short message.
-    pub(in super::super) fn links_have_one_message(&self) -> bool {
-        let mut busy = self.cluster.busy_links.iter();
-        busy.all(|&key| {
-            let link = self.cluster.links.get(key);
-            link.is_none_or(|link| link.wire.is_soon_sent())
-        })
+    /// Whether what the links have to send is the messages of one operation, and costs little.
+    pub(in super::super) fn links_have_little(&self) -> bool {
+        let busy = self.cluster.busy_links.iter();
+        let wires = busy.filter_map(|&key| Some(&self.cluster.links.get(key)?.wire));
+        let (messages, bytes) = wires
+            .filter(|wire| wire.wants_to_send())
+            .map(Wire::to_send)
+            .fold((0u32, 0), |(messages, bytes), (more, long)| {
+                (messages.saturating_add(more), bytes + long)
+            });
+        messages <= LITTLE_MESSAGES && bytes <= LITTLE_BYTES
     }
 
     /// Sends what is to be sent. Links that still have something to take stay in the list.
