@@ -263,7 +263,7 @@ impl Volumes {
         .await
     }
 
-    /// Confines the copies of a volume to zones that [`Volumes::check_zones`] found large enough, from now on. Nobody has to
+    /// Confines the copies of a volume to zones that `check_zones` found large enough, from now on. Nobody has to
     /// disconnect; the controller moves what lies elsewhere.
     pub async fn confine(
         self: &Arc<Self>,
