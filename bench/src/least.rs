@@ -15,15 +15,20 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ashlar_core::nbd::errors;
+use ashlar_core::nbd::session::transmission_flag;
+use ashlar_core::nbd::wire::{self, command, handshake_flag, option, option_reply};
 use io_uring::{IoUring, opcode, types};
 use memmap2::MmapMut;
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use zerocopy::big_endian::U64;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// What it serves, and how.
 #[derive(Clone, Debug, clap::Args)]
@@ -51,31 +56,7 @@ const LOG_BYTES: u64 = 64 << 20;
 /// Reads under way at a time.
 const READS: usize = 64;
 const SOCKET_BYTES: usize = 1 << 20;
-
-/// NBD's option and transmission numbers, as far as clients of benchmarks use them.
-mod nbd {
-    pub(super) const OPTION_MAGIC: u64 = 0x4948_4156_454F_5054;
-    pub(super) const OPTION_REPLY_MAGIC: u64 = 0x0003_E889_0455_65A9;
-    pub(super) const REQUEST_MAGIC: u32 = 0x2560_9513;
-    pub(super) const REPLY_MAGIC: u32 = 0x6744_6698;
-    /// Fixed newstyle, and no zeros after an export's size.
-    pub(super) const SERVER_FLAGS: u16 = 1 | 2;
-    /// Has flags, takes flushes.
-    pub(super) const EXPORT_FLAGS: u16 = 1 | 4;
-    pub(super) const OPT_EXPORT_NAME: u32 = 1;
-    pub(super) const OPT_INFO: u32 = 6;
-    pub(super) const OPT_GO: u32 = 7;
-    pub(super) const REP_ACK: u32 = 1;
-    pub(super) const REP_INFO: u32 = 3;
-    pub(super) const REP_ERR_UNSUP: u32 = (1 << 31) | 1;
-    pub(super) const CMD_READ: u16 = 0;
-    pub(super) const CMD_WRITE: u16 = 1;
-    pub(super) const CMD_DISC: u16 = 2;
-    pub(super) const CMD_FLUSH: u16 = 3;
-    pub(super) const EINVAL: u32 = 22;
-    pub(super) const REQUEST_BYTES: usize = 28;
-    pub(super) const REPLY_BYTES: usize = 16;
-}
+const EINVAL: u32 = errors::Errno::Inval as u32;
 
 impl LeastServer {
     /// Serves until the process is ended.
@@ -122,6 +103,7 @@ impl LeastServer {
             start: 0,
             end: 0,
             unflushed: 0,
+            is_dirty: false,
             buffers: MmapMut::map_anon(READS * REQUEST_BYTES)?,
             reads: [None; READS],
             free: (0..READS).collect(),
@@ -133,7 +115,7 @@ impl LeastServer {
 }
 
 /// Writes a file in full, so that what is written later finds its blocks there.
-fn fill(path: &std::path::Path) -> io::Result<()> {
+fn fill(path: &Path) -> io::Result<()> {
     let mut file = File::create(path)?;
     let piece = vec![1; REQUEST_BYTES];
     for _ in 0..LOG_BYTES / REQUEST_BYTES as u64 {
@@ -144,82 +126,81 @@ fn fill(path: &std::path::Path) -> io::Result<()> {
 
 /// The handshake. False: the client has gone.
 fn negotiate(socket: &mut UnixStream, size_bytes: u64) -> Result<bool> {
-    let mut greeting = b"NBDMAGICIHAVEOPT".to_vec();
-    greeting.extend(nbd::SERVER_FLAGS.to_be_bytes());
-    socket.write_all(&greeting)?;
+    let greeting = wire::Greeting {
+        magic: wire::GREETING_MAGIC.into(),
+        option_magic: wire::OPTION_MAGIC.into(),
+        flags: (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).into(),
+    };
+    socket.write_all(greeting.as_bytes())?;
     let mut client_flags = [0; 4];
     if socket.read_exact(&mut client_flags).is_err() {
         return Ok(false);
     }
+    let flags = transmission_flag::HAS_FLAGS | transmission_flag::SEND_FLUSH;
     let mut export = size_bytes.to_be_bytes().to_vec();
-    export.extend(nbd::EXPORT_FLAGS.to_be_bytes());
+    export.extend(flags.to_be_bytes());
     loop {
-        let mut head = [0; 16];
-        socket.read_exact(&mut head)?;
-        let option = be_u32(&head[8..]);
-        let length = be_u32(&head[12..]) as usize;
+        let mut header = wire::OptionHeader::new_zeroed();
+        socket.read_exact(header.as_mut_bytes())?;
+        let length = header.length.get() as usize;
         ensure!(
-            head[..8] == nbd::OPTION_MAGIC.to_be_bytes() && length <= BLOCK_BYTES,
+            header.magic == wire::OPTION_MAGIC && length <= wire::MAX_STRING_BYTES,
             "not an option"
         );
         socket.read_exact(&mut vec![0; length])?;
         let mut reply = |kind: u32, body: &[u8]| {
-            let mut bytes = nbd::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
-            for number in [option, kind, body.len() as u32] {
-                bytes.extend(number.to_be_bytes());
-            }
-            bytes.extend(body);
-            socket.write_all(&bytes)
+            let header = wire::OptionReplyHeader {
+                magic: wire::OPTION_REPLY_MAGIC.into(),
+                option: header.option,
+                kind: kind.into(),
+                length: (body.len() as u32).into(),
+            };
+            socket.write_all(&[header.as_bytes(), body].concat())
         };
-        match option {
-            nbd::OPT_EXPORT_NAME => {
-                let wants_zeros = be_u32(&client_flags) & 2 == 0;
-                export.resize(export.len() + if wants_zeros { 124 } else { 0 }, 0);
+        match header.option.get() {
+            option::EXPORT_NAME => {
+                let no_zeroes = u32::from(handshake_flag::NO_ZEROES);
+                let wants_zeroes = u32::from_be_bytes(client_flags) & no_zeroes == 0;
+                export.resize(export.len() + if wants_zeroes { 124 } else { 0 }, 0);
                 socket.write_all(&export)?;
                 return Ok(true);
             }
-            nbd::OPT_INFO | nbd::OPT_GO => {
-                reply(nbd::REP_INFO, &[&[0, 0], &export[..]].concat())?;
-                reply(nbd::REP_ACK, &[])?;
-                if option == nbd::OPT_GO {
+            chosen @ (option::INFO | option::GO) => {
+                let body = [&wire::info::EXPORT.to_be_bytes(), &export[..]].concat();
+                reply(option_reply::INFO, &body)?;
+                reply(option_reply::ACK, &[])?;
+                if chosen == option::GO {
                     return Ok(true);
                 }
             }
-            _ => reply(nbd::REP_ERR_UNSUP, &[])?,
+            _ => reply(option_reply::ERR_UNSUP, &[])?,
         }
     }
-}
-
-fn be_u32(bytes: &[u8]) -> u32 {
-    u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-}
-
-fn be_u64(bytes: &[u8]) -> u64 {
-    u64::from(be_u32(bytes)) << 32 | u64::from(be_u32(&bytes[4..]))
 }
 
 /// A read that the disk has.
 #[derive(Clone, Copy, Debug)]
 struct Reading {
-    cookie: [u8; 8],
+    cookie: U64,
     len: usize,
 }
 
 /// An answer that is to be sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 struct Answer {
-    head: [u8; nbd::REPLY_BYTES],
+    header: wire::SimpleReplyHeader,
     /// The buffer with its data, and their length.
     data: Option<(usize, usize)>,
 }
 
 impl Answer {
-    fn new(cookie: [u8; 8], error: u32, data: Option<(usize, usize)>) -> Answer {
-        let mut head = [0; nbd::REPLY_BYTES];
-        head[..4].copy_from_slice(&nbd::REPLY_MAGIC.to_be_bytes());
-        head[4..8].copy_from_slice(&error.to_be_bytes());
-        head[8..].copy_from_slice(&cookie);
-        Answer { head, data }
+    fn new(cookie: U64, error: u32, data: Option<(usize, usize)>) -> Answer {
+        let header = wire::SimpleReplyHeader {
+            magic: wire::SIMPLE_REPLY_MAGIC.into(),
+            error: error.into(),
+            cookie,
+        };
+        Answer { header, data }
     }
 }
 
@@ -235,8 +216,9 @@ struct Connection {
     memory: MmapMut,
     start: usize,
     end: usize,
-    /// Where what no flush has made durable begins.
+    /// Where what no flush has made durable begins, and whether a write is in it.
     unflushed: usize,
+    is_dirty: bool,
     /// One for each read under way.
     buffers: MmapMut,
     reads: [Option<Reading>; READS],
@@ -346,34 +328,37 @@ impl Connection {
 
     /// Carries out what was received. True: the client says goodbye.
     fn take_requests(&mut self) -> Result<bool> {
-        while self.end - self.start >= nbd::REQUEST_BYTES {
+        while let Ok((header, _)) =
+            wire::RequestHeader::read_from_prefix(&self.memory[self.start..self.end])
+        {
             ensure!(
                 !self.free.is_empty(),
                 "more reads at once than there are buffers"
             );
-            let head = &self.memory[self.start..self.start + nbd::REQUEST_BYTES];
-            ensure!(be_u32(head) == nbd::REQUEST_MAGIC, "not a request");
-            let command = u16::from_be_bytes([head[6], head[7]]);
-            let cookie = be_u64(&head[8..]).to_be_bytes();
-            let offset = be_u64(&head[16..]);
-            let len = be_u32(&head[24..]) as usize;
-            let payload = if command == nbd::CMD_WRITE { len } else { 0 };
+            ensure!(header.magic == wire::REQUEST_MAGIC, "not a request");
+            let (command, cookie) = (header.command.get(), header.cookie);
+            let (offset, len) = (header.offset.get(), header.length.get() as usize);
             ensure!(len <= REQUEST_BYTES / 2, "too long a request");
-            if self.end - self.start - nbd::REQUEST_BYTES < payload {
+            let payload = if command == command::WRITE { len } else { 0 };
+            let whole = size_of_val(&header) + payload;
+            if self.end - self.start < whole {
                 break;
             }
-            self.start += nbd::REQUEST_BYTES + payload;
+            self.start += whole;
             let until = offset.checked_add(len as u64);
             let is_inside = until.is_some_and(|until| until <= self.size_bytes);
             match command {
-                nbd::CMD_READ if is_inside => self.read(cookie, offset, len)?,
-                nbd::CMD_WRITE if is_inside => self.answers.push(Answer::new(cookie, 0, None)),
-                nbd::CMD_FLUSH => {
+                command::READ if is_inside => self.read(cookie, offset, len)?,
+                command::WRITE if is_inside => {
+                    self.is_dirty = true;
+                    self.answers.push(Answer::new(cookie, 0, None));
+                }
+                command::FLUSH => {
                     self.append()?;
                     self.answers.push(Answer::new(cookie, 0, None));
                 }
-                nbd::CMD_DISC => return Ok(true),
-                _ => self.answers.push(Answer::new(cookie, nbd::EINVAL, None)),
+                command::DISC => return Ok(true),
+                _ => self.answers.push(Answer::new(cookie, EINVAL, None)),
             }
         }
         if MEMORY_BYTES - self.end < 2 * REQUEST_BYTES {
@@ -389,7 +374,7 @@ impl Connection {
         Ok(false)
     }
 
-    fn read(&mut self, cookie: [u8; 8], offset: u64, len: usize) -> Result<()> {
+    fn read(&mut self, cookie: U64, offset: u64, len: usize) -> Result<()> {
         let is_alone = self.free.len() == READS && self.start == self.end;
         let Some(buffer) = self.free.pop() else {
             bail!("no buffer for a read");
@@ -418,7 +403,9 @@ impl Connection {
 
     /// Makes what came since the last time durable.
     fn append(&mut self) -> Result<()> {
-        if self.unflushed == self.start {
+        // Requests lie there too: a flush that follows another has nothing to append.
+        if !std::mem::take(&mut self.is_dirty) {
+            self.unflushed = self.start;
             return Ok(());
         }
         let from = self.unflushed / BLOCK_BYTES * BLOCK_BYTES;
@@ -443,7 +430,7 @@ impl Connection {
     fn send_answers(&mut self) -> Result<()> {
         let mut pieces: Vec<IoSlice<'_>> = Vec::with_capacity(2 * self.answers.len());
         for answer in &self.answers {
-            pieces.push(IoSlice::new(&answer.head));
+            pieces.push(IoSlice::new(answer.header.as_bytes()));
             if let Some((buffer, len)) = answer.data {
                 let at = buffer * REQUEST_BYTES;
                 pieces.push(IoSlice::new(&self.buffers[at..at + len]));
@@ -472,23 +459,26 @@ impl Connection {
 mod tests {
     use super::*;
 
-    fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-        let mut bytes = nbd::REQUEST_MAGIC.to_be_bytes().to_vec();
-        bytes.extend(0u16.to_be_bytes());
-        bytes.extend(command.to_be_bytes());
-        bytes.extend(cookie.to_be_bytes());
-        bytes.extend(offset.to_be_bytes());
-        bytes.extend(len.to_be_bytes());
-        bytes
+    fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+        let header = wire::RequestHeader {
+            magic: wire::REQUEST_MAGIC.into(),
+            flags: 0.into(),
+            command: command.into(),
+            cookie: cookie.into(),
+            offset: offset.into(),
+            length: length.into(),
+        };
+        header.as_bytes().to_vec()
     }
 
     /// The cookie and error of an answer, and so many bytes behind it.
     fn answer(socket: &mut UnixStream, len: usize) -> (u64, u32, Vec<u8>) {
-        let mut bytes = vec![0; nbd::REPLY_BYTES + len];
-        socket.read_exact(&mut bytes).unwrap();
-        assert_eq!(be_u32(&bytes), nbd::REPLY_MAGIC);
-        let data = bytes.split_off(nbd::REPLY_BYTES);
-        (be_u64(&bytes[8..]), be_u32(&bytes[4..]), data)
+        let mut header = wire::SimpleReplyHeader::new_zeroed();
+        socket.read_exact(header.as_mut_bytes()).unwrap();
+        assert_eq!(header.magic, wire::SIMPLE_REPLY_MAGIC);
+        let mut data = vec![0; len];
+        socket.read_exact(&mut data).unwrap();
+        (header.cookie.get(), header.error.get(), data)
     }
 
     #[test]
@@ -514,31 +504,34 @@ mod tests {
         let served = thread::spawn(move || server.serve(socket));
 
         client.read_exact(&mut [0; 18]).unwrap();
-        let mut hello = 3u32.to_be_bytes().to_vec();
-        hello.extend(nbd::OPTION_MAGIC.to_be_bytes());
-        hello.extend(nbd::OPT_EXPORT_NAME.to_be_bytes());
-        hello.extend([0; 4]);
-        client.write_all(&hello).unwrap();
-        let mut export = [0; 10];
-        client.read_exact(&mut export).unwrap();
-        assert_eq!(be_u64(&export), content.len() as u64);
+        client.write_all(&3u32.to_be_bytes()).unwrap();
+        let hello = wire::OptionHeader {
+            magic: wire::OPTION_MAGIC.into(),
+            option: option::EXPORT_NAME.into(),
+            length: 0.into(),
+        };
+        client.write_all(hello.as_bytes()).unwrap();
+        let mut size = U64::new(0);
+        client.read_exact(size.as_mut_bytes()).unwrap();
+        client.read_exact(&mut [0; 2]).unwrap();
+        assert_eq!(size, content.len() as u64);
 
         client
-            .write_all(&request(nbd::CMD_READ, 1, 8192, 4096))
+            .write_all(&request(command::READ, 1, 8192, 4096))
             .unwrap();
         assert_eq!(answer(&mut client, 4096), (1, 0, vec![2; 4096]));
         // Several at once go by the ring, and are answered as they end.
         let three: Vec<u8> = (0..3)
-            .flat_map(|at| request(nbd::CMD_READ, at, at * 4096, 4096))
+            .flat_map(|at| request(command::READ, at, at * 4096, 4096))
             .collect();
         client.write_all(&three).unwrap();
         for _ in 0..3 {
             let (cookie, error, data) = answer(&mut client, 4096);
             assert_eq!((error, data), (0, vec![cookie as u8; 4096]));
         }
-        let mut write = request(nbd::CMD_WRITE, 4, 0, 4096);
+        let mut write = request(command::WRITE, 4, 0, 4096);
         write.extend([77; 4096]);
-        write.extend(request(nbd::CMD_FLUSH, 5, 0, 0));
+        write.extend(request(command::FLUSH, 5, 0, 0));
         client.write_all(&write).unwrap();
         assert_eq!(answer(&mut client, 0), (4, 0, Vec::new()));
         assert_eq!(answer(&mut client, 0), (5, 0, Vec::new()));
@@ -550,10 +543,10 @@ mod tests {
                 .any(|bytes| bytes == [77; 4096])
         );
         client
-            .write_all(&request(nbd::CMD_READ, 6, 1 << 40, 4096))
+            .write_all(&request(command::READ, 6, 1 << 40, 4096))
             .unwrap();
-        assert_eq!(answer(&mut client, 0), (6, nbd::EINVAL, Vec::new()));
-        client.write_all(&request(nbd::CMD_DISC, 7, 0, 0)).unwrap();
+        assert_eq!(answer(&mut client, 0), (6, EINVAL, Vec::new()));
+        client.write_all(&request(command::DISC, 7, 0, 0)).unwrap();
         served.join().unwrap().unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
     }

@@ -9,8 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ashlar_core::nbd::session::transmission_flag;
+use ashlar_core::nbd::wire::{self, handshake_flag};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::command::run_to_end;
 use crate::fio::Target;
@@ -400,31 +403,25 @@ struct Client {
     takes_flush: bool,
 }
 
-/// NBD_OPT_EXPORT_NAME, the option that every server answers.
-const OPT_EXPORT_NAME: u32 = 1;
-/// NBD_FLAG_C_FIXED_NEWSTYLE and NBD_FLAG_C_NO_ZEROES.
-const CLIENT_FLAGS: u32 = 3;
-const FLAG_SEND_FLUSH: u16 = 1 << 2;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const CMD_DISC: u16 = 2;
-
 impl Client {
     fn attach(socket: &Path) -> Result<Client> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(START_LIMIT))?;
-        let mut greeting = [0; 18];
-        stream.read_exact(&mut greeting)?;
+        let mut greeting = wire::Greeting::new_zeroed();
+        stream.read_exact(greeting.as_mut_bytes())?;
         ensure!(
-            &greeting[..16] == b"NBDMAGICIHAVEOPT",
+            greeting.magic == wire::GREETING_MAGIC && greeting.option_magic == wire::OPTION_MAGIC,
             "not a newstyle NBD server"
         );
-        let mut option = Vec::new();
-        option.extend(CLIENT_FLAGS.to_be_bytes());
-        option.extend(b"IHAVEOPT");
-        option.extend(OPT_EXPORT_NAME.to_be_bytes());
-        option.extend((EXPORT.len() as u32).to_be_bytes());
-        option.extend(EXPORT.as_bytes());
-        stream.write_all(&option)?;
+        let flags = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
+        // The option that every server answers.
+        let option = wire::OptionHeader {
+            magic: wire::OPTION_MAGIC.into(),
+            option: wire::option::EXPORT_NAME.into(),
+            length: (EXPORT.len() as u32).into(),
+        };
+        let flags = u32::from(flags).to_be_bytes();
+        stream.write_all(&[&flags, option.as_bytes(), EXPORT.as_bytes()].concat())?;
         let mut size = [0; 8];
         stream.read_exact(&mut size)?;
         let mut flags = [0; 2];
@@ -432,17 +429,17 @@ impl Client {
         Ok(Client {
             stream,
             size_bytes: u64::from_be_bytes(size),
-            takes_flush: u16::from_be_bytes(flags) & FLAG_SEND_FLUSH != 0,
+            takes_flush: u16::from_be_bytes(flags) & transmission_flag::SEND_FLUSH != 0,
         })
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        let mut request = [0; 28];
-        request[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        request[6..8].copy_from_slice(&CMD_DISC.to_be_bytes());
+        let mut request = wire::RequestHeader::new_zeroed();
+        request.magic = wire::REQUEST_MAGIC.into();
+        request.command = wire::command::DISC.into();
         // An error is a server that has gone, and then there is nobody to tell.
-        let _ = self.stream.write_all(&request);
+        let _ = self.stream.write_all(request.as_bytes());
     }
 }

@@ -263,7 +263,7 @@ mod tests {
     fn where_sleep_is_better_a_look_is_still_tried_once_it_had_stopped_paying() {
         let mut now = Instant::now();
         let mut spins = Spins::new(Duration::from_micros(20));
-        // The looks in a thousand turns of one request each, which takes longer when it was looked for.
+        // The looks in so many turns of one request each, which takes so long with and without.
         let mut looks = |spins: &mut Spins, turns: u64, finds: bool, looking: u64, asleep: u64| {
             let mut looked = 0;
             for request in 0..turns {

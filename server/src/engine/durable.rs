@@ -160,6 +160,18 @@ mod tests {
         way
     }
 
+    /// How many of so many writes the thread itself does, which take so long then and 2 ms otherwise.
+    fn written_here(durable: &mut Durable, writes: usize, alone: bool, here_us: u64) -> usize {
+        (0..writes)
+            .filter(|_| {
+                let way = durable.choose(FILE, alone);
+                let took_us = if way == Way::Here { here_us } else { 2000 };
+                durable.learn(FILE, way, Duration::from_micros(took_us));
+                way == Way::Here
+            })
+            .count()
+    }
+
     #[test]
     fn the_faster_way_is_taken_and_a_change_is_noticed() {
         let mut durable = Durable::default();
@@ -176,41 +188,21 @@ mod tests {
 
     #[test]
     fn the_thread_itself_writes_only_alone_and_to_a_fast_disk() {
-        let run = |durable: &mut Durable, alone: bool, here_us: u64| {
-            (0..2000)
-                .filter(|_| {
-                    let way = durable.choose(FILE, alone);
-                    let took_us = if way == Way::Here { here_us } else { 2000 };
-                    durable.learn(FILE, way, Duration::from_micros(took_us));
-                    way == Way::Here
-                })
-                .count()
-        };
-        assert_eq!(run(&mut Durable::default(), false, 100), 0);
-        assert!(run(&mut Durable::default(), true, 100) > 1900);
-        assert!(run(&mut Durable::default(), true, 1000) < 10);
+        assert_eq!(written_here(&mut Durable::default(), 2000, false, 100), 0);
+        assert!(written_here(&mut Durable::default(), 2000, true, 100) > 1900);
+        assert!(written_here(&mut Durable::default(), 2000, true, 1000) < 10);
     }
 
     #[test]
     fn a_disk_that_was_slow_for_a_time_is_waited_for_again() {
         let mut durable = Durable::default();
-        let mut run = |writes: usize, here_us: u64| {
-            (0..writes)
-                .filter(|_| {
-                    let way = durable.choose(FILE, true);
-                    let took_us = if way == Way::Here { here_us } else { 200 };
-                    durable.learn(FILE, way, Duration::from_micros(took_us));
-                    way == Way::Here
-                })
-                .count()
-        };
         // The very first write of a file may be its slowest.
-        assert!(run(1000, 5000) < 10);
-        run(10_000, 100);
-        assert!(run(1000, 100) > 950);
+        assert!(written_here(&mut durable, 1000, true, 5000) < 10);
+        written_here(&mut durable, 10_000, true, 100);
+        assert!(written_here(&mut durable, 1000, true, 100) > 950);
         // One stall changes nothing.
-        assert_eq!(run(1, 50_000), 1);
-        assert!(run(1000, 100) > 950);
+        assert_eq!(written_here(&mut durable, 1, true, 50_000), 1);
+        assert!(written_here(&mut durable, 1000, true, 100) > 950);
     }
 
     #[test]
