@@ -223,6 +223,9 @@ fn compare(choices: &Choices, comparison: Comparison, media: &[Medium]) -> Resul
             report.failures.push(failure);
         };
         failures.into_iter().for_each(&mut failed);
+        if !measure::await_quiet()? {
+            eprintln!("the machine is busy with something else");
+        }
         for &row in &rows {
             eprintln!("\n{}", row.title);
             let (samples, failures) =

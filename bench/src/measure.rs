@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -256,6 +257,28 @@ impl Field {
         }
         (samples, failures)
     }
+}
+
+/// How long the kernel may take with what it still does for the data that was written.
+const QUIET_LIMIT: Duration = Duration::from_secs(60);
+/// How long the machine has to be quiet, and the part of a processor that is.
+const QUIET_FOR: Duration = Duration::from_secs(1);
+const QUIET: f64 = 0.1;
+
+/// Waits until the machine does nothing: everyone's data was written a moment ago, and who is measured first would pay for it.
+/// False: it is busy all the same.
+pub(crate) fn await_quiet() -> Result<bool> {
+    rustix::fs::sync();
+    let began = Instant::now();
+    while began.elapsed() < QUIET_LIMIT {
+        let before = procfs::machine_busy_us()?;
+        thread::sleep(QUIET_FOR);
+        let busy_us = (procfs::machine_busy_us()? - before) as f64;
+        if busy_us < QUIET * QUIET_FOR.as_micros() as f64 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Empties the page cache, so that a read goes to the device for everyone. Without the right to do so, only what the
