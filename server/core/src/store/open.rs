@@ -11,7 +11,7 @@ use super::format::{
     FRAME_HEADER_BLOCKS, FormatError, FrameHeader, Progress, Superblock,
 };
 use super::index::{Index, Pending};
-use super::log::{LogReader, data_is_whole, entries_match};
+use super::log::{LogFrame, LogReader, data_is_whole, entries_match};
 use super::root::{read_checkpoint, read_superblock, require_segments, write_superblock};
 use super::segment::{SegmentState, Segments};
 use super::tail::{Tail, TailIdentity, TailMemory};
@@ -183,6 +183,22 @@ impl Store {
             break;
         }
         frames.truncate(whole);
+        let mut walked = Vec::new();
+        if replay_tail {
+            match tail.walk(last_tail) {
+                Ok(found) => {
+                    walked = found;
+                    // What starts that were killed saved is in the tail still, and is saved in the same place: else each of them
+                    // would take room.
+                    let ended = |f: &LogFrame| f.header.incarnation > last_tail.incarnation;
+                    if let Some(saved) = frames.iter().position(ended) {
+                        frames.truncate(saved);
+                    }
+                }
+                Err(_) if options.accept_tail_loss => {}
+                Err(e) => return Err(OpenError::TailDamaged(e)),
+            }
+        }
         report.frames_replayed = frames.len() as u64;
         let (segment, next_block, next_segment, last_seq) = match frames.last() {
             Some(f) => {
@@ -200,11 +216,6 @@ impl Store {
         };
         let mut tail_frames = Vec::new();
         if replay_tail {
-            let walked = match tail.walk(last_tail) {
-                Ok(w) => w,
-                Err(_) if options.accept_tail_loss => Vec::new(),
-                Err(e) => return Err(OpenError::TailDamaged(e)),
-            };
             // What the tail had let go of was written: the log must have it.
             if ((last_seq as u32)
                 .wrapping_add(1)

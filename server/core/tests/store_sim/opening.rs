@@ -16,10 +16,11 @@ const SAME_BOOT: u8 = 1;
 const LATER_BOOT: u8 = 2;
 const BLOCKS: u32 = 300;
 
-/// A device of any length, on which some blocks cannot be read until they are written.
+/// A device of any length, on which some blocks cannot be read until they are written, and which takes so many writes.
 struct Worn<'a> {
     disk: &'a mut RamDisk,
     len: usize,
+    writes: u32,
     unreadable: BTreeSet<u32>,
     errno: Errno,
 }
@@ -28,6 +29,7 @@ impl<'a> Worn<'a> {
     fn new(disk: &'a mut RamDisk, unreadable: &[u32]) -> Worn<'a> {
         Worn {
             len: disk.0.len(),
+            writes: u32::MAX,
             disk,
             unreadable: unreadable.iter().copied().collect(),
             errno: Errno::EIO,
@@ -64,6 +66,10 @@ impl BlockingDisk for Worn<'_> {
         Ok(())
     }
     fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
+        if self.writes == 0 {
+            return Err(DiskError(self.errno));
+        }
+        self.writes -= 1;
         for block in Worn::blocks(offset, buf.len()) {
             self.unreadable.remove(&block);
         }
@@ -127,6 +133,14 @@ fn failing(at: u32, errno: Errno) -> impl Fn(&mut RamDisk) -> Worn<'_> {
     move |disk| Worn {
         errno,
         ..Worn::new(disk, &[at])
+    }
+}
+
+/// What is written after that many writes comes to nothing.
+fn killed_after(writes: u32) -> impl Fn(&mut RamDisk) -> Worn<'_> {
+    move |disk| Worn {
+        writes,
+        ..Worn::new(disk, &[])
     }
 }
 
@@ -335,6 +349,43 @@ fn a_kill_leaves_nothing_behind_that_an_unreadable_block_could_hide() {
     let report = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[end])).expect("opens");
     assert_eq!((report.frames_from_tail, report.tail_void), (1, false));
     assert!(ram.read(0, 7).expect("reads")[..] == content(7, 1000)[..]);
+}
+
+/// What a start saved that was killed is in the tail still: the next saves it in the same place.
+#[test]
+fn starts_that_are_killed_take_no_room() {
+    let mut ram = flushed();
+    // More than one frame holds, and nothing of it is on the device.
+    for block in 0..BLOCKS {
+        ram.write(0, block, &content(block, 1000 + block))
+            .expect("room");
+    }
+    ram.store = None;
+    let machine = (ram.disk.0.clone(), ram.tail.snapshot());
+    let report = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[])).expect("opens");
+    assert!(report.frames_from_tail > 1);
+    let saved_to = log_end(&mut ram);
+
+    ram.disk.0 = machine.0;
+    ram.tail.restore(&machine.1);
+    // Each write of a start is the last of ten. The second superblock says that the tail was saved.
+    let mut starts = 0;
+    loop {
+        match open(&mut ram, SAME_BOOT, killed_after(starts / 10)) {
+            Err(OpenError::Disk(_)) => starts += 1,
+            Ok(_) => break,
+            Err(error) => panic!("start {starts}: {error}"),
+        }
+    }
+    assert!(starts > 60, "{starts}");
+    for block in 0..BLOCKS {
+        let found = ram.read(0, block).expect("reads");
+        assert!(
+            found[..] == content(block, 1000 + block)[..],
+            "block {block}"
+        );
+    }
+    assert_eq!(log_end(&mut ram), saved_to);
 }
 
 /// The checkpoint of a store that was closed in order has everything: where its log would go on nothing can be missing.

@@ -123,8 +123,13 @@ impl World {
     /// The process is dead, the machine is not; then the power goes while the store is opened, at each write and sync of
     /// that in turn. Goes on from the opening that is not cut.
     fn power_cuts_while_opening(&mut self, seen: &mut Seen) -> Result<(), String> {
-        // Now and then that opening is not the first: the one before was killed as well, or the process was soon after.
-        if self.rng.below(3) == 0 {
+        // Now and then that opening is not the first: those before were killed as well, or the process was soon after.
+        let before = if self.rng.below(3) == 0 {
+            1 + self.rng.below(4)
+        } else {
+            0
+        };
+        for _ in 0..before {
             let lives = self.rng.below(24);
             match self.open(lives) {
                 Ok(_) => self.kill(),
