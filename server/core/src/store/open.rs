@@ -183,19 +183,14 @@ impl Store {
             break;
         }
         frames.truncate(whole);
-        let mut walked = Vec::new();
+        let mut tail_frames = Vec::new();
         if replay_tail {
-            match tail.walk(last_tail) {
-                Ok(found) => {
-                    walked = found;
-                    // What starts that were killed saved is in the tail still, and is saved in the same place: else each of them
-                    // would take room.
-                    let ended = |f: &LogFrame| f.header.incarnation > last_tail.incarnation;
-                    if let Some(saved) = frames.iter().position(ended) {
-                        frames.truncate(saved);
-                    }
+            match only_in_tail(&mut tail, last_tail, &frames, start_seq) {
+                Ok((kept, only)) => {
+                    frames.truncate(kept);
+                    tail_frames = only;
                 }
-                Err(_) if options.accept_tail_loss => {}
+                Err(_) if options.accept_tail_loss => report.tail_void = true,
                 Err(e) => return Err(OpenError::TailDamaged(e)),
             }
         }
@@ -214,33 +209,14 @@ impl Store {
                 start_seq,
             ),
         };
-        let mut tail_frames = Vec::new();
-        if replay_tail {
-            // What the tail had let go of was written: the log must have it.
-            if ((last_seq as u32)
+        // What the tail had let go of was written: the log must have it.
+        if replay_tail
+            && ((last_seq as u32)
                 .wrapping_add(1)
                 .wrapping_sub(tail.first_seq_low()) as i32)
                 < 0
-            {
-                return Err(missing(log_end((segment, next_block)), unreadable));
-            }
-            for (at, header) in walked {
-                let same_life = frames
-                    .last()
-                    .is_none_or(|f| f.header.incarnation == header.incarnation);
-                if same_life && header.seq <= last_seq {
-                    continue;
-                }
-                let block = tail.slice(at, FRAME_HEADER_BLOCKS);
-                let data = tail.slice(
-                    at + FRAME_HEADER_BLOCKS,
-                    u32::from(header.progress.data_blocks),
-                );
-                if !entries_match(&header, block, data) {
-                    return Err(OpenError::TailDamaged(FormatError::Checksum));
-                }
-                tail_frames.push((at, header));
-            }
+        {
+            return Err(missing(log_end((segment, next_block)), unreadable));
         }
 
         // From here on the store is ours: frames of this life carry a larger incarnation.
@@ -508,6 +484,59 @@ impl Store {
         self.hot.next_segment = after;
         Ok(())
     }
+}
+
+/// How many of the log's frames stay, and the frames that only the tail has: where each lies in it, and its header.
+///
+/// What starts that were killed had saved of the tail goes, for the tail still has it and it is saved in the same place; else
+/// each of them would take room. Errors when the tail is damaged, or has less than was saved of it.
+fn only_in_tail(
+    tail: &mut Tail,
+    identity: TailIdentity,
+    frames: &[LogFrame],
+    start_seq: u64,
+) -> Result<(usize, Vec<(u32, FrameHeader)>), FormatError> {
+    let mut only = tail.walk(identity)?;
+    let of_tail = |f: &LogFrame| f.header.incarnation <= identity.incarnation;
+    let kept = frames
+        .iter()
+        .position(|f| !of_tail(f))
+        .unwrap_or(frames.len());
+    let (log, saved) = frames.split_at(kept);
+    let (last_seq, same_life) = log.last().map_or((start_seq, true), |f| {
+        (f.header.seq, f.header.incarnation == identity.incarnation)
+    });
+    only.retain(|(_, header)| !same_life || header.seq > last_seq);
+    let last_saved = saved
+        .last()
+        .and_then(|f| Entries::new(&f.header, &f.block).last())
+        .transpose()?
+        .map(|e| e.entry);
+    let mut has_last_saved = last_saved.is_none();
+    for (at, header) in &only {
+        let block = tail.slice(*at, FRAME_HEADER_BLOCKS);
+        let data_blocks = u32::from(header.progress.data_blocks);
+        let data = tail.slice(at + FRAME_HEADER_BLOCKS, data_blocks);
+        if !entries_match(header, block, data) {
+            return Err(FormatError::Checksum);
+        }
+        has_last_saved |= last_saved.is_some_and(|saved| {
+            Entries::new(header, block)
+                .flatten()
+                .any(|e| contains(&e.entry, &saved))
+        });
+    }
+    if !has_last_saved {
+        return Err(FormatError::Invalid("end: more was saved of it"));
+    }
+    Ok((kept, only))
+}
+
+/// Whether `part` is of the same write as `whole`, and within it.
+fn contains(whole: &Entry, part: &Entry) -> bool {
+    (whole.kind, whole.key, whole.version) == (part.kind, part.key, part.version)
+        && whole.first_block <= part.first_block
+        && part.first_block + part.count <= whole.first_block + whole.count
 }
 
 /// A store in the state its checkpoint says, about to write at `position`.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ashlar_core::store::format::{Addr, SUPERBLOCK_BLOCKS, Superblock};
+use ashlar_core::store::format::{Addr, FRAME_MAGIC, FormatError, SUPERBLOCK_BLOCKS, Superblock};
 use ashlar_core::store::{
     BlockingDisk, CheckFinding, DiskError, Errno, Geometry, OpenError, OpenOptions, OpenReport,
     Params, Store, check, inspect,
@@ -150,11 +150,21 @@ fn open(
     boot: u8,
     disk: impl FnOnce(&mut RamDisk) -> Worn<'_>,
 ) -> Result<OpenReport, OpenError> {
+    open_accepting(ram, boot, false, disk)
+}
+
+/// The same; with `accept_tail_loss` a person said that a tail may be lost.
+fn open_accepting(
+    ram: &mut Ram,
+    boot: u8,
+    accept_tail_loss: bool,
+    disk: impl FnOnce(&mut RamDisk) -> Worn<'_>,
+) -> Result<OpenReport, OpenError> {
     ram.store = None;
     let options = OpenOptions {
         node: NODE,
         boot: [boot; 16],
-        accept_tail_loss: false,
+        accept_tail_loss,
     };
     let tail = Box::new(ram.tail.clone());
     let params = ram.params.clone();
@@ -351,16 +361,33 @@ fn a_kill_leaves_nothing_behind_that_an_unreadable_block_could_hide() {
     assert!(ram.read(0, 7).expect("reads")[..] == content(7, 1000)[..]);
 }
 
+/// A store as [`flushed`] leaves it, killed with every block written anew: those writes were answered, and are in the tail alone.
+fn killed_with_a_full_tail() -> Ram {
+    let mut ram = flushed();
+    for block in 0..BLOCKS {
+        let data = content(block, LATER + block);
+        ram.write(0, block, &data).expect("room");
+    }
+    ram.store = None;
+    ram
+}
+
+const LATER: u32 = 1000;
+
+fn expect_later(ram: &mut Ram) {
+    for block in 0..BLOCKS {
+        let found = ram.read(0, block).expect("reads");
+        assert!(
+            found[..] == content(block, LATER + block)[..],
+            "block {block}"
+        );
+    }
+}
+
 /// What a start saved that was killed is in the tail still: the next saves it in the same place.
 #[test]
 fn starts_that_are_killed_take_no_room() {
-    let mut ram = flushed();
-    // More than one frame holds, and nothing of it is on the device.
-    for block in 0..BLOCKS {
-        ram.write(0, block, &content(block, 1000 + block))
-            .expect("room");
-    }
-    ram.store = None;
+    let mut ram = killed_with_a_full_tail();
     let machine = (ram.disk.0.clone(), ram.tail.snapshot());
     let report = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[])).expect("opens");
     assert!(report.frames_from_tail > 1);
@@ -378,14 +405,70 @@ fn starts_that_are_killed_take_no_room() {
         }
     }
     assert!(starts > 60, "{starts}");
+    expect_later(&mut ram);
+    assert_eq!(log_end(&mut ram), saved_to);
+}
+
+/// The tail with its newest frame damaged: it no longer looks like one, or its data are not what was written.
+fn damaged_tails(tail: &[u8]) -> [Vec<u8>; 2] {
+    let mut blocks = tail.chunks_exact(BLOCK_BYTES);
+    let newest = blocks.rposition(|block| block.starts_with(&FRAME_MAGIC));
+    let newest = newest.expect("frames") * BLOCK_BYTES;
+    [newest, newest + BLOCK_BYTES].map(|at| {
+        let mut damaged = tail.to_vec();
+        damaged[at] ^= 1;
+        damaged
+    })
+}
+
+/// What was saved of a tail is not let go of when the tail has lost it.
+#[test]
+fn a_tail_damaged_after_it_was_saved_takes_nothing_away() {
+    // A start that was killed with everything saved, before it could say so.
+    let mut saved = None;
+    for writes in 0.. {
+        let mut ram = killed_with_a_full_tail();
+        let killed = open(&mut ram, SAME_BOOT, killed_after(writes));
+        assert!(killed.is_err(), "it says so before it goes on");
+        let machine = (ram.disk.0.clone(), ram.tail.snapshot());
+        let next = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[]));
+        if next.expect("opens").clean {
+            break;
+        }
+        saved = Some(machine);
+    }
+    let (disk, tail) = saved.expect("a start writes");
+    let mut ram = killed_with_a_full_tail();
+    for damaged in damaged_tails(&tail) {
+        ram.disk.0.copy_from_slice(&disk);
+        ram.tail.restore(&damaged);
+        let error = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[]));
+        let error = error.expect_err("the tail is damaged");
+        assert!(matches!(error, OpenError::TailDamaged(_)), "{error}");
+        // As its message says. Nothing is lost, but nobody can know.
+        let accepted = open_accepting(&mut ram, SAME_BOOT, true, |disk| Worn::new(disk, &[]));
+        assert!(accepted.expect("opens").tail_void);
+        expect_later(&mut ram);
+    }
+}
+
+#[test]
+fn that_a_damaged_tail_was_accepted_is_reported() {
+    let mut ram = killed_with_a_full_tail();
+    let (disk, tail) = (ram.disk.0.clone(), ram.tail.snapshot());
+    let [_, damaged] = damaged_tails(&tail);
+    ram.tail.restore(&damaged);
+    let error = open(&mut ram, SAME_BOOT, |disk| Worn::new(disk, &[]));
+    let checksum = OpenError::TailDamaged(FormatError::Checksum);
+    assert_eq!(error, Err(checksum));
+    assert!(ram.disk.0 == disk, "a start that refuses writes nothing");
+    let accepted = open_accepting(&mut ram, SAME_BOOT, true, |disk| Worn::new(disk, &[]));
+    assert!(accepted.expect("opens").tail_void);
     for block in 0..BLOCKS {
         let found = ram.read(0, block).expect("reads");
-        assert!(
-            found[..] == content(block, 1000 + block)[..],
-            "block {block}"
-        );
+        let is = |n| found[..] == content(block, n)[..];
+        assert!(is(block) || is(LATER + block), "block {block}");
     }
-    assert_eq!(log_end(&mut ram), saved_to);
 }
 
 /// The checkpoint of a store that was closed in order has everything: where its log would go on nothing can be missing.
