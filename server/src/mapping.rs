@@ -1,5 +1,4 @@
-//! A file mapped so that its memory can lie in large pages: a disk takes a long write from one in a few pieces instead
-//! of one for each 4 KiB.
+//! Memory that can lie in large pages: a disk takes a long write from one in a few pieces instead of one for each 4 KiB.
 
 use std::fs::File;
 use std::io;
@@ -30,28 +29,11 @@ impl Mapping {
         if len == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // Addresses are taken first, so that an aligned range can be chosen among them.
-        let reserved = taken_bytes(len) + LARGE_PAGE_BYTES;
-        // SAFETY: a new range, which nothing refers to.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                reserved,
-                libc::PROT_NONE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let before = at.align_offset(LARGE_PAGE_BYTES);
-        // SAFETY: inside the range reserved above, whose ends are given back and whose middle is mapped anew.
+        // SAFETY: a range that nothing refers to is mapped over, as large as the one that was taken.
         unsafe {
-            let start = at.byte_add(before);
+            let start = take_addresses(taken_bytes(len), libc::PROT_NONE)?;
             let mapped = libc::mmap(
-                start,
+                start.as_ptr().cast(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE,
@@ -60,18 +42,10 @@ impl Mapping {
             );
             if mapped == libc::MAP_FAILED {
                 let error = io::Error::last_os_error();
-                libc::munmap(at, reserved);
+                libc::munmap(start.as_ptr().cast(), taken_bytes(len));
                 return Err(error);
             }
-            let end = start.byte_add(taken_bytes(len));
-            if before > 0 {
-                libc::munmap(at, before);
-            }
-            libc::munmap(end, at.byte_add(reserved).byte_offset_from_unsigned(end));
-            Ok(Mapping {
-                start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
-                len,
-            })
+            Ok(Mapping { start, len })
         }
     }
 
@@ -84,6 +58,70 @@ impl Mapping {
         } else {
             Err(io::Error::last_os_error())
         }
+    }
+}
+
+/// Takes a range of addresses that begins at a multiple of [`LARGE_PAGE_BYTES`]. No memory is behind them yet.
+fn take_addresses(len: usize, access: libc::c_int) -> io::Result<NonNull<u8>> {
+    // More than that, so that an aligned range can be chosen among them.
+    let reserved = len + LARGE_PAGE_BYTES;
+    // SAFETY: a new range, which nothing refers to; its ends are given back.
+    unsafe {
+        let at = libc::mmap(
+            std::ptr::null_mut(),
+            reserved,
+            access,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        );
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let before = at.align_offset(LARGE_PAGE_BYTES);
+        let start = at.byte_add(before);
+        let end = start.byte_add(len);
+        if before > 0 {
+            libc::munmap(at, before);
+        }
+        if before < LARGE_PAGE_BYTES {
+            libc::munmap(end, LARGE_PAGE_BYTES - before);
+        }
+        NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory.into())
+    }
+}
+
+/// Memory of nobody else, zeroed, that begins at a multiple of [`LARGE_PAGE_BYTES`] and goes back to the system when it
+/// is dropped. An allocator would keep it, or put something small behind it and lose the room up to the next multiple.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: pages are reached by address only, which is up to whoever does it.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+impl Pages {
+    pub(crate) fn new(len: usize) -> io::Result<Pages> {
+        let start = take_addresses(taken_bytes(len), libc::PROT_READ | libc::PROT_WRITE)?;
+        // Without large pages it is memory like any other.
+        // SAFETY: the range just taken.
+        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        Ok(Pages { start, len })
+    }
+
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: taken by `new`; nothing refers to it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), taken_bytes(self.len)) };
     }
 }
 

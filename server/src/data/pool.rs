@@ -3,85 +3,89 @@
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use ashlar_core::units::BLOCK_BYTES;
 
-use crate::mapping::LARGE_PAGE_BYTES;
+use crate::mapping::{LARGE_PAGE_BYTES, Pages};
 
-/// Smallest and largest size class that is kept: 4 KiB to 1 MiB by doublings. Larger buffers are rare (a client that
-/// sends requests of many MiB) and go back to the allocator.
+/// Smallest and largest size class: 4 KiB to 1 MiB by doublings. Larger buffers are of the size that was asked for.
 const SMALLEST_SHIFT: u32 = 12;
 const CLASSES: usize = 9;
-const LARGEST_KEPT: usize = 1 << (SMALLEST_SHIFT as usize + CLASSES - 1);
+const LARGEST_CLASS: usize = 1 << (SMALLEST_SHIFT as usize + CLASSES - 1);
+
+/// Buffers from here on are shares of slabs: a disk takes each page that lies apart as a piece of its own, and virtual
+/// disks take few pieces at a time.
+const SLAB_SHARE_BYTES: usize = 64 << 10;
+const SLAB_BYTES: usize = LARGE_PAGE_BYTES;
+/// What one share in use in each of those classes takes.
+const SPARSE_BYTES: usize =
+    (LARGEST_CLASS / SLAB_SHARE_BYTES).trailing_zeros() as usize * SLAB_BYTES + SLAB_BYTES;
 
 /// Memory of at least the size asked for, aligned to a block. Its contents are whatever was there before, so it is
 /// handed about by address; [`Buffer::bytes`] is for what is known to have been filled.
 pub(super) struct Buffer {
     start: NonNull<u8>,
     capacity: usize,
-    /// What it is a part of; `None` when it is an allocation of its own.
-    slab: Option<Arc<Slab>>,
+    home: Home,
 }
 
-/// Buffers from here on are cut from slabs: a disk takes each page that lies apart as a piece of its own, and virtual
-/// disks take few pieces at a time.
-const SLAB_SHARE_BYTES: usize = 64 << 10;
-/// Of the size and alignment of a large page.
-const SLAB: Layout = match Layout::from_size_align(LARGE_PAGE_BYTES, LARGE_PAGE_BYTES) {
-    Ok(layout) => layout,
-    Err(_) => panic!("a power of two"),
-};
-
-/// Memory of which several buffers are parts.
-struct Slab(NonNull<u8>);
-
-// SAFETY: a slab owns its memory, which is reached only through buffers whose ranges do not overlap.
-unsafe impl Send for Slab {}
-// SAFETY: as above.
-unsafe impl Sync for Slab {}
-
-impl Slab {
-    fn new() -> Slab {
-        // SAFETY: the layout has a size.
-        let start = unsafe { alloc(SLAB) };
-        let slab = Slab(NonNull::new(start).unwrap_or_else(|| handle_alloc_error(SLAB)));
-        // Without large pages it is memory like any other.
-        // SAFETY: the memory just allocated, whose contents do not matter.
-        unsafe { libc::madvise(start.cast(), SLAB.size(), libc::MADV_HUGEPAGE) };
-        slab
-    }
+/// What a buffer's memory belongs to.
+enum Home {
+    /// The allocator.
+    Heap,
+    /// It is a share of this.
+    Slab(Arc<Slab>),
+    /// Pages of its own, which nobody asks but to hold them.
+    Own { _pages: Pages },
 }
 
-impl Drop for Slab {
-    fn drop(&mut self) {
-        // SAFETY: allocated by `new` with this layout.
-        unsafe { dealloc(self.0.as_ptr(), SLAB) };
-    }
+/// Memory of which several buffers of one class are shares.
+struct Slab {
+    pages: Pages,
+    /// Shares that are lent.
+    lent: AtomicU32,
 }
 
-// SAFETY: a buffer owns its memory.
+// SAFETY: a buffer owns its memory: slabs are reached only through buffers, whose ranges do not overlap.
 unsafe impl Send for Buffer {}
 
+fn pages(len: usize) -> Pages {
+    Pages::new(len).unwrap_or_else(|_| handle_alloc_error(Buffer::layout(len)))
+}
+
 impl Buffer {
-    fn new(capacity: usize) -> Buffer {
+    fn on_heap(capacity: usize) -> Buffer {
         let layout = Buffer::layout(capacity);
         // SAFETY: the layout has a size: capacities are positive multiples of a block.
         let start = unsafe { alloc(layout) };
         Buffer {
             start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)),
             capacity,
-            slab: None,
+            home: Home::Heap,
+        }
+    }
+
+    fn of_own_pages(capacity: usize) -> Buffer {
+        let pages = pages(capacity);
+        Buffer {
+            start: pages.start(),
+            capacity,
+            home: Home::Own { _pages: pages },
         }
     }
 
     /// Buffers of `capacity`, a power of two, that together make up a slab.
     fn share_slab(capacity: usize) -> impl Iterator<Item = Buffer> {
-        let slab = Arc::new(Slab::new());
-        (0..SLAB.size()).step_by(capacity).map(move |at| Buffer {
+        let slab = Arc::new(Slab {
+            pages: pages(SLAB_BYTES),
+            lent: AtomicU32::new(0),
+        });
+        (0..SLAB_BYTES).step_by(capacity).map(move |at| Buffer {
             // SAFETY: inside the slab.
-            start: unsafe { slab.0.add(at) },
+            start: unsafe { slab.pages.start().add(at) },
             capacity,
-            slab: Some(Arc::clone(&slab)),
+            home: Home::Slab(Arc::clone(&slab)),
         })
     }
 
@@ -144,20 +148,30 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.slab.is_none() {
-            // SAFETY: allocated by `new` with this layout.
+        if let Home::Heap = self.home {
+            // SAFETY: allocated by `on_heap` with this layout.
             unsafe { dealloc(self.start.as_ptr(), Buffer::layout(self.capacity)) };
         }
     }
 }
 
 /// Free buffers by size class, and how much is lent.
+///
+/// A slab goes back to the system as a whole. As long as one share of it is lent, the others are kept: giving them up
+/// would free nothing. So a few buffers can hold more memory than they are large, see [`Pool::used_bytes`].
 pub(super) struct Pool {
     free: [Vec<Buffer>; CLASSES],
-    free_bytes: usize,
-    /// Most bytes of free buffers kept.
+    /// Free buffers larger than any class, those that came back last behind.
+    free_large: Vec<Buffer>,
+    /// What is kept in vain: free buffers that are not shares, and slabs of which no share is lent.
+    idle_bytes: usize,
+    /// Most of that.
     keep_bytes: usize,
     lent_bytes: usize,
+    /// Of these, in shares of slabs.
+    lent_share_bytes: usize,
+    /// Slabs of which some share is lent.
+    slabs_in_use: usize,
     /// Something came back since [`Pool::take_given`] was asked.
     given: bool,
 }
@@ -166,9 +180,12 @@ impl Pool {
     pub(super) fn new(keep_bytes: usize) -> Pool {
         Pool {
             free: Default::default(),
-            free_bytes: 0,
+            free_large: Vec::new(),
+            idle_bytes: 0,
             keep_bytes,
             lent_bytes: 0,
+            lent_share_bytes: 0,
+            slabs_in_use: 0,
             given: false,
         }
     }
@@ -176,47 +193,106 @@ impl Pool {
     /// A buffer of at least `len` bytes (0 counts as 1).
     #[inline]
     pub(super) fn take(&mut self, len: usize) -> Buffer {
-        let buffer = if len <= LARGEST_KEPT {
+        let buffer = if len <= LARGEST_CLASS {
             let class = class_of(len);
             match self.free[class].pop() {
-                Some(buffer) => {
-                    self.free_bytes -= buffer.capacity;
-                    buffer
-                }
+                Some(buffer) => buffer,
                 None => self.make(class),
             }
         } else {
-            Buffer::new(len.next_multiple_of(BLOCK_BYTES))
+            self.take_large(len.next_multiple_of(BLOCK_BYTES))
         };
         self.lent_bytes += buffer.capacity;
+        match &buffer.home {
+            Home::Slab(slab) => {
+                self.lent_share_bytes += buffer.capacity;
+                if slab.lent.fetch_add(1, Ordering::Relaxed) == 0 {
+                    self.slabs_in_use += 1;
+                    self.idle_bytes -= SLAB_BYTES;
+                }
+            }
+            Home::Heap | Home::Own { .. } => self.idle_bytes -= buffer.capacity,
+        }
         buffer
     }
 
-    /// A new buffer of a class. Those that share its slab are free from now on, beyond what is kept if need be: they
-    /// cost nothing while the one is in use.
+    /// A new buffer of a class. Those that share its slab are free from now on. It counts as idle until it is lent.
     fn make(&mut self, class: usize) -> Buffer {
         let capacity = 1 << (SMALLEST_SHIFT as usize + class);
         if capacity < SLAB_SHARE_BYTES {
-            return Buffer::new(capacity);
+            self.idle_bytes += capacity;
+            return Buffer::on_heap(capacity);
         }
+        self.idle_bytes += SLAB_BYTES;
         let mut buffers = Buffer::share_slab(capacity);
         let first = buffers.next().expect("a slab holds at least one");
-        for buffer in buffers {
-            self.free_bytes += capacity;
-            self.free[class].push(buffer);
-        }
+        self.free[class].extend(buffers);
         first
+    }
+
+    /// A buffer larger than any class: a free one of about that size, or a new one. It counts as idle until it is lent.
+    fn take_large(&mut self, capacity: usize) -> Buffer {
+        let fit = self.free_large.iter().enumerate().rev();
+        let fit = fit.filter(|(_, buffer)| (capacity..=capacity * 2).contains(&buffer.capacity));
+        match fit.min_by_key(|(_, buffer)| buffer.capacity) {
+            Some((at, _)) => self.free_large.remove(at),
+            None => {
+                self.idle_bytes += capacity;
+                Buffer::of_own_pages(capacity)
+            }
+        }
     }
 
     /// Takes a buffer back.
     #[inline]
     pub(super) fn give(&mut self, buffer: Buffer) {
-        self.lent_bytes -= buffer.capacity;
+        let capacity = buffer.capacity;
+        self.lent_bytes -= capacity;
         self.given = true;
-        if buffer.capacity <= LARGEST_KEPT && self.free_bytes + buffer.capacity <= self.keep_bytes {
-            self.free_bytes += buffer.capacity;
-            self.free[class_of(buffer.capacity)].push(buffer);
+        if let Home::Slab(slab) = &buffer.home {
+            self.lent_share_bytes -= capacity;
+            let is_idle = slab.lent.fetch_sub(1, Ordering::Relaxed) == 1;
+            let address = Arc::as_ptr(slab);
+            let class = class_of(capacity);
+            self.free[class].push(buffer);
+            if is_idle {
+                self.slabs_in_use -= 1;
+                self.idle_bytes += SLAB_BYTES;
+                if self.idle_bytes > self.keep_bytes {
+                    self.give_up_slab(class, address);
+                }
+            }
+        } else if capacity > LARGEST_CLASS {
+            self.give_large(buffer);
+        } else if self.idle_bytes + capacity <= self.keep_bytes {
+            self.idle_bytes += capacity;
+            self.free[class_of(capacity)].push(buffer);
         }
+    }
+
+    /// Keeps a buffer larger than any class, if need be instead of those that came back long ago: the size of the last
+    /// one is likelier to be asked for again.
+    fn give_large(&mut self, buffer: Buffer) {
+        if buffer.capacity > self.keep_bytes {
+            return;
+        }
+        self.idle_bytes += buffer.capacity;
+        self.free_large.push(buffer);
+        let mut first_kept = 0;
+        while self.idle_bytes > self.keep_bytes && first_kept < self.free_large.len() {
+            self.idle_bytes -= self.free_large[first_kept].capacity;
+            first_kept += 1;
+        }
+        self.free_large.drain(..first_kept);
+    }
+
+    /// Gives a slab of which no share is lent back to the system.
+    #[cold]
+    fn give_up_slab(&mut self, class: usize, slab: *const Slab) {
+        self.free[class].retain(
+            |buffer| !matches!(&buffer.home, Home::Slab(home) if std::ptr::eq(Arc::as_ptr(home), slab)),
+        );
+        self.idle_bytes -= SLAB_BYTES;
     }
 
     /// Whether something came back that nobody has been told of.
@@ -234,12 +310,22 @@ impl Pool {
         self.lent_bytes
     }
 
-    /// Gives the free buffers back to the allocator.
+    /// What counts against a limit of memory: the bytes lent or, where few shares hold many slabs, half of what is held
+    /// for them. So at most twice a limit is held, however buffers come back, and a slab for each class beside that.
+    pub(super) fn used_bytes(&self) -> usize {
+        let held = self.lent_bytes - self.lent_share_bytes + self.slabs_in_use * SLAB_BYTES;
+        self.lent_bytes.max(held.saturating_sub(SPARSE_BYTES) / 2)
+    }
+
+    /// Gives the free buffers back to the system. Shares of slabs that are in use are kept.
     pub(super) fn trim(&mut self) {
+        self.free_large.clear();
         for class in &mut self.free {
-            class.clear();
+            class.retain(|buffer| {
+                matches!(&buffer.home, Home::Slab(slab) if slab.lent.load(Ordering::Relaxed) > 0)
+            });
         }
-        self.free_bytes = 0;
+        self.idle_bytes = 0;
     }
 }
 
@@ -253,11 +339,39 @@ fn class_of(len: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Weak;
+
     use super::*;
+
+    /// Counts again what the pool counts as it goes.
+    fn check(pool: &Pool, lent: &[Buffer]) {
+        let capacity = |buffer: &Buffer| buffer.capacity;
+        assert_eq!(pool.lent_bytes, lent.iter().map(capacity).sum::<usize>());
+        let mut shares: Vec<(*const Slab, u32)> = Vec::new();
+        let mut idle = pool.free_large.iter().map(capacity).sum::<usize>();
+        let free = pool.free.iter().flatten().map(|buffer| (buffer, 0));
+        for (buffer, lends) in free.chain(lent.iter().map(|buffer| (buffer, 1))) {
+            match &buffer.home {
+                Home::Slab(slab) => {
+                    let slab = Arc::as_ptr(slab);
+                    match shares.iter_mut().find(|known| known.0 == slab) {
+                        Some(known) => known.1 += lends,
+                        None => shares.push((slab, lends)),
+                    }
+                }
+                Home::Heap if lends == 0 => idle += buffer.capacity,
+                Home::Heap | Home::Own { .. } => {}
+            }
+        }
+        let in_use = shares.iter().filter(|known| known.1 > 0).count();
+        assert_eq!(pool.slabs_in_use, in_use);
+        assert_eq!(pool.idle_bytes, idle + (shares.len() - in_use) * SLAB_BYTES);
+        assert!(pool.idle_bytes <= pool.keep_bytes + CLASSES * SLAB_BYTES);
+    }
 
     #[test]
     fn buffers_come_back_and_the_figures_hold() {
-        let mut pool = Pool::new(3 << 20);
+        let mut pool = Pool::new(8 << 20);
         for (len, capacity) in [
             (0, 4096),
             (1, 4096),
@@ -265,6 +379,7 @@ mod tests {
             (4097, 8192),
             (1 << 20, 1 << 20),
             ((1 << 20) + 1, (1 << 20) + 4096),
+            (2 << 20, 2 << 20),
         ] {
             let mut buffer = pool.take(len);
             assert_eq!(buffer.capacity(), capacity, "{len}");
@@ -273,18 +388,93 @@ mod tests {
             buffer.put(capacity - 3, b"end");
             // SAFETY: just filled.
             assert_eq!(unsafe { buffer.bytes(capacity - 3, 3) }, b"end");
+            check(&pool, std::slice::from_ref(&buffer));
             pool.give(buffer);
+            check(&pool, &[]);
         }
-        assert_eq!(pool.lent_bytes(), 0);
-        // The last one was too large to keep, the first three were one and the same, and a slab holds two of the largest.
-        assert_eq!(pool.free_bytes, 4096 + 8192 + (2 << 20));
-        let again = pool.take(100);
-        assert_eq!(pool.free_bytes, 8192 + (2 << 20));
-        pool.give(again);
-        let many: Vec<_> = (0..8).map(|_| pool.take(1 << 20)).collect();
-        many.into_iter().for_each(|b| pool.give(b));
-        assert!(pool.free_bytes <= 3 << 20);
+        // The first three were one and the same, and a slab holds two of the largest class.
+        let kept = 4096 + 8192 + SLAB_BYTES + (1 << 20) + 4096 + (2 << 20);
+        assert_eq!(pool.idle_bytes, kept);
+        let again = [pool.take(100), pool.take((1 << 20) + 1)];
+        assert_eq!(pool.idle_bytes, kept - 4096 - (1 << 20) - 4096);
+        check(&pool, &again);
+        again.into_iter().for_each(|buffer| pool.give(buffer));
+        let many: Vec<_> = (0..16).map(|_| pool.take(1 << 20)).collect();
+        check(&pool, &many);
+        many.into_iter().for_each(|buffer| pool.give(buffer));
+        assert!(pool.idle_bytes <= 8 << 20);
+        check(&pool, &[]);
         pool.trim();
-        assert_eq!(pool.free_bytes, 0);
+        assert_eq!(pool.idle_bytes, 0);
+        check(&pool, &[]);
+    }
+
+    #[test]
+    fn what_comes_back_in_any_order_is_not_held_for_long() {
+        let mut pool = Pool::new(4 << 20);
+        let shares = SLAB_BYTES / SLAB_SHARE_BYTES;
+        let mut lent: Vec<_> = (0..shares * 20)
+            .map(|_| pool.take(SLAB_SHARE_BYTES))
+            .collect();
+        let slabs: Vec<Weak<Slab>> = lent
+            .iter()
+            .step_by(shares)
+            .map(|buffer| match &buffer.home {
+                Home::Slab(slab) => Arc::downgrade(slab),
+                Home::Heap | Home::Own { .. } => panic!("a share"),
+            })
+            .collect();
+        let alive = || slabs.iter().filter(|slab| slab.strong_count() > 0).count();
+        assert_eq!((alive(), pool.used_bytes()), (20, 40 << 20));
+        // One of each slab stays, so that each slab does.
+        for at in (0..lent.len()).rev().filter(|at| at % shares != 7) {
+            pool.give(lent.remove(at));
+        }
+        check(&pool, &lent);
+        assert_eq!((alive(), pool.idle_bytes), (20, 0));
+        assert_eq!(pool.lent_bytes(), 20 * SLAB_SHARE_BYTES);
+        // It counts as more than that, though, and what is taken next is a part of them.
+        assert_eq!(pool.used_bytes(), ((40 << 20) - SPARSE_BYTES) / 2);
+        lent.extend((0..20 * (shares - 1)).map(|_| pool.take(SLAB_SHARE_BYTES)));
+        check(&pool, &lent);
+        assert_eq!(pool.used_bytes(), 40 << 20);
+        // When all comes back, in an order of its own, as much is kept as may be.
+        while !lent.is_empty() {
+            let at = lent.len() * 13 / 17;
+            pool.give(lent.swap_remove(at));
+            check(&pool, &lent);
+        }
+        assert_eq!((alive(), pool.idle_bytes), (2, 4 << 20));
+        pool.trim();
+        assert_eq!(alive(), 0);
+    }
+
+    #[test]
+    fn large_buffers_are_used_again() {
+        let mut pool = Pool::new(8 << 20);
+        let first = pool.take(2 << 20);
+        let address = first.at(0);
+        pool.give(first);
+        // Not for one that is much smaller or larger.
+        let others = [pool.take(3 << 20), pool.take(LARGEST_CLASS - 1)];
+        assert!(others.iter().all(|other| other.at(0) != address));
+        let again = pool.take((2 << 20) - 4096);
+        assert_eq!(again.at(0), address);
+        pool.give(again);
+        others.into_iter().for_each(|buffer| pool.give(buffer));
+        check(&pool, &[]);
+        // One that is larger than all that is kept is not kept, nor anything else for its sake.
+        let before = pool.idle_bytes;
+        let huge = pool.take(32 << 20);
+        pool.give(huge);
+        assert_eq!(pool.idle_bytes, before);
+        check(&pool, &[]);
+        // Those that came back last are kept.
+        let many: Vec<_> = (0..4).map(|_| pool.take(4 << 20)).collect();
+        let last = many[3].at(0);
+        many.into_iter().for_each(|buffer| pool.give(buffer));
+        check(&pool, &[]);
+        assert!(pool.idle_bytes <= 8 << 20);
+        assert_eq!(pool.take(4 << 20).at(0), last);
     }
 }

@@ -107,7 +107,7 @@ impl DataThread {
                 self.make_ready(key);
                 return;
             }
-            let scarce = self.pool.lent_bytes() > self.limits.bytes;
+            let scarce = self.pool.used_bytes() > self.limits.bytes;
             let received = connection.receiver.receive(
                 &mut connection.stream,
                 &mut self.pool,
@@ -167,7 +167,7 @@ impl DataThread {
             }
             let limits = self.limits;
             let (now, born) = (self.now, self.born);
-            let lent = self.pool.lent_bytes();
+            let lent = self.pool.used_bytes();
             let (held, in_flight) = (
                 connection.held_bytes + connection.outbox.header_bytes(),
                 connection.in_flight,
@@ -277,7 +277,7 @@ impl DataThread {
 
     pub(super) fn force_release(&mut self, key: u32) {
         let limits = self.limits;
-        let lent = self.pool.lent_bytes();
+        let lent = self.pool.used_bytes();
         let connection = &mut self.connections[key as usize];
         let admit = |needs: usize| lent + needs <= limits.bytes;
         if connection
@@ -302,7 +302,7 @@ impl DataThread {
             return;
         }
         self.next_sweep = None;
-        let scarce = !self.paused.is_empty() && self.pool.lent_bytes() > self.limits.bytes / 2;
+        let scarce = !self.paused.is_empty() && self.pool.used_bytes() > self.limits.bytes / 2;
         let mut again = !self.paused.is_empty();
         for key in 0..self.connections.capacity() {
             let Some(connection) = self.connections.get_mut(key) else {
