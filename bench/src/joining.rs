@@ -4,7 +4,6 @@
 //! itself. Its log has every write; the 99th percentile of each second is taken, and of the seconds the median.
 
 use std::fs;
-use std::iter::once;
 use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
@@ -18,7 +17,7 @@ use crate::fio::Target;
 use crate::http::Http;
 use crate::measure::{self, Field};
 use crate::rows::{Contender, Medium};
-use crate::servers::{ServerProcess, end_of, spawn, wait_for};
+use crate::servers::{ServerProcess, end_of, poll, spawn, wait_for};
 
 /// Writes that fio has under way.
 const DEPTH: u32 = 8;
@@ -28,6 +27,9 @@ const SPREAD_MAX: f64 = 0.05;
 const RATIO_MAX: f64 = 2.0;
 /// Longest wait for the load to be even.
 const SPREAD_LIMIT: Duration = Duration::from_secs(300);
+/// How often the daemons are asked how they fill. A process is started for it and four pages of metrics are written;
+/// asked fifty times a second, that is what the client notices.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 /// What fio takes beyond that to begin and to write its log.
 const FIO_GRACE: Duration = Duration::from_secs(30);
 /// What fio says when it begins.
@@ -44,6 +46,10 @@ pub(crate) struct Joining {
     pub(crate) spread: f64,
     /// Before it was started and after the load was even.
     pub(crate) undisturbed_p99_us: f64,
+    /// Of each second before it was started.
+    pub(crate) before_p99_us_by_second: Vec<f64>,
+    /// Of each second after the load was even.
+    pub(crate) after_p99_us_by_second: Vec<f64>,
     /// In between.
     pub(crate) moving_p99_us: f64,
     /// Of each second of it in which a write ended.
@@ -84,10 +90,10 @@ pub(crate) fn measure(
     let joining = unix_ms();
     running.servers.push(cluster.add()?);
     let mut spread = spread_of(cluster);
-    let is_even = wait_for(SPREAD_LIMIT, || {
+    let is_even = poll(SPREAD_LIMIT, ASK_EVERY, || {
         spread = spread_of(cluster);
-        let whole = cluster::epoch_in_sync(cluster.first()).is_ok();
-        whole && spread.as_ref().is_ok_and(|spread| *spread <= SPREAD_MAX)
+        let is_even = spread.as_ref().is_ok_and(|spread| *spread <= SPREAD_MAX);
+        is_even && cluster::epoch_in_sync(cluster.first()).is_ok()
     });
     let even = unix_ms();
     let spread = spread?;
@@ -106,14 +112,17 @@ pub(crate) fn measure(
     let path = latencies(&log);
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     let writes = parse(&text);
-    let calm = p99s_us(&writes, [began..joining, even..ended]);
-    let moving = p99s_us(&writes, once(joining..even));
+    let before = p99s_us(&writes, began..joining);
+    let moving = p99s_us(&writes, joining..even);
+    let after = p99s_us(&writes, even..ended);
     let median = |p99s: &[f64]| measure::median(p99s.to_vec()).context("fio wrote nothing");
     Ok(Joining {
         medium,
         even_after_seconds: (even - joining) as f64 / 1e3,
         spread,
-        undisturbed_p99_us: median(&calm)?,
+        undisturbed_p99_us: median(&[&before[..], &after[..]].concat())?,
+        before_p99_us_by_second: before,
+        after_p99_us_by_second: after,
         moving_p99_us: median(&moving)?,
         moving_p99_us_by_second: moving,
     })
@@ -182,22 +191,19 @@ fn parse(log: &str) -> Vec<(u64, u64)> {
     log.lines().filter_map(write).collect()
 }
 
-/// The 99th percentile of each second of these times in which something was written.
-fn p99s_us(writes: &[(u64, u64)], times: impl IntoIterator<Item = Range<u64>>) -> Vec<f64> {
-    let mut of_windows = Vec::new();
-    for time in times {
-        let windows = (time.end - time.start).div_ceil(WINDOW_MS);
-        let mut windows = vec![Vec::new(); windows as usize];
-        for &(at, took) in writes.iter().filter(|(at, _)| time.contains(at)) {
-            windows[((at - time.start) / WINDOW_MS) as usize].push(took);
-        }
-        for mut took in windows {
-            took.sort_unstable();
-            let p99 = took.get(took.len().saturating_sub(1) * 99 / 100);
-            of_windows.extend(p99.map(|nanoseconds| *nanoseconds as f64 / 1e3));
-        }
+/// The 99th percentile of each second of this time in which something was written.
+fn p99s_us(writes: &[(u64, u64)], time: Range<u64>) -> Vec<f64> {
+    let windows = (time.end - time.start).div_ceil(WINDOW_MS);
+    let mut windows = vec![Vec::new(); windows as usize];
+    for &(at, took) in writes.iter().filter(|(at, _)| time.contains(at)) {
+        windows[((at - time.start) / WINDOW_MS) as usize].push(took);
     }
-    of_windows
+    let p99 = |mut took: Vec<u64>| {
+        took.sort_unstable();
+        let p99 = took.get(took.len().saturating_sub(1) * 99 / 100)?;
+        Some(*p99 as f64 / 1e3)
+    };
+    windows.into_iter().filter_map(p99).collect()
 }
 
 #[cfg(test)]
@@ -218,13 +224,10 @@ mod tests {
         }
         let writes = parse(&log);
         assert_eq!(writes.len(), 300);
-        let p99 = |time: Range<u64>| measure::median(p99s_us(&writes, once(time)));
+        let p99 = |time: Range<u64>| measure::median(p99s_us(&writes, time));
         assert_eq!(p99(5_000..8_000), Some(1.298));
         assert_eq!(p99(6_000..7_000), Some(9_000.0));
-        assert_eq!(
-            p99s_us(&writes, [5_000..6_000, 7_000..8_000]),
-            [1.098, 1.298]
-        );
+        assert_eq!(p99s_us(&writes, 5_000..7_000), [1.098, 9_000.0]);
         assert_eq!(p99(0..1_000), None);
     }
 }

@@ -131,7 +131,12 @@ impl Drop for Guard {
 }
 
 /// Polls `condition` until it holds or the time is over.
-pub(crate) fn wait_for(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+pub(crate) fn wait_for(limit: Duration, condition: impl FnMut() -> bool) -> bool {
+    poll(limit, POLL_EVERY, condition)
+}
+
+/// As [`wait_for`], with this pause between two questions, which take processor time of those that are measured.
+pub(crate) fn poll(limit: Duration, pause: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {
         if condition() {
@@ -140,7 +145,7 @@ pub(crate) fn wait_for(limit: Duration, mut condition: impl FnMut() -> bool) -> 
         if Instant::now() >= deadline {
             return false;
         }
-        thread::sleep(POLL_EVERY);
+        thread::sleep(pause);
     }
 }
 

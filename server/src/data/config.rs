@@ -113,7 +113,8 @@ pub struct Limits {
     pub requests_per_connection: u32,
     /// Bytes of payloads and replies held for one connection; one request more than this is let in.
     pub bytes_per_connection: usize,
-    /// Bytes of buffers lent by all data threads together.
+    /// Bytes of buffers lent by all data threads together, each of which has its part of it. Where few buffers hold much
+    /// more memory than they are large, half of that counts. A client of whom nothing is held has one request let in.
     pub bytes: usize,
     /// How long a client may neither send the rest of a payload nor read its replies while others wait for the memory
     /// it holds. Then its connection is closed.

@@ -145,7 +145,7 @@ impl Receiver {
             refusal: None,
         };
         if !leftover.is_empty() {
-            let mut buffer = pool.take(leftover.len().max(RECEIVE_BYTES));
+            let mut buffer = pool.take_to_receive(leftover.len().max(RECEIVE_BYTES));
             buffer.put(0, leftover);
             receiver.end = leftover.len();
             receiver.buffer = Some(buffer);
@@ -198,7 +198,9 @@ impl Receiver {
             RECEIVE_BYTES
         };
         let stashed = std::mem::take(&mut self.stashed);
-        let buffer = self.buffer.get_or_insert_with(|| pool.take(bytes));
+        let buffer = self
+            .buffer
+            .get_or_insert_with(|| pool.take_to_receive(bytes));
         if stashed > 0 {
             buffer.put(0, &self.stash[..stashed]);
             self.start = 0;
@@ -454,7 +456,7 @@ impl Receiver {
         self.start = 0;
         self.end = 0;
         if let Some(buffer) = self.buffer.take() {
-            pool.give(buffer);
+            pool.give_received(buffer);
         }
         true
     }
@@ -462,7 +464,7 @@ impl Receiver {
     /// Forgets everything; the client is gone.
     pub(super) fn clear(&mut self, pool: &mut Pool, stores: &mut [StoreDriver]) {
         if let Some(buffer) = self.buffer.take() {
-            pool.give(buffer);
+            pool.give_received(buffer);
         }
         if let Some(incoming) = self.incoming.take() {
             match incoming.place {

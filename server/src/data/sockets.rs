@@ -167,16 +167,17 @@ impl DataThread {
             }
             let limits = self.limits;
             let (now, born) = (self.now, self.born);
-            let lent = self.pool.used_bytes();
+            let (used, working) = (self.pool.used_bytes(), self.pool.working_bytes());
             let (held, in_flight) = (
                 connection.held_bytes + connection.outbox.header_bytes(),
                 connection.in_flight,
             );
             let admit = |needs: usize| {
-                // One request is let in whatever its size, so that every client gets on.
+                // One request is let in whatever its size, so that every client gets on. What others hold by what they
+                // have sent does not keep it out: they may be waiting for the same.
                 let own = held == 0 || held + needs <= limits.bytes_per_connection;
-                let all = lent + needs <= limits.bytes
-                    || (held == 0 && lent <= limits.bytes / 2)
+                let all = used + needs <= limits.bytes
+                    || (held == 0 && working <= limits.bytes / 2)
                     || (needs <= ALWAYS_ADMITTED_BYTES && held <= ALWAYS_ADMITTED_BYTES);
                 own && all && in_flight < limits.requests_per_connection
             };
@@ -277,9 +278,9 @@ impl DataThread {
 
     pub(super) fn force_release(&mut self, key: u32) {
         let limits = self.limits;
-        let lent = self.pool.used_bytes();
+        let used = self.pool.used_bytes();
         let connection = &mut self.connections[key as usize];
-        let admit = |needs: usize| lent + needs <= limits.bytes;
+        let admit = |needs: usize| used + needs <= limits.bytes;
         if connection
             .receiver
             .release(&connection.session, &mut self.pool, admit)
@@ -302,7 +303,7 @@ impl DataThread {
             return;
         }
         self.next_sweep = None;
-        let scarce = !self.paused.is_empty() && self.pool.used_bytes() > self.limits.bytes / 2;
+        let scarce = !self.paused.is_empty() && self.pool.lent_bytes() > self.limits.bytes / 2;
         let mut again = !self.paused.is_empty();
         for key in 0..self.connections.capacity() {
             let Some(connection) = self.connections.get_mut(key) else {

@@ -13,8 +13,8 @@ use ashlar_tests::seed::{self, Rng};
 use ashlar_tests::wait;
 
 const CLIENTS: u64 = 1_000;
-/// Beside what an idle daemon has: its buffers are limited to 128 MiB by default, of free ones it keeps 32 MiB, and as
-/// much as both is left for slabs that are held for a few of their shares. Without the limits this reaches many GiB.
+/// Beside what an idle daemon has: buffers of clients are limited to 128 MiB by default and can hold twice that for a
+/// while, 32 MiB of free ones are kept, and the rest is for all else. Without the limits this reaches many GiB.
 const GROWTH_MAX: u64 = 320 << 20;
 
 #[test]

@@ -118,6 +118,53 @@ fn the_other_half(client: &mut Client, payload: &[u8]) {
         .expect("send");
 }
 
+/// So many wait for memory that what they hold by the beginnings of their requests is half of the limit. Nothing but
+/// letting one of them in gives memory back.
+#[test]
+fn clients_that_all_wait_for_memory_get_on() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut config = config(dir.path(), 1);
+    config.limits = Limits {
+        bytes: 2 << 20,
+        ..Limits::default()
+    };
+    let (runtime, plane) = start(config);
+    let size = 256 * MIB;
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    // More than half of the limit, so that the others are not let in.
+    let payload = vec![3; 1200 << 10];
+    let mut first = Client::attach(&plane, ReplyStyle::Simple, size);
+    let cookie = half_a_write(&mut first, 0, &payload);
+    let waiting: Vec<(Client, u64, Vec<u8>)> = (1..=120)
+        .map(|number: u8| {
+            let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
+            let payload = vec![number; 1500 << 10];
+            let at = u64::from(number) * 2 * MIB;
+            let len = payload.len() as u64;
+            let cookie = client.send(command::WRITE, 0, at, len, &payload[..1000]);
+            (client, cookie, payload)
+        })
+        .collect();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while plane.metrics().threads()[0].pauses.get() < waiting.len() as u64 {
+        assert!(Instant::now() < deadline, "not all of them wait");
+        std::thread::yield_now();
+    }
+    the_other_half(&mut first, &payload);
+    assert_eq!(first.reply(0, None), (cookie, Reply::Ok(vec![])));
+    std::thread::scope(|scope| {
+        for (mut client, cookie, payload) in waiting {
+            scope.spawn(move || {
+                client.stream.write_all(&payload[1000..]).expect("send");
+                assert_eq!(client.reply(0, None), (cookie, Reply::Ok(vec![])));
+            });
+        }
+    });
+    runtime.block_on(plane.drain());
+}
+
 /// A payload that is received into the open frame stays whole when the frame is closed, filled by others or long gone
 /// before the payload ends.
 #[test]

@@ -118,24 +118,25 @@ impl DataThread {
         if !is_current {
             return self.forget_answer(answer);
         }
-        let status = match &answer {
-            Answer::Status(status) => *status,
-            Answer::Data { .. } | Answer::Rows(_) | Answer::Leaf(_) => Status::Ok,
-        };
         match asked {
             Asked::Change { op, place } => {
+                let status = self.plain(answer);
                 let outcome = self.with_head(volume, |head, now_us, actions| {
                     head.answered(op, place, status, now_us, actions)
                 });
                 self.outcome(outcome);
             }
             Asked::Flush { op, member } => {
+                let status = self.plain(answer);
                 let outcome = self.with_head(volume, |head, now_us, actions| {
                     head.flush_answered(op, member, status, now_us, actions)
                 });
                 self.outcome(outcome);
             }
-            Asked::Query(query) => self.head_event(volume, Event::Done { query, status }),
+            Asked::Query(query) => {
+                let status = self.plain(answer);
+                self.head_event(volume, Event::Done { query, status });
+            }
             Asked::Rows(query) => {
                 let result = match answer {
                     Answer::Rows(rows) => Ok(rows),
@@ -152,6 +153,7 @@ impl DataThread {
             }
             Asked::CopyRead(copy) => self.copy_was_read(volume, copy, answer),
             Asked::CopyWrite { copy, member } => {
+                let status = self.plain(answer);
                 let event = Event::CopyWritten {
                     copy,
                     member,
@@ -168,6 +170,14 @@ impl DataThread {
             None | Some(Outcome::Pending) => {}
             Some(Outcome::Acknowledge(tag)) => self.piece_acknowledged(tag),
             Some(Outcome::Fail(tag, status)) => self.piece_failed(tag, status),
+        }
+    }
+
+    /// The status of an answer to what nothing but a status answers: anything else says nothing of what was done.
+    fn plain(&mut self, answer: Answer) -> Status {
+        match answer {
+            Answer::Status(status) => status,
+            other => self.unexpected(other),
         }
     }
 
