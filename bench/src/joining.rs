@@ -27,6 +27,11 @@ const SPREAD_MAX: f64 = 0.05;
 const RATIO_MAX: f64 = 2.0;
 /// Longest wait for the load to be even.
 const SPREAD_LIMIT: Duration = Duration::from_secs(300);
+/// How long fio writes before its writes count. The first seconds are faster: nothing of what it overwrites has to be
+/// cleaned up yet.
+const WARM_UP: Duration = Duration::from_secs(10);
+/// Shortest time before and after that counts as undisturbed.
+const CALM_MIN: Duration = Duration::from_secs(10);
 /// How often the daemons are asked how they fill. A process is started for it and four pages of metrics are written;
 /// asked fifty times a second, that is what the client notices.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -74,17 +79,19 @@ pub(crate) fn measure(
     calm: Duration,
     scratch: &Path,
 ) -> Result<Joining> {
+    let calm = calm.max(CALM_MIN);
     field.leave_only(Contender::Cluster);
     let cluster = field.cluster.as_mut().context("no cluster runs")?;
     let running = field.running.get_mut(&Contender::Cluster);
     let running = running.context("no cluster runs")?;
     let log = scratch.join("joining");
-    let mut fio = start_fio(&running.target, size_bytes, 2 * calm, &log)?;
+    let mut fio = start_fio(&running.target, size_bytes, WARM_UP + 2 * calm, &log)?;
     let is_writing = wait_for(FIO_GRACE, || {
         let said = fs::read_to_string(&log).unwrap_or_default();
         !fio.is_alive() || said.contains(CONNECTED)
     });
     ensure!(is_writing && fio.is_alive(), "fio: {}", end_of(&log));
+    std::thread::sleep(WARM_UP);
     let began = unix_ms();
     std::thread::sleep(calm);
     let joining = unix_ms();
