@@ -57,7 +57,7 @@ pub(crate) struct Joining {
     pub(crate) after_p99_us_by_second: Vec<f64>,
     /// In between.
     pub(crate) moving_p99_us: f64,
-    /// Of each second of it in which a write ended.
+    /// Of each second of it.
     pub(crate) moving_p99_us_by_second: Vec<f64>,
 }
 
@@ -93,7 +93,7 @@ pub(crate) fn measure(
     ensure!(is_writing && fio.is_alive(), "fio: {}", end_of(&log));
     std::thread::sleep(WARM_UP);
     let began = unix_ms();
-    std::thread::sleep(calm);
+    rest(calm, cluster);
     let joining = unix_ms();
     running.servers.push(cluster.add()?);
     let mut spread = spread_of(cluster);
@@ -109,8 +109,9 @@ pub(crate) fn measure(
         "the fullest node still holds {:.0} % more than the emptiest",
         100.0 * spread
     );
-    std::thread::sleep(calm);
+    rest(calm, cluster);
     let ended = unix_ms();
+    ensure!(fio.is_alive(), "fio: {}", end_of(&log));
     fio.interrupt();
     ensure!(
         wait_for(FIO_GRACE, || !fio.is_alive()),
@@ -122,7 +123,7 @@ pub(crate) fn measure(
     let before = p99s_us(&writes, began..joining);
     let moving = p99s_us(&writes, joining..even);
     let after = p99s_us(&writes, even..ended);
-    let median = |p99s: &[f64]| measure::median(p99s.to_vec()).context("fio wrote nothing");
+    let median = |p99s: &[f64]| measure::median(p99s.to_vec()).context("too short");
     Ok(Joining {
         medium,
         even_after_seconds: (even - joining) as f64 / 1e3,
@@ -133,6 +134,15 @@ pub(crate) fn measure(
         moving_p99_us: median(&moving)?,
         moving_p99_us_by_second: moving,
     })
+}
+
+/// Waits, and asks the daemons meanwhile as often as while something moves.
+fn rest(time: Duration, cluster: &Cluster) {
+    poll(time, ASK_EVERY, || {
+        // What they say is not asked for now, but what it takes to say it is.
+        let _ = spread_of(cluster);
+        false
+    });
 }
 
 /// How much more the fullest node holds than the emptiest, of what the fullest holds.
@@ -198,19 +208,21 @@ fn parse(log: &str) -> Vec<(u64, u64)> {
     log.lines().filter_map(write).collect()
 }
 
-/// The 99th percentile of each second of this time in which something was written.
+/// The 99th percentile of each whole second of this time. In one in which no write ended, one took as long.
 fn p99s_us(writes: &[(u64, u64)], time: Range<u64>) -> Vec<f64> {
-    let windows = (time.end - time.start).div_ceil(WINDOW_MS);
+    let windows = (time.end - time.start) / WINDOW_MS;
     let mut windows = vec![Vec::new(); windows as usize];
     for &(at, took) in writes.iter().filter(|(at, _)| time.contains(at)) {
-        windows[((at - time.start) / WINDOW_MS) as usize].push(took);
+        if let Some(window) = windows.get_mut(((at - time.start) / WINDOW_MS) as usize) {
+            window.push(took);
+        }
     }
     let p99 = |mut took: Vec<u64>| {
         took.sort_unstable();
-        let p99 = took.get(took.len().saturating_sub(1) * 99 / 100)?;
-        Some(*p99 as f64 / 1e3)
+        let p99 = took.get(took.len().saturating_sub(1) * 99 / 100);
+        p99.map_or(WINDOW_MS as f64 * 1e3, |p99| *p99 as f64 / 1e3)
     };
-    windows.into_iter().filter_map(p99).collect()
+    windows.into_iter().map(p99).collect()
 }
 
 #[cfg(test)]
@@ -235,6 +247,7 @@ mod tests {
         assert_eq!(p99(5_000..8_000), Some(1.298));
         assert_eq!(p99(6_000..7_000), Some(9_000.0));
         assert_eq!(p99s_us(&writes, 5_000..7_000), [1.098, 9_000.0]);
-        assert_eq!(p99(0..1_000), None);
+        assert_eq!(p99(0..1_000), Some(1e6));
+        assert_eq!(p99s_us(&writes, 5_000..6_900), [1.098]);
     }
 }

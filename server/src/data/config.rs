@@ -114,7 +114,8 @@ pub struct Limits {
     /// Bytes of payloads and replies held for one connection; one request more than this is let in.
     pub bytes_per_connection: usize,
     /// Bytes of buffers lent by all data threads together, each of which has its part of it. Where few buffers hold much
-    /// more memory than they are large, half of that counts. A client of whom nothing is held has one request let in.
+    /// more memory than they are large, half of that counts. A client of whom nothing is held has one request let in while
+    /// those that are let in have less than half of it.
     pub bytes: usize,
     /// How long a client may neither send the rest of a payload nor read its replies while others wait for the memory
     /// it holds. Then its connection is closed.

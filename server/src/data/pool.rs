@@ -355,8 +355,8 @@ impl Pool {
     }
 
     /// What counts against a limit of memory: the bytes lent or, where few shares hold many slabs, half of what is held
-    /// for them. So about twice a limit is held at most, in whatever order buffers come back, and a slab for each class
-    /// beside that.
+    /// for them, beyond a slab for each class. So requests that are let in by it hold about twice a limit at most, in
+    /// whatever order buffers come back.
     pub(super) fn used_bytes(&self) -> usize {
         let held = self.lent_bytes - self.lent_share_bytes + self.slabs_in_use * SLAB_BYTES;
         self.lent_bytes.max(held.saturating_sub(SPARSE_BYTES) / 2)

@@ -303,7 +303,7 @@ impl DataThread {
             return;
         }
         self.next_sweep = None;
-        let scarce = !self.paused.is_empty() && self.pool.lent_bytes() > self.limits.bytes / 2;
+        let scarce = !self.paused.is_empty() && self.pool.used_bytes() > self.limits.bytes / 2;
         let mut again = !self.paused.is_empty();
         for key in 0..self.connections.capacity() {
             let Some(connection) = self.connections.get_mut(key) else {

@@ -226,6 +226,7 @@ impl Store {
         let block = self.tail.block_mut(tail_at);
         block.fill(0);
         header.encode(block);
+        self.tail.begun(seq);
         let data_max =
             (segment_blocks - self.hot.next_block - 1).min(super::format::FRAME_DATA_BLOCKS);
         self.hot.open = Some(OpenFrame {
@@ -261,11 +262,17 @@ impl Store {
             checkpoint_seq: self.superblock.checkpoint_seq,
             next_segment: self.hot.next_segment,
         };
+        let still_open = FrameHeader {
+            progress: open.progress,
+            ..header
+        };
         let block = self.tail.block_mut(open.tail_at);
-        header.encode(block);
-        FrameHeader::seal(block);
+        still_open.encode(block);
+        FrameHeader::seal_for(block, progress);
+        // A process that dies before this leaves an open frame, which has no checksum to be believed.
+        self.tail.publish(open.tail_at, progress);
         let used = FRAME_FIXED_BYTES + usize::from(progress.entry_bytes);
-        let bytes = block[..used].to_vec();
+        let bytes = self.tail.block_mut(open.tail_at)[..used].to_vec();
         let blocks = header.blocks();
         self.tail.end(blocks);
         self.hot.next_block += blocks;

@@ -213,9 +213,10 @@ impl Store {
         };
         // What the tail had let go of was written: the log must have it.
         if replay_tail
+            && let Ok((_, first_seq_low)) = tail.first()
             && ((last_seq as u32)
                 .wrapping_add(1)
-                .wrapping_sub(tail.first_seq_low()) as i32)
+                .wrapping_sub(first_seq_low) as i32)
                 < 0
         {
             return Err(missing(log_end((segment, next_block)), unreadable));

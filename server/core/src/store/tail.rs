@@ -11,6 +11,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::format::{
     FRAME_DATA_BLOCKS, FRAME_HEADER_BLOCKS, FormatError, FrameHeader, PROGRESS_OFFSET, Progress,
+    with_check,
 };
 use crate::units::{BLOCK_BYTES, StoreId};
 
@@ -30,12 +31,16 @@ pub trait TailMemory: Send {
 pub const TAIL_HEADER_BYTES: usize = BLOCK_BYTES;
 /// Ring blocks a frame may need.
 const FRAME_BLOCKS: u32 = FRAME_HEADER_BLOCKS + FRAME_DATA_BLOCKS;
+/// The largest ring: 16 GiB.
+const MAX_RING_BLOCKS: u64 = 1 << 22;
+const _: () = assert!(MAX_RING_BLOCKS < 1 << FIRST_BLOCK_BITS);
 /// The smallest ring: four full frames, so that one fills while others are carried away.
 pub(super) const MIN_RING_BLOCKS: u32 = 4 * FRAME_BLOCKS;
 
 /// Bytes of memory for a tail that holds about `bytes` of writes; at least 4 MiB.
 pub fn tail_bytes(bytes: u64) -> usize {
-    let blocks = (bytes / BLOCK_BYTES as u64).clamp(u64::from(MIN_RING_BLOCKS), 1 << 22) as usize;
+    let blocks =
+        (bytes / BLOCK_BYTES as u64).clamp(u64::from(MIN_RING_BLOCKS), MAX_RING_BLOCKS) as usize;
     TAIL_HEADER_BYTES + blocks * BLOCK_BYTES
 }
 
@@ -51,9 +56,15 @@ struct RawTailHeader {
     boot: [u8; 16],
     incarnation: U64,
 }
-/// Where the word that names the oldest frame stands: its ring block in the low half, the low half of its number in
-/// the high one. Written by one store, so a kill cannot tear it.
+/// Where the word that names the oldest frame stands: its ring block in the lowest bits, the low half of its number above
+/// them, and a check of both. Written by one store, so a kill cannot tear it.
 const FIRST_OFFSET: usize = 64;
+/// It may name the ring's end.
+const FIRST_BLOCK_BITS: u32 = 23;
+const FIRST_BITS: u32 = FIRST_BLOCK_BITS + 32;
+/// Where the number of the newest frame stands that was begun, or that of the one before the first. Written once the
+/// frame has its header, and before anything in it counts.
+const LAST_OFFSET: usize = 72;
 const _: () = assert!(size_of::<RawTailHeader>() <= FIRST_OFFSET);
 
 /// Who wrote a tail.
@@ -86,7 +97,8 @@ impl Tail {
     pub(super) fn new(mut memory: Box<dyn TailMemory>) -> Option<Tail> {
         let blocks =
             u32::try_from(memory.len().checked_sub(TAIL_HEADER_BYTES)? / BLOCK_BYTES).ok()?;
-        if blocks < MIN_RING_BLOCKS || !(memory.as_mut_ptr() as usize).is_multiple_of(BLOCK_BYTES) {
+        let fits = (u64::from(MIN_RING_BLOCKS)..=MAX_RING_BLOCKS).contains(&u64::from(blocks));
+        if !fits || !(memory.as_mut_ptr() as usize).is_multiple_of(BLOCK_BYTES) {
             return None;
         }
         // SAFETY: the memory is longer than its header.
@@ -149,6 +161,7 @@ impl Tail {
         self.frames = 0;
         self.open = false;
         self.publish_first(next_seq);
+        self.publish_last(next_seq - 1);
         let mut raw = RawTailHeader {
             magic: TAIL_MAGIC,
             crc: U32::ZERO,
@@ -163,8 +176,13 @@ impl Tail {
     }
 
     fn publish_first(&mut self, seq: u64) {
-        let word = u64::from(self.first) | (seq & 0xffff_ffff) << 32;
+        let bits = u64::from(self.first) | (seq & 0xffff_ffff) << FIRST_BLOCK_BITS;
+        let word = with_check(bits, FIRST_BITS).to_le();
         self.word(FIRST_OFFSET).store(word, Ordering::Release);
+    }
+
+    fn publish_last(&mut self, seq: u64) {
+        self.word(LAST_OFFSET).store(seq.to_le(), Ordering::Release);
     }
 
     /// Blocks in use.
@@ -207,6 +225,11 @@ impl Tail {
         self.frames += 1;
         self.open = true;
         self.head = at;
+    }
+
+    /// The frame that began last, `seq`, has its header: from now on it is missed when it is not there.
+    pub(super) fn begun(&mut self, seq: u64) {
+        self.publish_last(seq);
     }
 
     /// Ends the frame that began last; it took `blocks`.
@@ -267,19 +290,25 @@ impl Tail {
         word.store(progress.to_word().to_le(), Ordering::Release);
     }
 
-    /// The low half of the number of the oldest frame that was held, or would come next.
-    pub(super) fn first_seq_low(&mut self) -> u32 {
-        (self.word(FIRST_OFFSET).load(Ordering::Acquire) >> 32) as u32
+    /// Where the oldest frame that was held begins, or would have begun, and the low half of its number.
+    pub(super) fn first(&mut self) -> Result<(u32, u32), FormatError> {
+        let word = u64::from_le(self.word(FIRST_OFFSET).load(Ordering::Acquire));
+        let bits = word & ((1 << FIRST_BITS) - 1);
+        if word != with_check(bits, FIRST_BITS) {
+            return Err(FormatError::Checksum);
+        }
+        let block = bits & ((1 << FIRST_BLOCK_BITS) - 1);
+        Ok((block as u32, (bits >> FIRST_BLOCK_BITS) as u32))
     }
 
-    /// The frames of the process that died, oldest first: where each lies and its header.
+    /// The frames of the process that died, oldest first: where each lies and its header. An error when one that was
+    /// begun is not there.
     pub(super) fn walk(
         &mut self,
         identity: TailIdentity,
     ) -> Result<Vec<(u32, FrameHeader)>, FormatError> {
-        let word = self.word(FIRST_OFFSET).load(Ordering::Acquire);
-        let mut at = word as u32;
-        let mut seq_low = (word >> 32) as u32;
+        let (mut at, first_seq_low) = self.first()?;
+        let mut seq_low = first_seq_low;
         let mut found: Vec<(u32, FrameHeader)> = Vec::new();
         while found.len() < self.blocks as usize {
             if at + FRAME_BLOCKS > self.blocks {
@@ -291,7 +320,7 @@ impl Tail {
             if !FrameHeader::is_named(block, identity.store, identity.incarnation, seq_low) {
                 break;
             }
-            let header = FrameHeader::decode_open(block)?;
+            let header = FrameHeader::decode_in_tail(block)?;
             if found
                 .last()
                 .is_some_and(|(_, last)| last.seq + 1 != header.seq)
@@ -305,12 +334,27 @@ impl Tail {
                 break;
             }
         }
-        Ok(found)
+        let last = u64::from_le(self.word(LAST_OFFSET).load(Ordering::Acquire));
+        let is_whole = match found.last() {
+            // The process may have died before it said that it had begun this one.
+            Some((_, header)) => {
+                header.seq == last
+                    || (header.seq == last.wrapping_add(1) && header.progress.entries == 0)
+            }
+            None => first_seq_low == (last as u32).wrapping_add(1),
+        };
+        if is_whole {
+            Ok(found)
+        } else {
+            Err(FormatError::Invalid("end: a frame is missing"))
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
     use crate::store::AlignedBuf;
 
@@ -327,7 +371,7 @@ mod tests {
     fn the_ring_never_gives_a_place_that_overlaps_a_frame_it_holds() {
         let mut tail =
             Tail::new(Box::new(AlignedBuf::zeroed(tail_bytes(6 << 20)))).expect("large enough");
-        let mut held: std::collections::VecDeque<(u32, u32)> = Default::default();
+        let mut held: VecDeque<(u32, u32)> = VecDeque::new();
         let mut rng = 7u64;
         for seq in 0..20_000u64 {
             rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -383,6 +427,8 @@ mod tests {
         let at = tail.place().expect("room");
         tail.begin(at, header.seq);
         header.encode(tail.block_mut(at));
+        FrameHeader::seal(tail.block_mut(at));
+        tail.begun(header.seq);
         tail.end(header.blocks());
         // Behind it, data of an earlier lap that begin as a frame does and are none.
         let behind = at + header.blocks();
@@ -395,18 +441,114 @@ mod tests {
             tail.block_mut(behind)[..8].copy_from_slice(&super::super::format::FRAME_MAGIC);
             assert_eq!(tail.walk(identity), Ok(vec![(at, header)]));
         }
-        // One that is the next by its name must be possible as well.
+        // One that is the next by its name must be possible as well. It counts when it was said that it had begun.
         let next = FrameHeader {
             seq: header.seq + 1,
             ..header
         };
         next.encode(tail.block_mut(behind));
-        assert_eq!(
-            tail.walk(identity).map(|found| found.len()),
-            Ok(2),
-            "the frame behind it"
-        );
-        tail.block_mut(behind)[PROGRESS_OFFSET..][..8].fill(0xff);
-        assert!(tail.walk(identity).is_err());
+        FrameHeader::seal(tail.block_mut(behind));
+        tail.begun(next.seq);
+        let both = vec![(at, header), (behind, next)];
+        assert_eq!(tail.walk(identity), Ok(both.clone()));
+        for offset in 0..BLOCK_BYTES {
+            tail.block_mut(behind)[offset] ^= 1 << (offset % 8);
+            assert!(tail.walk(identity).is_err(), "byte {offset}");
+            tail.block_mut(behind)[offset] ^= 1 << (offset % 8);
+        }
+        assert_eq!(tail.walk(identity), Ok(both));
+    }
+
+    #[test]
+    fn a_word_with_a_bit_changed_does_not_check() {
+        let mut rng = 11u64;
+        for used in [50, FIRST_BITS] {
+            let mask = (1 << used) - 1;
+            let checks = |word: u64| word == with_check(word & mask, used);
+            assert!(!checks(0));
+            for round in 0..10_000 {
+                rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let bits = (rng >> 7 >> (round % 57)) & mask;
+                let word = with_check(bits, used);
+                assert!(checks(word));
+                for bit in 0..64 {
+                    assert!(!checks(word ^ 1 << bit), "bit {bit} of {word:x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_bit_that_changes_in_a_tail_is_seen() {
+        let identity = TailIdentity {
+            store: StoreId(uuid::Uuid::from_u128(6)),
+            boot: [2; 16],
+            incarnation: 4,
+        };
+        let memory = AlignedBuf::zeroed(tail_bytes(4 << 20));
+        let mut tail = Tail::new(Box::new(memory)).expect("large enough");
+        tail.reset(identity, 100);
+        let mut seq = 100;
+        let mut rng = 5u64;
+        let mut places = VecDeque::new();
+        for _ in 0..200 {
+            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            if let Some(at) = tail.place() {
+                let header = FrameHeader {
+                    addr: super::super::format::Addr(1000),
+                    store: identity.store,
+                    progress: Progress {
+                        entries: 1,
+                        entry_bytes: 40,
+                        data_blocks: 1 + (rng >> 60) as u16,
+                        ..Progress::default()
+                    },
+                    incarnation: identity.incarnation,
+                    seq,
+                    durable_seq: 0,
+                    checkpoint_seq: 1,
+                    next_segment: 0,
+                };
+                tail.begin(at, seq);
+                header.encode(tail.block_mut(at));
+                tail.begun(seq);
+                places.push_back(at);
+                let whole = tail.walk(identity).expect("is whole");
+                assert_eq!(whole.len(), places.len());
+                // Of the words that name frames and of the newest one, which is open: all that says what it is.
+                let words = [FIRST_OFFSET, LAST_OFFSET].map(|at| at..at + 8);
+                let header_at = TAIL_HEADER_BYTES + at as usize * BLOCK_BYTES;
+                let of_frame =
+                    [0..8, 16..48].map(|part| header_at + part.start..header_at + part.end);
+                for byte in words.into_iter().chain(of_frame).flatten() {
+                    // SAFETY: inside the memory, which only this test uses.
+                    let byte = unsafe { &mut *tail.memory.as_mut_ptr().add(byte) };
+                    *byte ^= 1 << (rng >> 33 & 7);
+                    assert!(tail.walk(identity).is_err() || tail.identity() != Some(identity));
+                    *byte ^= 1 << (rng >> 33 & 7);
+                }
+                // And a frame that vanishes.
+                let newest = tail.block_mut(at).to_vec();
+                tail.block_mut(at).fill(0);
+                assert!(tail.walk(identity).is_err());
+                tail.block_mut(at).copy_from_slice(&newest);
+                let closed = Progress {
+                    closed: true,
+                    ..header.progress
+                };
+                FrameHeader::seal_for(tail.block_mut(at), closed);
+                tail.publish(at, closed);
+                tail.end(header.blocks());
+                assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
+                seq += 1;
+            }
+            for _ in 0..(rng >> 50) as usize % 3 {
+                if places.pop_front().is_some() {
+                    let next_seq = seq - places.len() as u64;
+                    tail.reclaim(places.front().copied(), next_seq);
+                    assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
+                }
+            }
+        }
     }
 }

@@ -13,7 +13,7 @@ const SECTOR: usize = 512;
 type Block = Rc<[u8; BLOCK_BYTES]>;
 
 /// A completed or running write of one block.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 struct Volatile {
     block: u32,
     data: Block,
@@ -21,7 +21,7 @@ struct Volatile {
     stamp: u64,
 }
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub(crate) struct SimDisk {
     stable: Vec<Option<Block>>,
     volatile: Vec<Volatile>,

@@ -16,6 +16,9 @@ pub(crate) struct Seen {
     pub(crate) cuts_in_recovery: u64,
     /// Power cuts while a store was opened in the boot in which its process had died.
     pub(crate) cuts_while_saving: u64,
+    /// Tails that were damaged, and of these, openings that refused until their loss was accepted.
+    pub(crate) damaged_tails: u64,
+    pub(crate) accepted_losses: u64,
     pub(crate) cleaned: u64,
     pub(crate) checkpoints: u64,
     pub(crate) no_space: u64,
@@ -45,9 +48,16 @@ pub(crate) fn run(seed: u64, images: u64, rules: Rules) -> Result<Seen, String> 
             // The process dies, the machine does not: the tail is there.
             seen.kills += 1;
             world.kill();
-            if world.rng.below(2) == 0 {
-                world.power_cuts_while_opening(&mut seen)?;
-                continue;
+            match world.rng.below(4) {
+                0 | 1 => {
+                    world.power_cuts_while_opening(&mut seen)?;
+                    continue;
+                }
+                2 => {
+                    world.damaged_tails(images, &mut seen)?;
+                    continue;
+                }
+                _ => {}
             }
             let mut lives = 1 + world.rng.below(12);
             loop {
@@ -156,6 +166,46 @@ impl World {
     }
 }
 
+impl World {
+    /// The process is dead, the machine is not, but the tail is no longer what it was. A start takes what is whole, or
+    /// refuses and changes nothing, and then what was flushed is there when the loss is accepted. Goes on from the last.
+    fn damaged_tails(&mut self, images: u64, seen: &mut Seen) -> Result<(), String> {
+        let machine = self.machine();
+        for image in 0..images {
+            let at = |e: &dyn std::fmt::Display| format!("damaged tail {image}: {e}");
+            self.set_machine(&machine);
+            let what = self.damage_tail();
+            seen.damaged_tails += 1;
+            match self.open(u64::MAX) {
+                Ok(report) => {
+                    let lossy = report.tail_void;
+                    self.verify(lossy)
+                        .map_err(|e| at(&format!("{what}: {e}")))?;
+                }
+                Err(OpenError::TailDamaged(_) | OpenError::TailMissing) => {
+                    if *self.disk.borrow() != *machine.disk() {
+                        return Err(at(&"a start that refuses wrote something"));
+                    }
+                    seen.accepted_losses += 1;
+                    let report = self.open_as_told(u64::MAX, true).map_err(|e| at(&e))?;
+                    if !report.tail_void {
+                        return Err(at(&"a loss that was accepted is not reported"));
+                    }
+                    self.verify(true).map_err(|e| at(&format!("{what}: {e}")))?;
+                    // What was just read is there after a power cut, too.
+                    if self.rng.below(4) == 0 {
+                        self.power_cut();
+                        self.open(u64::MAX).map_err(|e| at(&e))?;
+                        self.verify(true).map_err(|e| at(&e))?;
+                    }
+                }
+                Err(e) => return Err(at(&format!("{what}: {e}"))),
+            }
+        }
+        Ok(())
+    }
+}
+
 fn guarded(seed: u64, images: u64, rules: Rules) -> Result<Seen, String> {
     catch_unwind(AssertUnwindSafe(|| run(seed, images, rules))).unwrap_or_else(|panic| {
         let text = panic
@@ -205,6 +255,8 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
                     t.kills += seen.kills;
                     t.cuts_in_recovery += seen.cuts_in_recovery;
                     t.cuts_while_saving += seen.cuts_while_saving;
+                    t.damaged_tails += seen.damaged_tails;
+                    t.accepted_losses += seen.accepted_losses;
                     t.cleaned += seen.cleaned;
                     t.checkpoints += seen.checkpoints;
                     t.no_space += seen.no_space;
@@ -223,6 +275,8 @@ fn a_power_cut_loses_nothing_flushed_and_shows_nothing_torn() {
                 && totals.checkpoints > 10_000
                 && totals.cuts_in_recovery > 1000
                 && totals.cuts_while_saving > 10_000
+                && totals.damaged_tails > 3000
+                && totals.accepted_losses > 1000
                 && totals.kills > 1000
                 && totals.landed > 10_000
         );

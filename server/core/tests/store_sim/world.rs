@@ -5,10 +5,10 @@ mod tail;
 
 use std::cell::RefCell;
 
-use ashlar_core::store::format::{LEAF_DISK_BYTES, LeafEntries, Mapping};
+use ashlar_core::store::format::{FRAME_MAGIC, LEAF_DISK_BYTES, LeafEntries, Mapping};
 use ashlar_core::store::{
-    Action, AlignedBuf, Event, ExtentKey, Geometry, Landing, OpenOptions, OpenReport, Params,
-    ReadOutcome, Store, StoreError, format_store,
+    Action, AlignedBuf, Event, ExtentKey, Geometry, Landing, OpenError, OpenOptions, OpenReport,
+    Params, ReadOutcome, Store, StoreError, format_store,
 };
 use ashlar_core::units::{BLOCK_BYTES, LEAF_BLOCKS, StoreId};
 pub(crate) use tail::SharedTail;
@@ -69,6 +69,12 @@ pub(crate) struct Machine {
     tail: Vec<u8>,
     oracle: Oracle,
     boot: u8,
+}
+
+impl Machine {
+    pub(crate) fn disk(&self) -> &SimDisk {
+        &self.disk
+    }
 }
 
 pub(crate) struct World {
@@ -153,7 +159,15 @@ impl World {
         }
     }
 
-    pub(crate) fn open(&mut self, lives: u64) -> Result<OpenReport, ashlar_core::store::OpenError> {
+    pub(crate) fn open(&mut self, lives: u64) -> Result<OpenReport, OpenError> {
+        self.open_as_told(lives, false)
+    }
+
+    pub(crate) fn open_as_told(
+        &mut self,
+        lives: u64,
+        accept_tail_loss: bool,
+    ) -> Result<OpenReport, OpenError> {
         let mut opening = Opening {
             disk: &self.disk,
             lives,
@@ -161,7 +175,7 @@ impl World {
         let options = OpenOptions {
             node: NODE,
             boot: [self.boot; 16],
-            accept_tail_loss: false,
+            accept_tail_loss,
         };
         let (mut store, report) = Store::open(
             &mut opening,
@@ -375,6 +389,48 @@ impl World {
         self.tail.restore(&machine.tail);
         self.oracle = machine.oracle.clone();
         self.boot = machine.boot;
+    }
+
+    /// Changes something of the tail of the dead process; what, in words.
+    pub(crate) fn damage_tail(&mut self) -> String {
+        let mut tail = self.tail.snapshot();
+        // Of most of it nothing is asked any more: what is changed lies where something is, or where frames are named.
+        let is_used = |at: &usize| tail[at * 64..][..64].iter().any(|&byte| byte != 0);
+        let used: Vec<usize> = (0..tail.len() / 64).filter(is_used).collect();
+        let headers: Vec<usize> = (0..tail.len())
+            .step_by(BLOCK_BYTES)
+            .filter(|&at| at == 0 || tail[at..].starts_with(&FRAME_MAGIC))
+            .collect();
+        let at = match self.rng.below(4) {
+            _ if used.is_empty() => 0,
+            0 => {
+                used[self.rng.below(used.len() as u64) as usize] * 64 + self.rng.below(64) as usize
+            }
+            1 => self.rng.below(80) as usize,
+            _ => {
+                headers[self.rng.below(headers.len() as u64) as usize]
+                    + self.rng.below(200) as usize
+            }
+        };
+        let what = match self.rng.below(8) {
+            0 => {
+                let block = at / BLOCK_BYTES * BLOCK_BYTES;
+                tail[block..block + BLOCK_BYTES].fill(0);
+                format!("block at byte {block} is zeros")
+            }
+            1 => {
+                let rest = at / BLOCK_BYTES * BLOCK_BYTES;
+                tail[rest..].fill(0);
+                format!("all from byte {rest} is zeros")
+            }
+            _ => {
+                let bit = self.rng.below(8);
+                tail[at] ^= 1 << bit;
+                format!("bit {bit} of byte {at}")
+            }
+        };
+        self.tail.restore(&tail);
+        what
     }
 
     pub(crate) fn note_counters(&mut self) {

@@ -13,13 +13,15 @@ use super::{Answer, Asked, VolumeRef};
 /// What was read; `None`: all of it is zeros.
 pub(super) struct Held {
     buffer: Option<Buffer>,
+    /// Blocks that were read.
+    count: u32,
 }
 
 impl DataThread {
     pub(super) fn copy_was_read(&mut self, volume: VolumeRef, copy: CopyId, answer: Answer) {
         let status = match answer {
-            Answer::Data { buffer, .. } => {
-                let held = Held { buffer };
+            Answer::Data { buffer, count } => {
+                let held = Held { buffer, count };
                 let old = match self.replication(volume) {
                     Some(replication) => replication.copies.insert(copy, held),
                     None => Some(held),
@@ -48,7 +50,7 @@ impl DataThread {
             .and_then(|r| r.copies.remove(&copy));
         match &held {
             // Nothing may be written that was not read.
-            None if !zeros => {
+            held if !zeros && held.as_ref().is_none_or(|held| held.count < count) => {
                 let status = Status::Refused;
                 self.head_event(
                     volume,
@@ -61,6 +63,7 @@ impl DataThread {
             }
             Some(Held {
                 buffer: Some(buffer),
+                ..
             }) if !zeros => {
                 // SAFETY: filled by the read, and nothing writes to it while it is held.
                 let data = unsafe { buffer.bytes(0, count as usize * BLOCK_BYTES) };

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Addr, ExtentKey, FRAME_MAGIC, FormatError, LEAF_DISK_BLOCKS};
+use super::{Addr, ExtentKey, FRAME_MAGIC, FormatError, LEAF_DISK_BLOCKS, with_check};
 use crate::units::{BLOCK_BYTES, CHUNK_BLOCKS, ChunkIndex, LEAF_BLOCKS, LayerId, StoreId};
 
 /// A frame's header is always one block: 111 single-block writes fit, which costs 0.9 % of the log.
@@ -47,9 +47,11 @@ struct RawEntry {
     data_start: U16,
     kind: u8,
     flags: u8,
-    reserved: U32,
+    /// Over what precedes it. It counts while the frame is open; then the header's checksum covers everything.
+    check: U32,
 }
-const _: () = assert!(size_of::<RawEntry>() == 32);
+const CHECK_OFFSET: usize = std::mem::offset_of!(RawEntry, check);
+const _: () = assert!(size_of::<RawEntry>() == 32 && CHECK_OFFSET == 28);
 
 /// How much of a frame is filled in, as one 64-bit word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -66,26 +68,39 @@ pub struct Progress {
     pub cold: bool,
 }
 
+/// Bits of the word that say something.
+const PROGRESS_BITS: u32 = 50;
+
 impl Progress {
-    /// The word.
+    /// The word. That of a frame that is still filled is not covered by the header's checksum and has one of its own.
     pub fn to_word(self) -> u64 {
-        u64::from(self.entries)
+        let word = u64::from(self.entries)
             | u64::from(self.entry_bytes) << 16
             | u64::from(self.data_blocks) << 32
             | u64::from(self.closed) << 48
-            | u64::from(self.cold) << 49
+            | u64::from(self.cold) << 49;
+        if self.closed {
+            word
+        } else {
+            with_check(word, PROGRESS_BITS)
+        }
     }
 
     /// The word taken apart.
     pub fn from_word(word: u64) -> Result<Progress, FormatError> {
-        if word >> 50 != 0 {
+        let bits = word & ((1 << PROGRESS_BITS) - 1);
+        let closed = word >> 48 & 1 != 0;
+        if closed && word != bits {
             return Err(FormatError::Invalid("frame flags"));
+        }
+        if !closed && word != with_check(bits, PROGRESS_BITS) {
+            return Err(FormatError::Checksum);
         }
         Ok(Progress {
             entries: word as u16,
             entry_bytes: (word >> 16) as u16,
             data_blocks: (word >> 32) as u16,
-            closed: word >> 48 & 1 != 0,
+            closed,
             cold: word >> 49 & 1 != 0,
         })
     }
@@ -133,19 +148,35 @@ impl FrameHeader {
 
     /// Puts the checksum of the whole header block in its place; the last thing done to a header.
     pub fn seal(block: &mut [u8]) {
-        block[8..12].fill(0);
-        let crc = crc32fast::hash(&block[..BLOCK_BYTES]);
+        let crc = Self::checksum(
+            block,
+            block[PROGRESS_OFFSET..][..8].try_into().expect("8 bytes"),
+        );
         block[8..12].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Puts the checksum in its place that the header block has when its progress is this one, which is the last thing
+    /// that is written to it.
+    pub fn seal_for(block: &mut [u8], progress: Progress) {
+        let crc = Self::checksum(block, progress.to_word().to_le_bytes());
+        block[8..12].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    fn checksum(block: &[u8], progress: [u8; 8]) -> u32 {
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&block[..8]);
+        crc.update(&[0; 4]);
+        crc.update(&block[12..PROGRESS_OFFSET]);
+        crc.update(&progress);
+        crc.update(&block[PROGRESS_OFFSET + 8..BLOCK_BYTES]);
+        crc.finalize()
     }
 
     /// Reads a header from a block on disk and checks everything but its entries.
     pub fn decode(block: &[u8]) -> Result<FrameHeader, FormatError> {
         let header = Self::decode_open(block)?;
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(&block[..8]);
-        crc.update(&[0; 4]);
-        crc.update(&block[12..BLOCK_BYTES]);
-        if crc.finalize().to_le_bytes() != block[8..12] {
+        let progress = block[PROGRESS_OFFSET..][..8].try_into().expect("8 bytes");
+        if Self::checksum(block, progress).to_le_bytes() != block[8..12] {
             return Err(FormatError::Checksum);
         }
         if !header.progress.closed {
@@ -165,8 +196,17 @@ impl FrameHeader {
         })
     }
 
-    /// Reads a header from the tail, where the last frame may still be open and has no checksum.
-    pub fn decode_open(block: &[u8]) -> Result<FrameHeader, FormatError> {
+    /// Reads a header from the tail, where the newest frame may still be open and has no checksum.
+    pub fn decode_in_tail(block: &[u8]) -> Result<FrameHeader, FormatError> {
+        let header = Self::decode_open(block)?;
+        if header.progress.closed {
+            return Self::decode(block);
+        }
+        Ok(header)
+    }
+
+    /// Reads a header whose checksum is not there yet, or is somebody else's to check.
+    fn decode_open(block: &[u8]) -> Result<FrameHeader, FormatError> {
         let (raw, _) =
             RawFrame::read_from_prefix(block).map_err(|_| FormatError::Invalid("frame length"))?;
         if raw.magic != FRAME_MAGIC {
@@ -263,9 +303,21 @@ impl Entry {
             data_start: U16::new(self.data_start as u16),
             kind: self.kind as u8,
             flags: 0,
-            reserved: U32::ZERO,
+            check: U32::ZERO,
         };
         out[..ENTRY_BYTES].copy_from_slice(raw.as_bytes());
+        let check = crc32fast::hash(&out[..CHECK_OFFSET]);
+        out[CHECK_OFFSET..ENTRY_BYTES].copy_from_slice(&check.to_le_bytes());
+    }
+
+    /// As [`Entry::decode`], of a frame whose header has no checksum yet.
+    fn decode_open(bytes: &[u8], data_blocks: u32) -> Result<Entry, FormatError> {
+        let entry = Entry::decode(bytes, data_blocks)?;
+        let check = crc32fast::hash(&bytes[..CHECK_OFFSET]);
+        if bytes[CHECK_OFFSET..ENTRY_BYTES] != check.to_le_bytes() {
+            return Err(FormatError::Checksum);
+        }
+        Ok(entry)
     }
 
     /// Reads the entry at the start of `bytes`; `data_blocks` is how many the frame has.
@@ -317,6 +369,7 @@ pub struct Entries<'a> {
     bytes: &'a [u8],
     left: u16,
     data_blocks: u32,
+    closed: bool,
     /// Offset in the header of the entry that comes next.
     pub offset: usize,
 }
@@ -345,6 +398,7 @@ impl<'a> Entries<'a> {
             bytes: &block[..end],
             left: header.progress.entries,
             data_blocks: u32::from(header.progress.data_blocks),
+            closed: header.progress.closed,
             offset: FRAME_FIXED_BYTES,
         }
     }
@@ -369,7 +423,12 @@ impl<'a> Iterator for Entries<'a> {
         }
         self.left -= 1;
         let bytes = &self.bytes[self.offset..];
-        match Entry::decode(bytes, self.data_blocks) {
+        let decode = if self.closed {
+            Entry::decode
+        } else {
+            Entry::decode_open
+        };
+        match decode(bytes, self.data_blocks) {
             Ok(entry) => {
                 self.offset += entry.header_bytes();
                 Some(Ok(EntryRef {

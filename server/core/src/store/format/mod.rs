@@ -31,6 +31,18 @@ pub const RESERVED_BLOCKS: u32 = 256;
 /// Where the copies of the even and the odd superblock generation are.
 pub const SUPERBLOCK_BLOCKS: [[u32; 2]; 2] = [[0, 64], [128, 192]];
 
+/// 2^64 by the golden ratio. No nine bits in a row of it are alike, so that a change of any bit it is multiplied with
+/// changes the highest nine of the product.
+const CHECK_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A word whose lowest `used` bits are `bits` and whose others, at least nine, check them: a word with one bit changed, or
+/// one that is zero, is none of these. For words in the tail that change with one store each.
+pub(crate) fn with_check(bits: u64, used: u32) -> u64 {
+    debug_assert!(used <= 55 && bits >> used == 0);
+    let check = bits.wrapping_add(1).wrapping_mul(CHECK_FACTOR);
+    bits | check & !((1 << used) - 1)
+}
+
 /// A block's place in the store, counted in blocks from its start. 32 bits reach 16 TiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Addr(pub u32);
