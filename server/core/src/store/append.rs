@@ -225,8 +225,8 @@ impl Store {
         self.tail.begin(tail_at, seq);
         let block = self.tail.block_mut(tail_at);
         block.fill(0);
-        header.encode(block);
-        self.tail.begun(seq);
+        header.encode_nameless(block);
+        self.tail.begun(tail_at, seq);
         let data_max =
             (segment_blocks - self.hot.next_block - 1).min(super::format::FRAME_DATA_BLOCKS);
         self.hot.open = Some(OpenFrame {

@@ -10,8 +10,8 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::format::{
-    FRAME_DATA_BLOCKS, FRAME_HEADER_BLOCKS, FormatError, FrameHeader, PROGRESS_OFFSET, Progress,
-    with_check,
+    FRAME_DATA_BLOCKS, FRAME_HEADER_BLOCKS, FRAME_MAGIC, FormatError, FrameHeader, PROGRESS_OFFSET,
+    Progress, with_check,
 };
 use crate::units::{BLOCK_BYTES, StoreId};
 
@@ -227,8 +227,11 @@ impl Tail {
         self.head = at;
     }
 
-    /// The frame that began last, `seq`, has its header: from now on it is missed when it is not there.
-    pub(super) fn begun(&mut self, seq: u64) {
+    /// The frame that began last, `seq` at `at`, has its header but for its name, which it gets now; from then on it is
+    /// missed when it is not there. A process that is killed before leaves no frame, and none half written.
+    pub(super) fn begun(&mut self, at: u32, seq: u64) {
+        self.ring_word(at, 0)
+            .store(u64::from_ne_bytes(FRAME_MAGIC), Ordering::Release);
         self.publish_last(seq);
     }
 
@@ -278,16 +281,15 @@ impl Tail {
     /// Says how far the frame at `at` is filled. Everything it covers was stored before; the order holds for whoever
     /// reads the memory after this process was killed.
     pub(super) fn publish(&mut self, at: u32, progress: Progress) {
-        assert!(at < self.blocks);
+        self.ring_word(at, PROGRESS_OFFSET)
+            .store(progress.to_word().to_le(), Ordering::Release);
+    }
+
+    /// A word of a frame's header, which begins at ring block `at`.
+    fn ring_word(&mut self, at: u32, offset: usize) -> &AtomicU64 {
+        assert!(at < self.blocks && offset.is_multiple_of(8) && offset + 8 <= BLOCK_BYTES);
         // SAFETY: inside the ring; header blocks are aligned to a block, so the word is aligned.
-        let word: &AtomicU64 = unsafe {
-            AtomicU64::from_ptr(
-                self.ring
-                    .add(at as usize * BLOCK_BYTES + PROGRESS_OFFSET)
-                    .cast(),
-            )
-        };
-        word.store(progress.to_word().to_le(), Ordering::Release);
+        unsafe { AtomicU64::from_ptr(self.ring.add(at as usize * BLOCK_BYTES + offset).cast()) }
     }
 
     /// Where the oldest frame that was held begins, or would have begun, and the low half of its number.
@@ -428,7 +430,7 @@ mod tests {
         tail.begin(at, header.seq);
         header.encode(tail.block_mut(at));
         FrameHeader::seal(tail.block_mut(at));
-        tail.begun(header.seq);
+        tail.begun(at, header.seq);
         tail.end(header.blocks());
         // Behind it, data of an earlier lap that begin as a frame does and are none.
         let behind = at + header.blocks();
@@ -438,7 +440,7 @@ mod tests {
                 rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 *byte = (rng >> 56) as u8;
             }
-            tail.block_mut(behind)[..8].copy_from_slice(&super::super::format::FRAME_MAGIC);
+            tail.block_mut(behind)[..8].copy_from_slice(&FRAME_MAGIC);
             assert_eq!(tail.walk(identity), Ok(vec![(at, header)]));
         }
         // One that is the next by its name must be possible as well. It counts when it was said that it had begun.
@@ -448,7 +450,7 @@ mod tests {
         };
         next.encode(tail.block_mut(behind));
         FrameHeader::seal(tail.block_mut(behind));
-        tail.begun(next.seq);
+        tail.begun(behind, next.seq);
         let both = vec![(at, header), (behind, next)];
         assert_eq!(tail.walk(identity), Ok(both.clone()));
         for offset in 0..BLOCK_BYTES {
@@ -510,9 +512,21 @@ mod tests {
                     next_segment: 0,
                 };
                 tail.begin(at, seq);
-                header.encode(tail.block_mut(at));
-                tail.begun(seq);
+                // Killed at each step of this, the process leaves what was there before, or a frame without entries.
+                tail.block_mut(at).fill(0);
+                assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
+                let empty = FrameHeader {
+                    progress: Progress::default(),
+                    ..header
+                };
+                empty.encode_nameless(tail.block_mut(at));
+                assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
                 places.push_back(at);
+                tail.block_mut(at)[..8].copy_from_slice(&FRAME_MAGIC);
+                assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
+                tail.begun(at, seq);
+                assert_eq!(tail.walk(identity).expect("is whole").len(), places.len());
+                tail.publish(at, header.progress);
                 let whole = tail.walk(identity).expect("is whole");
                 assert_eq!(whole.len(), places.len());
                 // Of the words that name frames and of the newest one, which is open: all that says what it is.

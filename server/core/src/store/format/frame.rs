@@ -130,8 +130,18 @@ pub struct FrameHeader {
 impl FrameHeader {
     /// Writes the fixed part, without checksum, at the start of `block`.
     pub fn encode(&self, block: &mut [u8]) {
+        self.encode_with(FRAME_MAGIC, block);
+    }
+
+    /// As [`FrameHeader::encode`], but what makes it a header is zero: nobody takes it for one until that is put in its
+    /// place.
+    pub fn encode_nameless(&self, block: &mut [u8]) {
+        self.encode_with([0; 8], block);
+    }
+
+    fn encode_with(&self, magic: [u8; 8], block: &mut [u8]) {
         let raw = RawFrame {
-            magic: FRAME_MAGIC,
+            magic,
             crc: U32::ZERO,
             addr: U32::new(self.addr.0),
             store: self.store.0.into_bytes(),
