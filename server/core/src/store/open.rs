@@ -211,15 +211,21 @@ impl Store {
                 start_seq,
             ),
         };
-        // What the tail had let go of was written: the log must have it.
-        if replay_tail
-            && let Ok((_, first_seq_low)) = tail.first()
-            && ((last_seq as u32)
-                .wrapping_add(1)
-                .wrapping_sub(first_seq_low) as i32)
-                < 0
-        {
-            return Err(missing(log_end((segment, next_block)), unreadable));
+        // What the tail had let go of was written: the log must have it. Where the tail does not tell any more how much that
+        // was, a block that cannot be read may be a part of it.
+        if replay_tail {
+            let lacks = match tail.first() {
+                Ok((_, first_seq_low)) => {
+                    ((last_seq as u32)
+                        .wrapping_add(1)
+                        .wrapping_sub(first_seq_low) as i32)
+                        < 0
+                }
+                Err(_) => unreadable.is_some(),
+            };
+            if lacks {
+                return Err(missing(log_end((segment, next_block)), unreadable));
+            }
         }
 
         // From here on the store is ours: frames of this life carry a larger incarnation.

@@ -179,6 +179,8 @@ impl Tail {
         let bits = u64::from(self.first) | (seq & 0xffff_ffff) << FIRST_BLOCK_BITS;
         let word = with_check(bits, FIRST_BITS).to_le();
         self.word(FIRST_OFFSET).store(word, Ordering::Release);
+        // Nothing is written over what was let go of before this is said.
+        compiler_fence(Ordering::SeqCst);
     }
 
     fn publish_last(&mut self, seq: u64) {
@@ -225,6 +227,9 @@ impl Tail {
         self.frames += 1;
         self.open = true;
         self.head = at;
+        // What was there before goes first, its name before all: it must not be taken for the frame that is being written.
+        self.ring_word(at, 0).store(0, Ordering::Release);
+        compiler_fence(Ordering::SeqCst);
     }
 
     /// The frame that began last, `seq` at `at`, has its header but for its name, which it gets now; from then on it is
