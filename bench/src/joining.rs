@@ -27,6 +27,8 @@ const SPREAD_MAX: f64 = 0.05;
 const RATIO_MAX: f64 = 2.0;
 /// Longest wait for the load to be even.
 const SPREAD_LIMIT: Duration = Duration::from_secs(300);
+/// What fio takes beyond that to begin and to write its log.
+const FIO_GRACE: Duration = Duration::from_secs(30);
 /// How long fio writes before its writes count. The first seconds are faster: nothing of what it overwrites has to be
 /// cleaned up yet.
 const WARM_UP: Duration = Duration::from_secs(10);
@@ -35,8 +37,6 @@ const CALM_MIN: Duration = Duration::from_secs(10);
 /// How often the daemons are asked how they fill. A process is started for it and four pages of metrics are written;
 /// asked fifty times a second, that is what the client notices.
 const ASK_EVERY: Duration = Duration::from_secs(1);
-/// What fio takes beyond that to begin and to write its log.
-const FIO_GRACE: Duration = Duration::from_secs(30);
 /// What fio says when it begins.
 const CONNECTED: &str = "connected to NBD server";
 const WINDOW_MS: u64 = 1000;

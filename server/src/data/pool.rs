@@ -207,6 +207,14 @@ impl Pool {
         }
     }
 
+    fn keep_small_bytes(&self) -> usize {
+        self.keep_bytes / SMALL_PART
+    }
+
+    fn keep_idle_bytes(&self) -> usize {
+        self.keep_bytes - self.keep_small_bytes()
+    }
+
     /// A buffer of at least `len` bytes (0 counts as 1).
     #[inline]
     pub(super) fn take(&mut self, len: usize) -> Buffer {
@@ -299,15 +307,15 @@ impl Pool {
             }
             self.free[class].push(buffer);
         } else if capacity > LARGEST_CLASS {
-            if capacity <= self.keep_bytes - self.keep_bytes / SMALL_PART {
+            if capacity <= self.keep_idle_bytes() {
                 self.idle_bytes += capacity;
                 self.idle.push_back(Idle::Large(buffer));
             }
-        } else if self.free_small_bytes + capacity <= self.keep_bytes / SMALL_PART {
+        } else if self.free_small_bytes + capacity <= self.keep_small_bytes() {
             self.free_small_bytes += capacity;
             self.free[class_of(capacity)].push(buffer);
         }
-        if self.idle_bytes > self.keep_bytes - self.keep_bytes / SMALL_PART {
+        if self.idle_bytes > self.keep_idle_bytes() {
             self.give_up_idle();
         }
     }
@@ -321,7 +329,7 @@ impl Pool {
     /// Gives back to the system what has been idle for longest, until no more is kept than may be.
     #[cold]
     fn give_up_idle(&mut self) {
-        while self.idle_bytes > self.keep_bytes - self.keep_bytes / SMALL_PART {
+        while self.idle_bytes > self.keep_idle_bytes() {
             match self.idle.pop_front() {
                 Some(Idle::Slab(class, slab)) => {
                     self.idle_bytes -= SLAB_BYTES;

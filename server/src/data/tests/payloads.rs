@@ -2,6 +2,21 @@
 
 use super::*;
 
+/// One thread within these limits, with a volume open.
+fn start_within(
+    dir: &std::path::Path,
+    limits: Limits,
+    size: u64,
+) -> (tokio::runtime::Runtime, DataPlane) {
+    let mut config = config(dir, 1);
+    config.limits = limits;
+    let (runtime, plane) = start(config);
+    runtime
+        .block_on(plane.open_volume(spec(&plane, size, 1)))
+        .expect("open");
+    (runtime, plane)
+}
+
 #[test]
 fn a_client_that_hangs_up_in_a_payload_writes_nothing() {
     let dir = tempfile::tempdir().expect("dir");
@@ -64,17 +79,13 @@ fn a_client_that_hangs_up_in_a_payload_writes_nothing() {
 #[test]
 fn clients_that_stop_in_their_payloads_do_not_starve_the_others() {
     let dir = tempfile::tempdir().expect("dir");
-    let mut config = config(dir.path(), 1);
-    config.limits = Limits {
+    let limits = Limits {
         bytes: 8 << 20,
         stall: Duration::from_millis(500),
         ..Limits::default()
     };
-    let (runtime, plane) = start(config);
     let size = 64 * MIB;
-    runtime
-        .block_on(plane.open_volume(spec(&plane, size, 1)))
-        .expect("open");
+    let (runtime, plane) = start_within(dir.path(), limits, size);
     let stalled: Vec<Client> = (0..8)
         .map(|_| {
             let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
@@ -123,16 +134,12 @@ fn the_other_half(client: &mut Client, payload: &[u8]) {
 #[test]
 fn clients_that_all_wait_for_memory_get_on() {
     let dir = tempfile::tempdir().expect("dir");
-    let mut config = config(dir.path(), 1);
-    config.limits = Limits {
+    let limits = Limits {
         bytes: 2 << 20,
         ..Limits::default()
     };
-    let (runtime, plane) = start(config);
     let size = 256 * MIB;
-    runtime
-        .block_on(plane.open_volume(spec(&plane, size, 1)))
-        .expect("open");
+    let (runtime, plane) = start_within(dir.path(), limits, size);
     // More than half of the limit, so that the others are not let in.
     let payload = vec![3; 1200 << 10];
     let mut first = Client::attach(&plane, ReplyStyle::Simple, size);
