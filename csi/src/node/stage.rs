@@ -405,7 +405,8 @@ impl Node {
             filesystem::discard(node).await?;
         }
         tracing::info!(volume = %id, filesystem = %kind, %uuid, "making a filesystem on a volume that was never used");
-        filesystem::make(kind, uuid, &request.mkfs_options, node).await?;
+        // What was discarded reads as zeros too, and yet nothing is built on that.
+        filesystem::make(kind, uuid, &request.mkfs_options, node, !clear).await?;
         failpoint::reach("format-made");
         self.daemon
             .end_format(id, uuid)
