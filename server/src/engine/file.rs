@@ -97,16 +97,22 @@ impl StoreFile {
         let name = CString::new(path.as_os_str().as_bytes())
             .map_err(|e| io_error(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
         let mode = Mode::RUSR | Mode::WUSR;
-        let (fd, direct) = match rustix::fs::open(&name, flags | OFlags::DIRECT, mode) {
-            Ok(fd) => (fd, true),
-            // The file may have been made by the refused call.
-            Err(Errno::INVAL) => (
-                rustix::fs::open(&name, flags & !OFlags::EXCL, mode)
-                    .map_err(|e| io_error(e.into()))?,
-                false,
-            ),
-            Err(Errno::BUSY) => return Err(OpenStoreError::InUse { path: at() }),
-            Err(e) => return Err(io_error(e.into())),
+        // A process that was killed with io_uring operations in flight is gone before its ring is: its file stays open, and
+        // locked, until the last of them is done, and until then they may still write. So one that is held is waited for a while.
+        let begun = Instant::now();
+        let is_waited_for = || !read_only && begun.elapsed() < LOCK_PATIENCE;
+        let (fd, direct) = loop {
+            match rustix::fs::open(&name, flags | OFlags::DIRECT, mode) {
+                Ok(fd) => break (fd, true),
+                // The file may have been made by the refused call.
+                Err(Errno::INVAL) => {
+                    let fd = rustix::fs::open(&name, flags & !OFlags::EXCL, mode);
+                    break (fd.map_err(|e| io_error(e.into()))?, false);
+                }
+                Err(Errno::BUSY) if is_waited_for() => std::thread::sleep(LOCK_LOOK_EVERY),
+                Err(Errno::BUSY) => return Err(OpenStoreError::InUse { path: at() }),
+                Err(e) => return Err(io_error(e.into())),
+            }
         };
         // A lock of the open file description: another open of the same process is refused too.
         let lock = if read_only {
@@ -114,15 +120,10 @@ impl StoreFile {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        // A process that was killed with io_uring operations in flight is gone before its ring is: its lock goes with the
-        // last of them, and until then they may still write. So a lock that is held is waited for a while.
-        let begun = Instant::now();
         loop {
             match rustix::fs::flock(&fd, lock) {
                 Ok(()) => break,
-                Err(Errno::WOULDBLOCK) if !read_only && begun.elapsed() < LOCK_PATIENCE => {
-                    std::thread::sleep(LOCK_LOOK_EVERY);
-                }
+                Err(Errno::WOULDBLOCK) if is_waited_for() => std::thread::sleep(LOCK_LOOK_EVERY),
                 Err(Errno::WOULDBLOCK) => return Err(OpenStoreError::InUse { path: at() }),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(io_error(e.into())),

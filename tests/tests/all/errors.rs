@@ -1,12 +1,14 @@
 //! What goes wrong outside: each has a clear message, ends nothing it need not, and loses nothing.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ashlar_tests::daemon::{Daemon, Setup};
 use ashlar_tests::nbd::Wishes;
 use ashlar_tests::scratch::Scratch;
 use ashlar_tests::tool::Tool;
+use ashlar_tests::wait;
 
 /// A daemon with data, stopped.
 fn with_data(test: &str) -> Daemon {
@@ -253,6 +255,15 @@ fn a_block_device_as_a_store() {
             .unwrap(),
         vec![6; 500_000]
     );
+    daemon.stop();
+    // Whoever has it for himself is waited for, for a moment: it may be what a killed daemon had under way.
+    let mut options = std::fs::File::options();
+    options.read(true).write(true).custom_flags(libc::O_EXCL);
+    let held = options.open(&device).unwrap();
+    daemon.spawn();
+    wait::pass(Duration::from_secs(1));
+    drop(held);
+    daemon.wait_ready();
     daemon.stop();
     let check = ashlar_tests::admin::offline(["store", "check", &device]);
     assert!(check.status.success(), "{check}");
