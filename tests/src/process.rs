@@ -186,7 +186,7 @@ pub struct Usage {
     pub descriptors: usize,
 }
 
-/// Reads /proc. Processor time comes from the scheduler's nanosecond counters, not from the 10 ms ticks.
+/// Reads /proc. Processor time comes from the process's clock, which counts in nanoseconds, and threads that have ended too.
 pub fn usage(pid: u32) -> io::Result<Usage> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = status
@@ -194,23 +194,31 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
         .find_map(|line| line.strip_prefix("VmRSS:"))
         .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok())
         .ok_or(io::Error::other("no VmRSS"))?;
-    let mut nanos = 0;
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end while the list is read.
-        if let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) {
-            nanos += text
-                .split_whitespace()
-                .next()
-                .and_then(|word| word.parse::<u64>().ok())
-                .unwrap_or(0);
-        }
-    }
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
     Ok(Usage {
         resident_bytes: kib * 1024,
-        processor_time: Duration::from_nanos(nanos),
+        processor_time: processor_time(pid)?,
         descriptors,
     })
+}
+
+/// clock_getcpuclockid(3).
+fn processor_time(pid: u32) -> io::Result<Duration> {
+    let mut clock = 0;
+    // SAFETY: it is given a place for the clock's id.
+    let error = unsafe { libc::clock_getcpuclockid(pid as libc::pid_t, &raw mut clock) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: it is given a place for the time.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 /// Words for how a process ended.

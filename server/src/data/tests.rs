@@ -416,8 +416,8 @@ fn a_failed_write_poisons_the_store_and_says_so() {
         .expect("open");
     let mut client = Client::attach(&plane, ReplyStyle::Structured, size);
     client.write(command_flag::FUA, 0, &[1; 4096]);
-    client.write(0, 4096, &[2; 4096]);
     std::fs::write(&trigger, b"").expect("trigger");
+    client.write(0, 4096, &[2; 4096]);
     assert_eq!(client.call(command::FLUSH, 0, 0, 0, &[]), Reply::Err(5));
     assert_eq!(
         client.call(command::WRITE, 0, 0, 4096, &[1; 4096]),

@@ -50,13 +50,9 @@ fn the_life_of_a_volume() {
     daemon.start();
     let admin = daemon.admin();
     assert_eq!(admin.json(["volume", "show", &id])["name"], "second");
-    assert_eq!(
-        daemon
-            .open("second", Wishes::SIMPLE)
-            .read((20 << 20) - 4096, 4096)
-            .unwrap(),
-        [5; 4096]
-    );
+    let mut client = daemon.open("second", Wishes::SIMPLE);
+    assert_eq!(client.read((20 << 20) - 4096, 4096).unwrap(), [5; 4096]);
+    client.disconnect().unwrap();
     admin.run(["volume", "delete", "second", "--yes"]);
     assert!(daemon.try_open("second", Wishes::SIMPLE).is_err());
 

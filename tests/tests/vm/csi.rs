@@ -259,13 +259,18 @@ fn raw_blocks_and_a_dead_daemon() {
         machine.expect(words);
     }
     daemon.kill();
-    // Dirty pages with nowhere to go, and a process that waits for them.
-    machine.sh(&format!(
-        "dd if=/dev/zero of={}/dirty bs=1M count=8 status=none",
-        pod("dead")
-    ));
+    // Dirty pages with nowhere to go, and a process that waits: for them, or before it for what the kernel's own threads
+    // began on the file system and cannot end.
     let stuck = machine.start(
-        &["bash", "-c", &format!("exec sync -f {}", pod("dead"))],
+        &[
+            "dd",
+            "if=/dev/zero",
+            &format!("of={}/dirty", pod("dead")),
+            "bs=1M",
+            "count=8",
+            "conv=fsync",
+            "status=none",
+        ],
         "/run/stuck.log",
     );
     // The pod's process is killed, as the kubelet does first; it cannot die.

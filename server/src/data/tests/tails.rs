@@ -72,7 +72,9 @@ fn a_stop_under_requests_keeps_the_tail() {
     let dir = tempfile::tempdir().expect("dir");
     let mut config = config(dir.path(), 1);
     config.drain_timeout = Duration::from_millis(1);
-    config.fault = Some("read:count=all,delay_ms=300".parse().expect("plan"));
+    let trigger = dir.path().join("now");
+    let plan = format!("read:when={},count=all,delay_ms=3000", trigger.display());
+    config.fault = Some(plan.parse().expect("plan"));
     let (runtime, plane) = start(config.clone());
     let size = 64 * MIB;
     runtime
@@ -80,6 +82,7 @@ fn a_stop_under_requests_keeps_the_tail() {
         .expect("open");
     let mut client = Client::attach(&plane, ReplyStyle::Simple, size);
     client.write(command_flag::FUA, 0, &[1; 4096]);
+    std::fs::write(&trigger, b"").expect("trigger");
     client.send(command::READ, 0, 0, 4096, &[]);
     runtime.block_on(plane.drain());
     assert_eq!(tails(dir.path()).len(), 1);

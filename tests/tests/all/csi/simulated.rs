@@ -79,7 +79,11 @@ fn every_pod_gets_its_data_and_nothing_is_left() {
         .collect();
     let begun = Instant::now();
     let (mut killed, mut fallen) = (0, 0);
-    while begun.elapsed() < Duration::from_secs(seconds) {
+    let is_worth_it = |killed, fallen| world.happened("pods") > 50 && killed > 0 && fallen > 0;
+    // On a machine that is busy with other things for as long as it takes, within bounds.
+    while begun.elapsed() < Duration::from_secs(seconds)
+        || (!is_worth_it(killed, fallen) && begun.elapsed() < Duration::from_secs(seconds * 6))
+    {
         wait::pass(Duration::from_millis(rng.within(100..1500)));
         for plugin in &mut plugins {
             if plugin.is_dead() {
@@ -138,7 +142,9 @@ fn every_pod_gets_its_data_and_nothing_is_left() {
         assert_eq!(plugin.remembered(), Vec::<String>::new());
         assert_eq!(directories(plugin.root()), Vec::<String>::new());
     }
-    // It was worth something.
-    assert!(world.happened("pods") > 50, "{}", world.tally());
-    assert!(killed > 0 && fallen > 0, "{killed} killed, {fallen} fallen");
+    assert!(
+        is_worth_it(killed, fallen),
+        "{killed} killed, {fallen} fallen, {}",
+        world.tally()
+    );
 }

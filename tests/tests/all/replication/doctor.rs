@@ -11,7 +11,7 @@ use ashlar_tests::nbd::Wishes;
 use ashlar_tests::wait;
 use serde_json::Value;
 
-use super::{LEASE, store_file, verifying, wait_written};
+use super::{LONG, store_file, verifying, wait_written};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 512;
@@ -90,7 +90,7 @@ fn a_disk_that_went_back_in_time_is_found_and_mended() {
         repair.starts_with("put the copy of disk") && repair.contains(&third),
         "{repair}"
     );
-    let copied = wait::until(LEASE * 4, "the copy was filled", || {
+    let copied = wait::until(LONG, "the copy was filled", || {
         let copied = trio.nodes[0].copied_bytes();
         copied.get(told).copied().ok_or_else(String::new)
     });
@@ -170,7 +170,7 @@ fn a_busy_volume_is_compared_and_nothing_false_is_said() {
     let trio = Trio::start("doctor-busy");
     trio.create("disk", "64MiB");
     let fio = verifying(&trio, 0, "disk", 45, "8M");
-    wait::until(LEASE * 4, "fio is at work", || {
+    wait::until(LONG, "fio is at work", || {
         let runtime = trio.volume(0, "disk").runtime;
         if runtime.is_some_and(|runtime| runtime.connections > 0) {
             Ok(())
