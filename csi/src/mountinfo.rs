@@ -32,9 +32,17 @@ impl Mount {
         has_option(&self.options, "ro") || self.is_file_system_read_only()
     }
 
-    /// True when the file system itself takes no writes, as after an error that made it give up.
+    /// True when the file system itself takes no writes, as after an error that made it give up. From Linux 6.12 on an ext4
+    /// does not become `ro` then; from 6.15 on it says `emergency_ro`, or `shutdown` where it answers nothing any more.
     pub fn is_file_system_read_only(&self) -> bool {
-        has_option(&self.super_options, "ro")
+        ["ro", "emergency_ro", "shutdown"]
+            .iter()
+            .any(|option| self.has_file_system_option(option))
+    }
+
+    /// Whether the file system has this option.
+    pub fn has_file_system_option(&self, wanted: &str) -> bool {
+        has_option(&self.super_options, wanted)
     }
 
     /// Whether the mount has this option.
@@ -168,6 +176,17 @@ mod tests {
         let top = mounts.at(Path::new("/pods/x")).expect("there");
         assert_eq!(top.id, 38);
         assert!(top.is_read_only() && top.is_file_system_read_only());
+        for (option, gave_up) in [
+            ("emergency_ro", true),
+            ("shutdown", true),
+            ("errors=remount-ro", false),
+        ] {
+            let mount = Mount {
+                super_options: format!("rw,{option}"),
+                ..blank.clone()
+            };
+            assert_eq!(mount.is_file_system_read_only(), gave_up, "{option}");
+        }
         assert_eq!(mounts.depth(Path::new("/pods/x")), 2);
         assert_eq!(mounts.of_device((43, 0)).count(), 3);
         let node = mounts.at(Path::new("/pods/\\dev")).expect("there");

@@ -318,7 +318,11 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     )))
 }
 
-/// Mounts a device at a directory: read-only where that is asked for, be it by the options.
+/// An ext4 that finds itself damaged takes no more writes: what it does not write cannot make it worse.
+const GIVE_UP: &str = "errors=remount-ro";
+
+/// Mounts a device at a directory: read-only where that is asked for, be it by the options. An ext4 gives up on the first
+/// error, unless the options say what it does.
 pub async fn mount(
     filesystem: Filesystem,
     device: &Path,
@@ -329,6 +333,9 @@ pub async fn mount(
     let read_only = read_only || mount_options::is_read_only(options);
     let mut all: Vec<&str> = options.iter().map(String::as_str).collect();
     all.push(if read_only { "ro" } else { "rw" });
+    if filesystem == Filesystem::Ext4 && !all.iter().any(|option| option.starts_with("errors=")) {
+        all.push(GIVE_UP);
+    }
     let finished = Child::new("mount")
         .args(["-t", filesystem.name(), "-o"])
         .secret_arg(all.join(","))
@@ -344,6 +351,39 @@ pub async fn mount(
         Filesystem::Xfs => "if the filesystem is damaged, run xfs_repair by hand",
     };
     Err(Refusal::internal(format!("{finished} ({hint})")))
+}
+
+/// Whether the filesystem that is mounted at `point` gave up after an error: it takes no writes, or answers nothing at all,
+/// until it is mounted anew.
+pub async fn has_given_up(mounts: &Mounts, point: &Path) -> Result<bool, Refusal> {
+    let Some(mount) = mounts.at(point) else {
+        return Ok(false);
+    };
+    if mount.is_file_system_read_only() {
+        return Ok(true);
+    }
+    if mount.kind == Filesystem::Ext4.name() {
+        // Linux 6.12 to 6.14 shows it nowhere but in the number of errors, which is 0 after the check before the mount.
+        return Ok(mount.has_file_system_option(GIVE_UP) && errors_of_ext4(mount.device) > 0);
+    }
+    if mount.kind == Filesystem::Xfs.name() {
+        // One that shut down shows it nowhere; everything that it is asked fails.
+        let asked = Child::new("stat").args(["-c", "%i"]).arg(point);
+        let asked = asked.run(PROBE_LIMIT).await?;
+        return Ok(!asked.succeeded() && asked.stderr.contains("Input/output error"));
+    }
+    Ok(false)
+}
+
+/// How many errors an ext4 saw since it was checked. 0 where the kernel does not say.
+fn errors_of_ext4((major, minor): (u32, u32)) -> u64 {
+    let counted = || {
+        let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+        let name = Path::new("/sys/fs/ext4").join(device.file_name()?);
+        let text = std::fs::read_to_string(name.join("errors_count")).ok()?;
+        text.trim().parse().ok()
+    };
+    counted().unwrap_or(0)
 }
 
 /// Marks a device read-only, or writable.

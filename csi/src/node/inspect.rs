@@ -185,13 +185,15 @@ impl Node {
         }
         let mounts = filesystem::mounts()?;
         let writable = !state.export.read_only && !state.stage.capability.is_mounted_read_only();
-        let is_broken = mount_of(&mounts, &device, &state.stage.path)
-            .is_some_and(|mount| mount.is_file_system_read_only());
-        if writable && is_broken && state.stage.filesystem.is_some() {
+        if writable
+            && state.stage.filesystem.is_some()
+            && mount_of(&mounts, &device, &state.stage.path).is_some()
+            && filesystem::has_given_up(&mounts, &state.stage.path).await?
+        {
             health.push(HealthEntry {
                 severity: Severity::Degraded,
                 reason: "FilesystemReadOnly",
-                message: "the filesystem became read-only after an error".to_owned(),
+                message: "the filesystem gave up after an error".to_owned(),
             });
         }
         if !filesystem::answers(&device.node()).await {

@@ -135,8 +135,8 @@ impl Node {
         )))
     }
 
-    /// False when the device is dead for good, or its filesystem became read-only after an error, and nobody uses it: then
-    /// it is staged anew.
+    /// False when the device is dead for good, or its filesystem gave up after an error, and nobody uses it: then it is
+    /// staged anew.
     async fn is_healthy(
         &self,
         state: &VolumeState,
@@ -153,23 +153,22 @@ impl Node {
             return Ok(true);
         }
         let mounts = filesystem::mounts()?;
-        let is_broken = mounts
-            .at(&state.stage.path)
-            .is_some_and(|mount| mount.is_file_system_read_only());
-        if !is_broken {
+        if !filesystem::has_given_up(&mounts, &state.stage.path).await? {
             return Ok(true);
         }
-        if state
-            .targets
-            .iter()
-            .any(|target| mounts.at(&target.path).is_some())
-        {
-            return Err(Refusal::internal(
-                "the filesystem became read-only after an error, and another workload still has it; when it ends, the \
-                 filesystem is checked and mounted again",
-            ));
+        let is_mounted = |target: &&Target| mounts.at(&target.path).is_some();
+        let used: Vec<&Target> = state.targets.iter().filter(is_mounted).collect();
+        if used.is_empty() {
+            return Ok(request.stage.is_none());
         }
-        Ok(request.stage.is_none())
+        // What this very workload has stays published; its health tells the rest.
+        if used.iter().any(|target| target.path == request.target) {
+            return Ok(true);
+        }
+        Err(Refusal::internal(
+            "the filesystem gave up after an error, and another workload still has it; when it ends, the filesystem is \
+             checked and mounted again",
+        ))
     }
 
     /// The interface's rules for a second target path.

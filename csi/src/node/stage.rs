@@ -154,14 +154,12 @@ impl Node {
         // A filesystem that gave up after an error is of no use until it is checked and mounted again.
         let is_broken = !request.export.read_only
             && !request.capability.is_mounted_read_only()
-            && filesystem::mounts()?
-                .at(&state.stage.path)
-                .is_some_and(|mount| mount.is_file_system_read_only())
-            && state.stage.filesystem.is_some();
+            && state.stage.filesystem.is_some()
+            && filesystem::has_given_up(&filesystem::mounts()?, &state.stage.path).await?;
         if is_broken && state.targets.iter().any(|target| is_used(&target.path)) {
             return Err(Refusal::precondition(
-                "the filesystem became read-only after an error and is still in use; end what uses it, then it is \
-                 checked and mounted again",
+                "the filesystem gave up after an error and is still in use; end what uses it, then it is checked and \
+                 mounted again",
             ));
         }
         Ok(!is_broken && !self.is_beyond_help(state, &device).await?)
