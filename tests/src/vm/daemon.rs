@@ -6,6 +6,7 @@ use rustix::process::Signal;
 
 use super::machine::{Machine, Outcome};
 use super::wire::End;
+use crate::wait;
 
 /// Longest wait for a daemon to be ready or gone; the machine is slow and the store is formatted at its first start.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -121,6 +122,17 @@ impl<'a> GuestDaemon<'a> {
         all.extend(["-o", "json"]);
         let text = self.admin(&all);
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("not JSON ({error}): {text}"))
+    }
+
+    /// Waits until it knows that nobody is connected to a volume any more: a client is done before it is.
+    pub fn wait_unused(&self, volume: &str) {
+        wait::until(LIMIT, "nobody is connected", || {
+            let all = self.json(&["connections", volume]);
+            match all.as_array().map(Vec::len) {
+                Some(0) => Ok(()),
+                _ => Err(all.to_string()),
+            }
+        });
     }
 
     /// The log so far.

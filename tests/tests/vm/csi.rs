@@ -98,6 +98,20 @@ impl<'a> Plugin<'a> {
         }
     }
 
+    /// Grows a volume; where one of its connections is just being replaced, once they are back.
+    fn grow(&self, name: &str, size: u64) {
+        let grown = line("expand", name, &format!("--size {size}"));
+        wait::until(LIMIT, "it grows once its connections are back", || {
+            let outcome = self.machine.run_within(&["bash", "-c", &grown], LIMIT);
+            let said = format!("{outcome}");
+            if outcome.ok() {
+                return Ok(());
+            }
+            assert!(said.contains("connections to the daemon"), "{said}");
+            Err(said)
+        });
+    }
+
     /// All the way back.
     fn take_down(&self, name: &str) {
         for call in ["unpublish", "unstage", "controller-unpublish"] {
@@ -179,7 +193,7 @@ fn claims_live_through_deaths_of_daemon_and_driver_and_grow_online() {
         load.get_on(60, || {});
     }
     for kind in kinds {
-        plugin.call("expand", kind, &format!("--size {}", 2 * GIB));
+        plugin.grow(kind, 2 * GIB);
         let size = machine.sh(&format!(
             "blockdev --getsize64 /dev/{}",
             device(&machine, kind)
@@ -197,7 +211,7 @@ fn claims_live_through_deaths_of_daemon_and_driver_and_grow_online() {
     }
     for load in &loads {
         load.get_on(60, || {});
-        load.stop();
+        load.stop(|| {});
         println!("longest wait {:?}", load.slowest());
     }
     let logged = plugin.log();
@@ -219,6 +233,7 @@ fn claims_live_through_deaths_of_daemon_and_driver_and_grow_online() {
              nbd-client -d /dev/nbd9",
             volume_id(&machine, kind)
         ));
+        daemon.wait_unused(&volume_id(&machine, kind));
         plugin.call("delete", kind, "");
     }
     no_leftovers(&machine);
@@ -241,7 +256,7 @@ fn raw_blocks_and_a_dead_daemon() {
          cmp -n 16777216 /run/r {0}",
         pod("raw")
     ));
-    plugin.call("expand", "raw", &format!("--size {}", 384u64 << 20));
+    plugin.grow("raw", 384 << 20);
     assert_eq!(
         machine.sh(&format!("blockdev --getsize64 {}", pod("raw"))),
         (384u64 << 20).to_string()
@@ -375,15 +390,7 @@ fn a_device_of_the_other_way_is_gone_on_with() {
     machine.sh(&format!(
         "echo after > {directory}/more; sync {directory}/more"
     ));
-    let grown = line("expand", "claim", &format!("--size {}", 256 << 20));
-    wait::until(LIMIT, "it grows once its connections are back", || {
-        let outcome = machine.run_within(&["bash", "-c", &grown], LIMIT);
-        if outcome.ok() {
-            Ok(())
-        } else {
-            Err(format!("{outcome}"))
-        }
-    });
+    plugin.grow("claim", 256 << 20);
     let size = machine.sh(&format!("blockdev --getsize64 /dev/{used}"));
     assert_eq!(size, (256 << 20).to_string());
     assert_eq!(
@@ -478,7 +485,11 @@ fn a_device_does_not_go_on_after_a_power_cut_of_its_server() {
             Ok(())
         }
     });
-    assert!(plugin.log().contains("answered writes may be gone"));
+    // The kernel answers before the driver has heard that it did.
+    wait::until(LIMIT, "the driver says why", || match plugin.log() {
+        log if log.contains("answered writes may be gone") => Ok(()),
+        log => Err(log),
+    });
     // Taken down and brought up again it is used as after any power cut.
     for call in ["unpublish", "unstage", "stage", "publish"] {
         plugin.call(call, "claim", "");

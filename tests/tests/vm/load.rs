@@ -129,10 +129,17 @@ impl<'a> Load<'a> {
         self.machine.read(&self.file("log")).unwrap_or_default()
     }
 
-    /// Lets it end by itself; it must have seen no error.
-    pub(crate) fn stop(&self) {
+    /// Lets it end by itself, and calls `nudge` until it has; it must have seen no error.
+    pub(crate) fn stop(&self, mut nudge: impl FnMut()) {
         self.machine.write(&self.file("stop"), "");
-        assert_eq!(self.wait(STALL_LIMIT), End::Code(0), "{}", self.said());
+        let begun = Instant::now();
+        let end = loop {
+            match self.wait(AGAIN) {
+                End::Running if begun.elapsed() < STALL_LIMIT => nudge(),
+                end => break end,
+            }
+        };
+        assert_eq!(end, End::Code(0), "{}", self.said());
     }
 
     /// It has ended with an error, or does so soon; returns what it said.
