@@ -32,8 +32,8 @@ impl Mount {
         has_option(&self.options, "ro") || self.is_file_system_read_only()
     }
 
-    /// True when the file system itself takes no writes, as after an error that made it give up. From Linux 6.12 on an ext4
-    /// does not become `ro` then; from 6.15 on it says `emergency_ro`, or `shutdown` where it answers nothing any more.
+    /// True when the file system itself takes no writes, as after an error that made it give up. An ext4 of newer kernels does
+    /// not become `ro` then; from Linux 6.15 on it says `emergency_ro`, or `shutdown` where it answers nothing any more.
     pub fn is_file_system_read_only(&self) -> bool {
         ["ro", "emergency_ro", "shutdown"]
             .iter()

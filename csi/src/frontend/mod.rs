@@ -157,9 +157,14 @@ impl Host {
             .register(&self.node_id, &BTreeMap::new())
             .await?;
         let staging = self.staging.join(volume.id.to_string());
-        paths::make_directory(&staging)
-            .and_then(|()| std::fs::File::open(&self.staging)?.sync_all())
-            .map_err(|error| Refusal::internal(format!("making {}: {error}", staging.display())))?;
+        // What is mounted there already may be a file system that answers nothing but errors.
+        if mounts()?.at(&staging).is_none() {
+            let making =
+                |error| Refusal::internal(format!("making {}: {error}", staging.display()));
+            paths::make_directory(&staging)
+                .and_then(|()| std::fs::File::open(&self.staging)?.sync_all())
+                .map_err(making)?;
+        }
         let export = self
             .controller
             .publish(volume.id, &self.node_id, capability.mode, false)

@@ -1,5 +1,6 @@
 //! Making, checking, mounting and growing filesystems: the system's own programs, each with a deadline.
 
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::format::Found;
 use crate::capability::Filesystem;
 use crate::child::{Child, ChildError, Finished};
 use crate::mount_options;
-use crate::mountinfo::Mounts;
+use crate::mountinfo::{Mount, Mounts};
 use crate::refusal::{Class, Refusal};
 
 /// Reading a few blocks. Longer than a request may be parked while a server restarts.
@@ -303,8 +304,16 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     if filesystem == Filesystem::Xfs {
         return Ok(());
     }
+    // One that is marked clean is looked at closely only where errors are on record, and rid of the record then.
+    let told = Child::new("dumpe2fs").arg("-h").arg(device);
+    let told = told.run(PROBE_LIMIT).await?;
+    let how = if told.stdout.contains("FS Error count:") {
+        "-fp"
+    } else {
+        "-p"
+    };
     let finished = Child::new("e2fsck")
-        .arg("-p")
+        .arg(how)
         .arg(device)
         .run_while_busy(CHECK_STILL_LIMIT)
         .await?;
@@ -331,11 +340,13 @@ pub async fn mount(
     read_only: bool,
 ) -> Result<(), Refusal> {
     let read_only = read_only || mount_options::is_read_only(options);
-    let mut all: Vec<&str> = options.iter().map(String::as_str).collect();
+    // Of two that contradict each other the last one counts.
+    let mut all = match filesystem {
+        Filesystem::Ext4 => vec![GIVE_UP],
+        Filesystem::Xfs => Vec::new(),
+    };
+    all.extend(options.iter().map(String::as_str));
     all.push(if read_only { "ro" } else { "rw" });
-    if filesystem == Filesystem::Ext4 && !all.iter().any(|option| option.starts_with("errors=")) {
-        all.push(GIVE_UP);
-    }
     let finished = Child::new("mount")
         .args(["-t", filesystem.name(), "-o"])
         .secret_arg(all.join(","))
@@ -363,8 +374,10 @@ pub async fn has_given_up(mounts: &Mounts, point: &Path) -> Result<bool, Refusal
         return Ok(true);
     }
     if mount.kind == Filesystem::Ext4.name() {
-        // Linux 6.12 to 6.14 shows it nowhere but in the number of errors, which is 0 after the check before the mount.
-        return Ok(mount.has_file_system_option(GIVE_UP) && errors_of_ext4(mount.device) > 0);
+        // Kernels before 6.15 that do not say `ro` any more say it nowhere but in the number of errors, which is 0 after the
+        // check before the mount.
+        let name = name_of(mount.device);
+        return Ok(name.is_some_and(|name| errors_of_ext4(&name) > 0 && gives_up(mount, &name)));
     }
     if mount.kind == Filesystem::Xfs.name() {
         // One that shut down shows it nowhere; everything that it is asked fails.
@@ -375,15 +388,25 @@ pub async fn has_given_up(mounts: &Mounts, point: &Path) -> Result<bool, Refusal
     Ok(false)
 }
 
-/// How many errors an ext4 saw since it was checked. 0 where the kernel does not say.
-fn errors_of_ext4((major, minor): (u32, u32)) -> u64 {
-    let counted = || {
-        let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
-        let name = Path::new("/sys/fs/ext4").join(device.file_name()?);
-        let text = std::fs::read_to_string(name.join("errors_count")).ok()?;
-        text.trim().parse().ok()
-    };
-    counted().unwrap_or(0)
+/// How many errors a mounted ext4 saw since it was checked; 0 where the kernel does not say.
+fn errors_of_ext4(name: &OsStr) -> u64 {
+    let path = Path::new("/sys/fs/ext4").join(name).join("errors_count");
+    let counted = std::fs::read_to_string(path).ok();
+    let counted = counted.and_then(|text| text.trim().parse().ok());
+    counted.unwrap_or(0)
+}
+
+/// Whether a mounted ext4 takes no more writes after an error. The table of mounts does not say what is in its superblock too.
+fn gives_up(mount: &Mount, name: &OsStr) -> bool {
+    let path = Path::new("/proc/fs/ext4").join(name).join("options");
+    mount.has_file_system_option(GIVE_UP)
+        || std::fs::read_to_string(path).is_ok_and(|all| all.lines().any(|line| line == GIVE_UP))
+}
+
+/// The kernel's name of a block device.
+fn name_of((major, minor): (u32, u32)) -> Option<OsString> {
+    let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    device.file_name().map(OsStr::to_owned)
 }
 
 /// Marks a device read-only, or writable.
@@ -539,6 +562,18 @@ mod tests {
         assert_eq!(last_mount(""), None);
         assert_eq!(last_mount("Last mount time:          n/a\n"), Some("n/a"));
         check(Filesystem::Ext4, &image).await.expect("sound");
+        // Marked clean, with errors on record: whole after a closer look, and without the record.
+        let has_errors = async || {
+            let told = Child::new("dumpe2fs").arg("-h").arg(&image);
+            let told = told.run(PROBE_LIMIT).await.expect("told");
+            told.stdout.contains("FS Error count:")
+        };
+        let record = Child::new("debugfs").args(["-w", "-R", "ssv error_count 3"]);
+        let recorded = record.arg(&image).run(PROBE_LIMIT).await;
+        demand(recorded.expect("run")).expect("recorded");
+        assert!(has_errors().await);
+        check(Filesystem::Ext4, &image).await.expect("sound");
+        assert!(!has_errors().await);
         let xfs = scratch.path().join("xfs");
         let file_of_xfs = std::fs::File::create_new(&xfs).expect("made");
         file_of_xfs

@@ -120,7 +120,15 @@ impl Node {
                 // An empty staging directory must never be bound: the workload would write to the node's own disk.
                 Some(stage) if attempt == 0 => {
                     tracing::info!(volume = %request.volume, "a volume to be published is not staged; staging it");
-                    self.stage(stage).await?;
+                    let mut stage = stage.clone();
+                    // One that only has to be mounted anew stays staged for as much as it was.
+                    if let Some(state) = self.known(request.volume)?
+                        && state.stage.is_complete
+                        && is_same_use(&state.stage.capability, &stage.capability)
+                    {
+                        stage.capability = state.stage.capability;
+                    }
+                    self.stage(&stage).await?;
                 }
                 _ => break,
             }
