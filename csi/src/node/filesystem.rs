@@ -1,6 +1,5 @@
 //! Making, checking, mounting and growing filesystems: the system's own programs, each with a deadline.
 
-use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,15 +8,16 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::format::Found;
+use super::given_up;
 use crate::capability::Filesystem;
 use crate::child::{Child, ChildError, Finished};
 use crate::mount_options;
-use crate::mountinfo::{Mount, Mounts};
+use crate::mountinfo::Mounts;
 use crate::refusal::{Class, Refusal};
 
 /// Reading a few blocks. Longer than a request may be parked while a server restarts.
-const PROBE_LIMIT: Duration = Duration::from_secs(45);
-/// Making a filesystem writes megabytes, not gigabytes: inode tables are made later by the kernel.
+pub(super) const PROBE_LIMIT: Duration = Duration::from_secs(45);
+/// Making a filesystem writes megabytes, not gigabytes.
 const MAKE_LIMIT: Duration = Duration::from_secs(300);
 /// How long a check may stand still. It may read every inode, which takes as long as it takes: one that was killed for that
 /// would begin from the start the next time, and never end. Longer than a server takes to come back.
@@ -112,8 +112,7 @@ pub async fn look_inside(device: &Path, found: Found, begun: Uuid) -> Result<Fou
     let unreadable = |finished: &Finished| Ok(Found::Unreadable(finished.to_string()));
     match filesystem {
         Filesystem::Ext4 => {
-            let told = Child::new("dumpe2fs").arg("-h").arg(device);
-            let told = told.run(PROBE_LIMIT).await?;
+            let told = superblock_of_ext4(device).await?;
             // It tells what it can read also where it complains of the rest.
             match last_mount(&told.stdout) {
                 None => return unreadable(&told),
@@ -140,6 +139,17 @@ pub async fn look_inside(device: &Path, found: Found, begun: Uuid) -> Result<Fou
             }
         }
     }
+}
+
+/// What dumpe2fs tells of the superblock of an ext4.
+async fn superblock_of_ext4(device: &Path) -> Result<Finished, ChildError> {
+    let child = Child::new("dumpe2fs").arg("-h").arg(device);
+    child.run(PROBE_LIMIT).await
+}
+
+/// Whether an ext4 has errors on record, in the words of dumpe2fs.
+fn has_errors(told: &str) -> bool {
+    told.lines().any(|line| line.starts_with("FS Error count:"))
 }
 
 /// When an ext4 was last mounted for writing, in the words of dumpe2fs: `n/a` is never.
@@ -305,15 +315,9 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
         return Ok(());
     }
     // One that is marked clean is looked at closely only where errors are on record, and rid of the record then.
-    let told = Child::new("dumpe2fs").arg("-h").arg(device);
-    let told = told.run(PROBE_LIMIT).await?;
-    let how = if told.stdout.contains("FS Error count:") {
-        "-fp"
-    } else {
-        "-p"
-    };
+    let has_errors = has_errors(&superblock_of_ext4(device).await?.stdout);
     let finished = Child::new("e2fsck")
-        .arg(how)
+        .arg(if has_errors { "-fp" } else { "-p" })
         .arg(device)
         .run_while_busy(CHECK_STILL_LIMIT)
         .await?;
@@ -327,9 +331,6 @@ pub async fn check(filesystem: Filesystem, device: &Path) -> Result<(), Refusal>
     )))
 }
 
-/// An ext4 that finds itself damaged takes no more writes: what it does not write cannot make it worse.
-const GIVE_UP: &str = "errors=remount-ro";
-
 /// Mounts a device at a directory: read-only where that is asked for, be it by the options. An ext4 gives up on the first
 /// error, unless the options say what it does.
 pub async fn mount(
@@ -342,7 +343,7 @@ pub async fn mount(
     let read_only = read_only || mount_options::is_read_only(options);
     // Of two that contradict each other the last one counts.
     let mut all = match filesystem {
-        Filesystem::Ext4 => vec![GIVE_UP],
+        Filesystem::Ext4 => vec![given_up::ON_ERROR],
         Filesystem::Xfs => Vec::new(),
     };
     all.extend(options.iter().map(String::as_str));
@@ -362,51 +363,6 @@ pub async fn mount(
         Filesystem::Xfs => "if the filesystem is damaged, run xfs_repair by hand",
     };
     Err(Refusal::internal(format!("{finished} ({hint})")))
-}
-
-/// Whether the filesystem that is mounted at `point` gave up after an error: it takes no writes, or answers nothing at all,
-/// until it is mounted anew.
-pub async fn has_given_up(mounts: &Mounts, point: &Path) -> Result<bool, Refusal> {
-    let Some(mount) = mounts.at(point) else {
-        return Ok(false);
-    };
-    if mount.is_file_system_read_only() {
-        return Ok(true);
-    }
-    if mount.kind == Filesystem::Ext4.name() {
-        // Kernels before 6.15 that do not say `ro` any more say it nowhere but in the number of errors, which is 0 after the
-        // check before the mount.
-        let name = name_of(mount.device);
-        return Ok(name.is_some_and(|name| errors_of_ext4(&name) > 0 && gives_up(mount, &name)));
-    }
-    if mount.kind == Filesystem::Xfs.name() {
-        // One that shut down shows it nowhere; everything that it is asked fails.
-        let asked = Child::new("stat").args(["-c", "%i"]).arg(point);
-        let asked = asked.run(PROBE_LIMIT).await?;
-        return Ok(!asked.succeeded() && asked.stderr.contains("Input/output error"));
-    }
-    Ok(false)
-}
-
-/// How many errors a mounted ext4 saw since it was checked; 0 where the kernel does not say.
-fn errors_of_ext4(name: &OsStr) -> u64 {
-    let path = Path::new("/sys/fs/ext4").join(name).join("errors_count");
-    let counted = std::fs::read_to_string(path).ok();
-    let counted = counted.and_then(|text| text.trim().parse().ok());
-    counted.unwrap_or(0)
-}
-
-/// Whether a mounted ext4 takes no more writes after an error. The table of mounts does not say what is in its superblock too.
-fn gives_up(mount: &Mount, name: &OsStr) -> bool {
-    let path = Path::new("/proc/fs/ext4").join(name).join("options");
-    mount.has_file_system_option(GIVE_UP)
-        || std::fs::read_to_string(path).is_ok_and(|all| all.lines().any(|line| line == GIVE_UP))
-}
-
-/// The kernel's name of a block device.
-fn name_of((major, minor): (u32, u32)) -> Option<OsString> {
-    let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
-    device.file_name().map(OsStr::to_owned)
 }
 
 /// Marks a device read-only, or writable.
@@ -563,17 +519,13 @@ mod tests {
         assert_eq!(last_mount("Last mount time:          n/a\n"), Some("n/a"));
         check(Filesystem::Ext4, &image).await.expect("sound");
         // Marked clean, with errors on record: whole after a closer look, and without the record.
-        let has_errors = async || {
-            let told = Child::new("dumpe2fs").arg("-h").arg(&image);
-            let told = told.run(PROBE_LIMIT).await.expect("told");
-            told.stdout.contains("FS Error count:")
-        };
+        let superblock = async || superblock_of_ext4(&image).await.expect("told").stdout;
         let record = Child::new("debugfs").args(["-w", "-R", "ssv error_count 3"]);
         let recorded = record.arg(&image).run(PROBE_LIMIT).await;
         demand(recorded.expect("run")).expect("recorded");
-        assert!(has_errors().await);
+        assert!(has_errors(&superblock().await));
         check(Filesystem::Ext4, &image).await.expect("sound");
-        assert!(!has_errors().await);
+        assert!(!has_errors(&superblock().await));
         let xfs = scratch.path().join("xfs");
         let file_of_xfs = std::fs::File::create_new(&xfs).expect("made");
         file_of_xfs

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::given_up::has_given_up;
 use super::state::VolumeState;
 use super::{Node, filesystem, is_node_of, mount_of};
 use crate::attach::Device;
@@ -188,7 +189,7 @@ impl Node {
         if writable
             && state.stage.filesystem.is_some()
             && mount_of(&mounts, &device, &state.stage.path).is_some()
-            && filesystem::has_given_up(&mounts, &state.stage.path).await?
+            && has_given_up(&mounts, &state.stage.path).await?
         {
             health.push(HealthEntry {
                 severity: Severity::Degraded,

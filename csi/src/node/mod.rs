@@ -7,6 +7,7 @@
 
 pub mod filesystem;
 pub mod format;
+mod given_up;
 mod guard;
 mod inspect;
 mod inventory;

@@ -6,6 +6,7 @@ use rustix::mount::{MountFlags, mount_bind, mount_remount};
 use uuid::Uuid;
 
 use super::filesystem;
+use super::given_up::has_given_up;
 use super::stage::is_in_place;
 use super::state::{Target, VolumeState};
 use super::{
@@ -161,7 +162,7 @@ impl Node {
             return Ok(true);
         }
         let mounts = filesystem::mounts()?;
-        if !filesystem::has_given_up(&mounts, &state.stage.path).await? {
+        if !has_given_up(&mounts, &state.stage.path).await? {
             return Ok(true);
         }
         let is_mounted = |target: &&Target| mounts.at(&target.path).is_some();

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::filesystem;
 use super::format::{Decision, Found, Recorded, decide};
+use super::given_up::has_given_up;
 use super::state::{Stage, VolumeState};
 use super::{Node, StageRequest, UNMOUNT_LIMIT, failed, guard, is_node_of, mount_of};
 use crate::attach::{Device, Export};
@@ -155,7 +156,7 @@ impl Node {
         let is_broken = !request.export.read_only
             && !request.capability.is_mounted_read_only()
             && state.stage.filesystem.is_some()
-            && filesystem::has_given_up(&filesystem::mounts()?, &state.stage.path).await?;
+            && has_given_up(&filesystem::mounts()?, &state.stage.path).await?;
         if is_broken && state.targets.iter().any(|target| is_used(&target.path)) {
             return Err(Refusal::precondition(
                 "the filesystem gave up after an error and is still in use; end what uses it, then it is checked and \

@@ -99,8 +99,18 @@ impl StoreFile {
         let mode = Mode::RUSR | Mode::WUSR;
         // A process that was killed with io_uring operations in flight is gone before its ring is: its file stays open, and
         // locked, until the last of them is done, and until then they may still write. So one that is held is waited for a while.
-        let begun = Instant::now();
-        let is_waited_for = || !read_only && begun.elapsed() < LOCK_PATIENCE;
+        let mut held_since = None;
+        let mut held = || {
+            let since = *held_since.get_or_insert_with(|| {
+                tracing::info!(path = %path.display(), "the store is held by another process");
+                Instant::now()
+            });
+            if read_only || since.elapsed() >= LOCK_PATIENCE {
+                return Err(OpenStoreError::InUse { path: at() });
+            }
+            std::thread::sleep(LOCK_LOOK_EVERY);
+            Ok(())
+        };
         let (fd, direct) = loop {
             match rustix::fs::open(&name, flags | OFlags::DIRECT, mode) {
                 Ok(fd) => break (fd, true),
@@ -109,8 +119,7 @@ impl StoreFile {
                     let fd = rustix::fs::open(&name, flags & !OFlags::EXCL, mode);
                     break (fd.map_err(|e| io_error(e.into()))?, false);
                 }
-                Err(Errno::BUSY) if is_waited_for() => std::thread::sleep(LOCK_LOOK_EVERY),
-                Err(Errno::BUSY) => return Err(OpenStoreError::InUse { path: at() }),
+                Err(Errno::BUSY) => held()?,
                 Err(e) => return Err(io_error(e.into())),
             }
         };
@@ -123,8 +132,7 @@ impl StoreFile {
         loop {
             match rustix::fs::flock(&fd, lock) {
                 Ok(()) => break,
-                Err(Errno::WOULDBLOCK) if is_waited_for() => std::thread::sleep(LOCK_LOOK_EVERY),
-                Err(Errno::WOULDBLOCK) => return Err(OpenStoreError::InUse { path: at() }),
+                Err(Errno::WOULDBLOCK) => held()?,
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(io_error(e.into())),
             }

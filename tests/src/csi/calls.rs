@@ -198,6 +198,22 @@ impl Calls {
         })
     }
 
+    /// For which reasons the node says that something is wrong with a volume.
+    pub fn node_health(&self, id: &str) -> Answer<Vec<String>> {
+        let request = csi::NodeGetVolumeHealthRequest {
+            volume_id: id.to_owned(),
+            ..Default::default()
+        };
+        let asked = |channel| async move {
+            NodeClient::new(channel)
+                .node_get_volume_health(request)
+                .await
+        };
+        let health = self.call(asked)?.volume_health.expect("a volume's health");
+        let entries = health.health_statuses.into_iter();
+        Ok(entries.map(|entry| entry.reason).collect())
+    }
+
     /// What the controller says is wrong with a volume.
     pub fn health(&self, id: &str) -> Answer<Vec<String>> {
         let request = csi::ControllerGetVolumeHealthRequest {

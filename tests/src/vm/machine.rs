@@ -133,10 +133,9 @@ impl Machine {
             .arg("-append")
             // mitigations=off: they cost much under emulation and change nothing that is tested here. The clock is the HPET,
             // which qemu keeps by the host's clock: the emulated TSC is the processor's own counter, and where the host is
-            // a virtual machine itself the two may go at different speeds, so that limits inside would end too early. It goes on
-            // while the host runs something else: what the kernel takes for a lock-up has to last for two minutes.
+            // a virtual machine itself the two may go at different speeds, so that limits inside would end too early.
             .arg(format!(
-                "console=ttyS0 panic=-1 oops=panic mitigations=off tsc=unstable clocksource=hpet no_timer_check watchdog_thresh=60 {}",
+                "console=ttyS0 panic=-1 oops=panic mitigations=off tsc=unstable clocksource=hpet no_timer_check {}",
                 plan.kernel_words
             ))
             .arg("-serial")

@@ -261,7 +261,11 @@ fn a_block_device_as_a_store() {
     options.read(true).write(true).custom_flags(libc::O_EXCL);
     let held = options.open(&device).unwrap();
     daemon.spawn();
-    wait::pass(Duration::from_secs(1));
+    wait::until(Duration::from_secs(30), "it is waited for", || {
+        let log = daemon.log.text();
+        let is_waited_for = log.contains("the store is held by another process");
+        is_waited_for.then_some(()).ok_or(log)
+    });
     drop(held);
     daemon.wait_ready();
     daemon.stop();

@@ -56,8 +56,8 @@ fn a_restart_is_quick_however_much_was_written() {
         "{gib} GiB written: {killed:?} to start after kill -9, {stopped:?} after SIGTERM, which took {drained:?}"
     );
     for took in [killed, stopped] {
-        // Generous: other tests use the same disk meanwhile, and the log is read one block after the other.
-        assert!(took < Duration::from_secs(20), "{took:?}");
+        // Generous: other tests use the same disk meanwhile.
+        assert!(took < Duration::from_secs(6), "{took:?}");
     }
 }
 

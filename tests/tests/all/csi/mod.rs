@@ -6,6 +6,7 @@ mod crowd;
 mod docker;
 mod flexvolume;
 mod formatting;
+mod health;
 mod killed;
 mod lifecycle;
 mod nodes;
@@ -16,3 +17,8 @@ mod tls;
 
 /// A size that ext4 and its journal fit on.
 const SMALL: i64 = 32 << 20;
+
+/// With what something was refused.
+fn code<T: std::fmt::Debug>(answer: Result<T, (tonic::Code, String)>) -> tonic::Code {
+    answer.expect_err("refused").0
+}

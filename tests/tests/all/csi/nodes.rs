@@ -46,8 +46,7 @@ fn plugins(trio: &Trio) -> Vec<Plugin> {
     plugins
 }
 
-/// Creates a volume with three copies by the driver `at`; the room of daemons that have just joined is not told at once, and
-/// seals on a busy machine take their time.
+/// Creates a volume with three copies by the driver `at`; the room of daemons that have just joined is not told at once.
 fn with_copies(
     at: &Plugin,
     name: &str,
@@ -57,13 +56,11 @@ fn with_copies(
     loop {
         let made = Claim::of_class(at, name, SMALL, capability.clone(), &[("replicas", "3")]);
         match made {
-            Err((Code::ResourceExhausted, _)) if begun.elapsed() < LONG => {}
-            // By replicas whose disks are busy with other things.
-            Err((Code::FailedPrecondition, why))
-                if why.contains("sealed in time") && begun.elapsed() < LONG => {}
+            Err((Code::ResourceExhausted, _)) if begun.elapsed() < LONG => {
+                wait::pass(Duration::from_millis(100));
+            }
             made => return made,
         }
-        wait::pass(Duration::from_millis(100));
     }
 }
 
@@ -347,7 +344,7 @@ fn a_volume_follows_its_publication_and_classes_are_kept() {
     println!("{rate:.1} requests a second of {LIMIT_IOPS}");
     // Above it come what was let through at once and what was under way; below it a busy machine.
     assert!(
-        (LIMIT_IOPS / 10.0..LIMIT_IOPS * 1.3).contains(&rate),
+        (LIMIT_IOPS / 3.0..LIMIT_IOPS * 1.3).contains(&rate),
         "{rate} requests a second where {LIMIT_IOPS} are allowed"
     );
     controller

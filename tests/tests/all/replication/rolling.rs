@@ -18,12 +18,12 @@ use super::LEASE;
 const BLOCKS: u64 = 4_096;
 /// Blocks behind them that are filled once: they show when more is copied than was missed.
 const FILLED: u64 = 16_384;
-/// A stop that takes longer than this may have run out of patience, which is 30 s, instead of ending in order.
-const STOP_LIMIT: Duration = Duration::from_secs(25);
+/// A stop that takes longer than this does not end in order.
+const STOP_LIMIT: Duration = Duration::from_secs(8);
 /// From the start of a daemon until its volume answers: the claim, two seals and rows, on a slow machine.
-const SERVED_LIMIT: Duration = Duration::from_secs(25);
-/// The longest that a client whose head stays may wait for an answer, syncs of three stores on one busy disk included.
-const PAUSE_LIMIT: Duration = Duration::from_secs(12);
+const SERVED_LIMIT: Duration = Duration::from_secs(10);
+/// The longest that a client whose head stays may wait for an answer.
+const PAUSE_LIMIT: Duration = Duration::from_secs(6);
 
 fn name(number: usize) -> String {
     format!("disk{number}")
